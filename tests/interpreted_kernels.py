@@ -1,0 +1,80 @@
+"""Checks of the Triton kernels that need Triton's CPU interpreter; test_kernels.py runs this file with TRITON_INTERPRET=1."""
+import numpy as np
+import pytest
+import torch
+import triton.language as tl
+from kernel_oracles import CAP, check_cross_entropy, mlp_float64, random_mlp, relative_error
+from triton.runtime import interpreter
+
+import train_gpt
+
+
+@pytest.fixture
+def kernels_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Send CPU tensors through the kernels, with the interpreter's bfloat16 products repaired.
+
+    The interpreter keeps bfloat16 as its bits in uint16 and multiplies those; widened to float32 first, they are right.
+    """
+    def widen(handle: interpreter.TensorHandle) -> interpreter.TensorHandle:
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        return interpreter.TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    plain_dot = interpreter.InterpreterBuilder.create_dot
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot",
+                        lambda self, a, b, *rest: plain_dot(self, widen(a), widen(b), *rest))
+    monkeypatch.setattr(train_gpt, "kernels_take", lambda x: True)
+    monkeypatch.setattr(train_gpt, "MLP_TILE", (32, 64, 16))
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 1.5e-2)])
+@pytest.mark.parametrize("rows, width, hidden", [(1, 8, 8), (33, 16, 64), (70, 40, 72), (95, 24, 200)])
+def test_mlp_equals_float64(kernels_on: None, rows: int, width: int, hidden: int, dtype: torch.dtype,
+                                        tolerance: float) -> None:
+    *inputs, grad = random_mlp(rows, width, hidden, dtype)
+    out = train_gpt.fused_mlp(*inputs)
+    reference = mlp_float64(*inputs)
+    assert "FusedMLP" in type(out.grad_fn).__name__
+    assert relative_error(out, reference) < tolerance
+    grads = torch.autograd.grad(out, inputs, grad)
+    for ours, oracle in zip(grads, torch.autograd.grad(reference, inputs, grad.double())):
+        assert ours.dtype == dtype and relative_error(ours, oracle) < tolerance
+
+
+def test_mlp_kernel_equals_its_torch_twin(kernels_on: None) -> None:
+    x, w_up, w_down, grad = (t.detach() for t in random_mlp(45, 24, 136, torch.float32))
+    before, hidden = train_gpt.mlp_up_op(x, w_up)
+    for ours, twin in zip((before, hidden), train_gpt.mlp_up_reference(x, w_up)):
+        torch.testing.assert_close(ours, twin, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(train_gpt.mlp_up_backward_op(grad, w_down, before),
+                               train_gpt.mlp_up_backward_reference(grad, w_down, before), atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("width", [12, 20])
+def test_mlp_of_an_unaligned_width_takes_the_torch_path(kernels_on: None, width: int) -> None:
+    *inputs, _ = random_mlp(9, width, 24, torch.float32)
+    assert relative_error(train_gpt.fused_mlp(*inputs), mlp_float64(*inputs)) < 2e-6
+
+
+def test_mlp_compiles_in_one_graph(kernels_on: None) -> None:
+    *inputs, grad = random_mlp(33, 16, 64, torch.float32)
+    compiled = torch.compile(lambda *t: train_gpt.fused_mlp(*t) * 1.0, backend="aot_eager", fullgraph=True)
+    out = compiled(*inputs)
+    torch.testing.assert_close(out, train_gpt.fused_mlp(*inputs))
+    for ours, eager in zip(torch.autograd.grad(out, inputs, grad),
+                           torch.autograd.grad(train_gpt.fused_mlp(*inputs), inputs, grad)):
+        torch.testing.assert_close(ours, eager)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("rows, width", [(40, 2), (1, 100), (5, 1023), (3, 1025), (64, 256)])
+def test_cross_entropy_equals_float64(kernels_on: None, rows: int, width: int, dtype: torch.dtype,
+                                                  tolerance: float) -> None:
+    check_cross_entropy(rows, width, dtype, tolerance)
+
+
+def test_cross_entropy_reads_strided_rows(kernels_on: None) -> None:
+    wide = torch.randn(6, 40)
+    targets = torch.randint(0, 24, (6,))
+    torch.testing.assert_close(train_gpt.softcapped_cross_entropy(wide[:, 8:32], targets, CAP),
+                               train_gpt.softcapped_cross_entropy(wide[:, 8:32].contiguous(), targets, CAP))

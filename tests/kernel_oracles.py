@@ -1,0 +1,46 @@
+"""What the kernels must equal, in float64, and the random inputs to try; shared by both test files of the kernels."""
+import torch
+import torch.nn.functional as F
+
+import train_gpt
+
+CAP = 30.0
+
+
+def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
+    """||value - reference|| / ||reference||, in float64; NaN never passes a comparison with it."""
+    return ((value.double() - reference.double()).norm() / reference.double().norm()).item()
+
+
+def cross_entropy_float64(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The formula, in float64."""
+    return F.cross_entropy(CAP * torch.tanh(logits.double() / CAP), targets, reduction="none")
+
+
+def mlp_float64(x: torch.Tensor, w_up: torch.Tensor, w_down: torch.Tensor) -> torch.Tensor:
+    """The formula, in float64."""
+    before = x.double() @ w_up.double().T
+    return torch.where(before > 0, before, before / 2).square() @ w_down.double().T
+
+
+def random_mlp(rows: int, width: int, hidden: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """x, w_up, w_down and an output gradient."""
+    generator = torch.Generator().manual_seed(rows + width + hidden)
+    shapes = ((rows, width), (hidden, width), (width, hidden), (rows, width))
+    x, w_up, w_down, grad = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+    return x.requires_grad_(), w_up.requires_grad_(), w_down.requires_grad_(), grad
+
+
+def check_cross_entropy(rows: int, width: int, dtype: torch.dtype, tolerance: float) -> None:
+    """Losses and the gradient of a weighted sum of them against the formula in float64, on logits far into the cap."""
+    generator = torch.Generator().manual_seed(rows * width)
+    logits = (20 * torch.randn(rows, width, generator=generator)).to(dtype).requires_grad_()
+    targets = torch.randint(0, width, (rows,), generator=generator)
+    weights = torch.randn(rows, generator=generator)
+    losses = train_gpt.softcapped_cross_entropy(logits, targets, CAP)
+    reference = cross_entropy_float64(logits, targets)
+    assert losses.dtype == torch.promote_types(dtype, torch.float32)
+    torch.testing.assert_close(losses.double(), reference, atol=2e-5, rtol=1e-6)
+    ours, = torch.autograd.grad(losses, logits, weights.to(losses.dtype))
+    oracle, = torch.autograd.grad(reference, logits, weights.double())
+    assert ours.dtype == dtype and relative_error(ours, oracle) < tolerance
