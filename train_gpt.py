@@ -437,9 +437,9 @@ class Log:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(text + "\n")
 
-    def record(self, phase: str, **values: Any) -> None:
-        """One line `phase key:value key:value` for programs."""
-        self(" ".join([phase, *(f"{key}:{value}" for key, value in values.items())]))
+    def record(self, word: str, /, **values: Any) -> None:
+        """One line `word key:value key:value` for programs."""
+        self(" ".join([word, *(f"{key}:{value}" for key, value in values.items())]))
 
 
 class Clock:
@@ -2600,8 +2600,11 @@ def global_sgd_batches(run: Run, entries: np.ndarray) -> Iterator[Batch]:
         yield make_batch(tokens, entries[begin + 1: end + 1], segment_starts(tokens, length, length), length, run.device)
 
 
-def test_time_train(run: Run, model: GPT, val: ValData) -> Score:
-    """Score every target once, each before any update that has seen it; the model's weights change in the phases."""
+def score_with_ttt(run: Run, model: GPT, val: ValData) -> tuple[Score, float]:
+    """Score every target once, each before any update that has seen it; the model's weights change in the phases.
+
+    Returns the score and its milliseconds, from after the warm-up.
+    """
     cfg, ranks = run.cfg, run.ranks
     documents, adapter = Documents(val), Adapter(run, model)
     for param in model.parameters():
@@ -2635,8 +2638,9 @@ def test_time_train(run: Run, model: GPT, val: ValData) -> Score:
     total = np.sum(ranks.gather(nats), axis=0)
     score = Score(float(total.sum()), len(losses), val.num_bytes, losses)
     assert int(documents.lengths.sum()) == len(losses), "every target belongs to one document"
-    score.report(run.log, "quantized_ttt", 1e3 * (time.perf_counter() - began))
-    return score
+    time_ms = 1e3 * (time.perf_counter() - began)
+    score.report(run.log, "quantized_ttt", time_ms)
+    return score, time_ms
 
 
 # ======================================================================================================================
@@ -3019,7 +3023,7 @@ def score_artifact(run: Run, data: bytes, val: ValData) -> tuple[Scored, Score]:
     plain_ms = 1e3 * (time.perf_counter() - began)
     if not cfg.ttt_enabled:
         return Scored(plain, clock.total_ms + plain_ms), plain
-    score, ttt_ms = test_time_train(run, model, val)
+    score, ttt_ms = score_with_ttt(run, model, val)
     return Scored(score, clock.total_ms + ttt_ms), plain
 
 
