@@ -44,7 +44,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timezone
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -199,6 +199,8 @@ class Config:
     # test-time training
     ttt_enabled: bool = setting(True, "score again with test-time training", FLAG)
     phased_ttt_enabled: bool = setting(True, "global SGD phases on documents already scored", FLAG)
+    ttt_context: str = setting("window", "what a chunk sees of earlier ones: computed again, or keys and values kept",
+                               one_of("window", "cache"))
     ttt_lora_rank: int = setting(96, "rank of the adapters", at_least(1))
     ttt_lora_lr: float = setting(1e-4, "learning rate of the adapters", at_least(0))
     ttt_chunk_size: int = setting(48, "tokens scored between two updates", at_least(1))
@@ -1017,12 +1019,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: i
 #
 # One forward serves training, evaluation, calibration and test-time training. It takes every matrix product through
 # `linear(site, x, w)`, which it is handed: plain, plain and counting Hessians, or plain and a low-rank term. A site with
-# no weight (`w` None) is a bypass: it adds something only where an adapter lives. The schedule is an argument too, so
-# one model has one compiled graph a depth.
+# no weight (`w` None) is a bypass: it adds something only where an adapter lives. What a token attends to can be handed
+# in as well (`attend`): the segments of the batch, or a cache of earlier keys and values. The schedule is an argument
+# too, so one model has one compiled graph a depth.
 # ======================================================================================================================
 
 Site = tuple[int, int, str]  # (layer, visit, name); the head is (-1, 0, "head")
 Linear = Callable[[Site, Tensor, "Tensor | None"], "Tensor | None"]
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # visit, q (T, H, D), k and v (T, Hkv, D) -> (T, H, D)
 HEAD_SITE: Site = (-1, 0, "head")
 
 
@@ -1054,6 +1058,11 @@ def num_skips(cfg: Config) -> int:
 def plain_linear(site: Site, x: Tensor, w: Tensor | None) -> Tensor | None:
     """x (..., in) times w (out, in), and nothing at a bypass."""
     return None if w is None else F.linear(x, w)
+
+
+def attend_segments(batch: Batch, visit: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The plain `attend`: causal attention within the segments of the batch."""
+    return attention(q, k, v, batch.cu_seqlens, batch.max_seqlen)
 
 
 def rms_norm(x: Tensor) -> Tensor:
@@ -1100,6 +1109,7 @@ class Pass(NamedTuple):
 
     batch: Batch
     linear: Linear
+    attend: Attend
     cos: Tensor
     sin: Tensor
     qo: Tensor
@@ -1160,17 +1170,17 @@ class GPT(nn.Module):
             if cfg.gated_attn_enabled:
                 block.attn.attn_gate_w.normal_(std=cfg.gated_attn_init_std, generator=generator)
 
-    def forward(self, batch: Batch, schedule: Schedule, linear: Linear = plain_linear) -> Tensor:
-        """Negative log likelihood in nats of every target, (T,) float32."""
-        x = self.hidden_states(batch, schedule, linear)
+    def forward(self, batch: Batch, schedule: Schedule, linear: Linear = plain_linear, attend: Attend | None = None) -> Tensor:
+        """Negative log likelihood in nats of every target, (T,) float32; without `attend`, segments see themselves."""
+        x = self.hidden_states(batch, schedule, linear, attend or partial(attend_segments, batch))
         logits = linear(HEAD_SITE, x, self.tok_emb.weight.to(self.dtype))
         return softcapped_cross_entropy(logits, batch.targets, self.cfg.logit_softcap)
 
-    def hidden_states(self, batch: Batch, schedule: Schedule, linear: Linear) -> Tensor:
+    def hidden_states(self, batch: Batch, schedule: Schedule, linear: Linear, attend: Attend) -> Tensor:
         """What the output head reads, (T, d)."""
         cfg = self.cfg
         banks = (bank.to(self.dtype) for bank in (self.qo_bank, self.kv_bank, self.mlp_up_bank, self.mlp_down_bank))
-        shared = Pass(batch, linear, *self._rotary(batch.positions), *banks)
+        shared = Pass(batch, linear, attend, *self._rotary(batch.positions), *banks)
         x = x0 = rms_norm(F.embedding(batch.tokens, self.tok_emb.weight).to(self.dtype))
         skips = []
         for visit, layer in enumerate(schedule.encoder):
@@ -1232,7 +1242,7 @@ class GPT(nn.Module):
         v = linear((layer, visit, "v"), n, shared.kv[cfg.num_layers + layer]).unflatten(-1, (cfg.num_kv_heads, cfg.head_dim))
         q = rotate(rms_norm(q), shared.cos, shared.sin) * attn.q_gain.to(self.dtype)[:, None]
         k = rotate(rms_norm(k), shared.cos, shared.sin)
-        y = attention(q, k, v, shared.batch.cu_seqlens, shared.batch.max_seqlen)  # (T, H, D)
+        y = shared.attend(visit, q, k, v)
         if layer >= cfg.num_layers - cfg.xsa_last_n:
             y = exclude_self(y, v)
         if cfg.gated_attn_enabled:
