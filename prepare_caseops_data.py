@@ -212,7 +212,7 @@ class Tokenizer:
     charges    (V,) uint16: its bytes in the original text (operators 0; literal ones are seen to by the callers)
     lossless   decoding gives back every text: identity normalisation, no whitespace touched, bytes for what is unknown
     by_word    the ids of a text are the ids of its words, one after the other, where a word is cut before each space
-               that has a plain character on both sides (see `Encoder`); proven from the model, not assumed
+               (see `FastEncoder` for which spaces); proven from the model, not assumed
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -232,17 +232,17 @@ class Tokenizer:
         self.vocab_size = len(entries)
         self.kinds = [entry.get(3, NORMAL) for entry in entries]
         self.names = [entry[1].decode() for entry in entries]
-        self.rules = normalizer.get(2, b"")
+        self.rules = study_rules(normalizer.get(2, b""))
         self._check_operators()
         self.pieces = [self._piece_bytes(index) for index in range(self.vocab_size)]
         self.charges = np.array([0 if name in lossless_caps.OPERATORS else len(piece)
                                  for name, piece in zip(self.names, self.pieces)], dtype=np.uint16)
         keeps_spaces = not normalizer.get(3, 1) and normalizer.get(5, 1)
-        self.lossless = bool(not self.rules and keeps_spaces and not normalizer.get(4, 1)
+        self.lossless = bool(not normalizer.get(2) and keeps_spaces and not normalizer.get(4, 1)
                              and self.kinds.count(BYTE) == 256)
         self.by_word = bool(keeps_spaces and trainer.get(3, 1) == 2 and not trainer.get(24, 0)
                             and UNUSED not in self.kinds and not any(SPACE in name[1:] for name in self.names)
-                            and ord(" ") not in rule_bytes(self.rules))
+                            and not self.rules.reach_space)
 
     def _check_operators(self) -> None:
         """ValueError unless the ids fit a shard, BOS is 1 and the four operators are pieces of their own."""
@@ -277,42 +277,66 @@ class Tokenizer:
         return charges
 
 
-def rule_bytes(rules: bytes, only: Iterable[int] = range(1, 256), start: int = 0) -> set[int]:
-    """The bytes that stand in the sources of a normaliser's rules, at their byte number `start` or later.
+class RuleFacts(NamedTuple):
+    """What matters about a normaliser's rules (source string -> replacement) for cutting a text into parts."""
+    reach_space: bool   # some source holds a space
+    inner_ascii: bool   # some source holds an ASCII character that is not its first
+    breakers: set[int]  # code points at the ends of sources whose replacement is empty, or begins or ends with a space
 
-    `rules` is SentencePiece's precompiled_charsmap: a size, a double-array trie of the UTF-8 strings to be replaced,
-    and their replacements. `only` restricts the walk to (beginnings of) sources of these bytes.
+
+def study_rules(rules: bytes) -> RuleFacts:
+    """Walk through all sources in `rules`, SentencePiece's precompiled_charsmap.
+
+    Its form: a size, a double-array trie of that size with the UTF-8 of the sources (a child by the byte b of a node
+    stands at the node's base exclusive-or b, and the place for b = 0 holds where the replacement is), and the
+    replacements, each closed by a 0 byte. Branches share their ends, so the walk is over paths, level by level.
     """
     if not rules:
-        return set()
+        return RuleFacts(False, False, set())
     size = struct.unpack_from("<I", rules)[0]
     units = np.frombuffer(rules, dtype="<u4", count=size // 4, offset=4).astype(np.int64)
-    places = np.arange(len(units))
-    bases = places ^ ((units >> 10) << ((units & (1 << 9)) >> 6))  # a child by the byte b stands at base ^ b
+    texts = np.frombuffer(rules, dtype=np.uint8, offset=4 + size)
+    bases = np.arange(len(units)) ^ ((units >> 10) << ((units & (1 << 9)) >> 6))
     labels = units & 0x800000FF
-    usable = np.flatnonzero(np.isin(labels, list(only)))
-    usable = usable[np.argsort((usable ^ labels[usable]), kind="stable")]
-    parents = usable ^ labels[usable]  # the base that each would be a child of, ascending
-    nodes, level, met = np.zeros(1, dtype=np.int64), 0, set()
+    children = np.flatnonzero((labels >= 1) & (labels <= 255))
+    children = children[np.argsort(children ^ labels[children], kind="stable")]
+    their_bases = children ^ labels[children]
+    closing = np.flatnonzero(texts == 0)
+    levels: list[tuple[np.ndarray, np.ndarray]] = []  # (place of each path's end, number of its beginning one level up)
+    nodes, breakers = np.zeros(1, dtype=np.int64), set()
     while len(nodes):
-        start_at, end_at = (np.searchsorted(parents, bases[nodes], side=side) for side in ("left", "right"))
-        nodes = np.concatenate([usable[low:high] for low, high in zip(start_at, end_at)])
-        if level >= start:
-            met.update(labels[nodes].tolist())
-        level += 1
-    return met
+        first, last = (np.searchsorted(their_bases, bases[nodes], side=side) for side in ("left", "right"))
+        counts = last - first
+        parents = np.repeat(np.arange(len(nodes)), counts)
+        nodes = children[np.arange(len(parents)) + np.repeat(first - np.cumsum(counts) + counts, counts)]
+        levels.append((nodes, parents))
+        whole = np.flatnonzero((units[nodes] >> 8) & 1)
+        starts = units[bases[nodes[whole]]] & 0x7FFFFFFF
+        ends = closing[np.searchsorted(closing, starts)]
+        breaks = (ends == starts) | (texts[starts] == ord(" ")) | (texts[ends - 1] == ord(" "))
+        for path in whole[breaks].tolist():
+            source = bytearray()
+            for level_nodes, level_parents in reversed(levels):
+                source.append(labels[level_nodes[path]])
+                path = level_parents[path]
+            text = bytes(reversed(source)).decode()
+            breakers |= {ord(text[0]), ord(text[-1])}
+    reach_space = any(bool((labels[level] == ord(" ")).any()) for level, _ in levels)
+    inner_ascii = any(bool((labels[level] < 128).any()) for level, _ in levels[1:])
+    return RuleFacts(reach_space, inner_ascii, breakers)
 
 
 # ------------------------------------------------------------------------------------------------- fast exact encoding
-CACHED_WORDS, CACHED_PARTS = 500_000, 400_000  # entries of about 200 bytes: what bounds the memory of a worker
-CACHED_LENGTH = 32  # longer words are hardly ever met again
-MARK = "_"  # stands for "another word" where a word is asked for in its context
-DIGITS = "0123456789"
-ASCII_LETTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
+MARK = "_"  # stands for "another word" where a part is asked for in its context
+DOCUMENT = 0xFF  # a byte that UTF-8 never has: separates documents in a block, and is encoded as BOS
+KEY_BYTES = 15  # longer parts are too rare for the table
+TABLE_ENTRIES, LONG_ENTRIES = 1 << 20, 100_000  # what bounds the memory of an encoder: about 100 and 20 MB
+LETTER, DIGIT, OTHER, WHITE, WIDE = range(5)  # kinds of bytes; WIDE is what is not ASCII, or not left as it is
+DOCUMENT_CODE = -1  # what a `DOCUMENT` byte counts as among code points
 
 
 class Encoder:
-    """Token ids and byte charges of a document, straight from SentencePiece: slow, and what the fast ones must equal.
+    """Token ids and byte charges of a text straight from SentencePiece: slow, and what the fast one must equal.
 
     Both methods return uint16 little-endian bytes, one entry a token, without BOS.
     """
@@ -324,8 +348,8 @@ class Encoder:
     def ids(self, text: str) -> bytes:
         """The token ids of a text."""
         if self.tokenizer.lossless and SPACE in text:  # in a piece it would come back as a space: spell it in bytes
-            spelled = b"".join(struct.pack("<H", self.tokenizer.names.index(f"<0x{byte:02X}>")) for byte in SPACE.encode())
-            return spelled.join(map(self.ids, text.split(SPACE)))
+            spelled = [self.tokenizer.names.index(f"<0x{byte:02X}>") for byte in SPACE.encode()]
+            return array("H", spelled).tobytes().join(map(self.ids, text.split(SPACE)))
         return array("H", self.processor.encode(lossless_caps.encode(text))).tobytes()
 
     def charges(self, text: str) -> bytes:
@@ -339,188 +363,305 @@ class Encoder:
         return array("H", counts).tobytes()
 
 
-class _Cache(dict):
-    """A dictionary that computes what it lacks, and keeps the first `limit` short ones: the frequent come early."""
+class FastEncoder:
+    """The same for many documents at once, many times as fast, for tokenizers that work word by word.
 
-    def __init__(self, compute: Callable[[str], bytes | None], limit: int) -> None:
-        super().__init__()
-        self.compute, self.limit = compute, limit
+    The UTF-8 of the documents, each after a `DOCUMENT` byte, is cut into parts: before white space, and within words
+    between ASCII letters, digits and other ASCII characters. No piece of the model and no rule of its normaliser
+    reaches over such a cut (`Tokenizer.by_word` and `_cut_table` prove it from the model), so the ids of a text are the
+    ids of its parts, one after the other. A part carries the white space before it: " the" and "the" are two parts.
+    Each distinct part goes to SentencePiece once; after that a hash table of whole parts, in numpy, has its ids.
 
-    def __missing__(self, key: str) -> bytes | None:
-        value = self.compute(key)
-        if len(self) < self.limit and len(key) <= CACHED_LENGTH:
-            self[key] = value
-        return value
-
-
-class WordEncoder:
-    """The same several times as fast, for a lossless tokenizer whose pieces hold no space but as first character.
-
-    The ids of a text are then the ids of its words, each with the space before it, and a word is looked up in a cache.
-    A new word is cut again, between letters and other characters, where no piece of the model joins the two kinds
-    (`part_pattern`); such a part goes to SentencePiece once, and to a cache of its own.
+    A tokenizer that normalises strips and collapses white space, of which Unicode has many kinds. There a run of ASCII
+    white space begins a part only where both its neighbours are characters that normalisation makes neither white space
+    nor nothing (`RuleFacts.breakers`); any other run stays inside a part, which SentencePiece then sees as a whole.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, with_charges: bool) -> None:
+        assert tokenizer.by_word
         self.tokenizer = tokenizer
         self.plain = Encoder(tokenizer)
-        self.split = re.compile(part_pattern(tokenizer)).findall
-        self.part_ids = _Cache(self.plain.ids, CACHED_PARTS)
-        self.word_ids = _Cache(lambda word: b"".join(map(self.part_ids.__getitem__, self.split(" " + word))),
-                               CACHED_WORDS)
-
-    def ids(self, text: str) -> bytes:
-        """The token ids of a text."""
-        words = iter(text.split(" "))
-        first = b"".join(map(self.part_ids.__getitem__, self.split(next(words))))
-        return first + b"".join(map(self.word_ids.__getitem__, words))
-
-    def charges(self, text: str) -> bytes:
-        """The original bytes behind each id: of a lossless tokenizer, they follow from the ids."""
-        return self.tokenizer.lossless_charges(np.frombuffer(self.ids(text), dtype="<u2")).tobytes()
-
-
-def part_pattern(tokenizer: Tokenizer) -> str:
-    """A regular expression whose matches partition any text so that no piece of the model reaches over a cut.
-
-    Letters are the ASCII letters and all characters that some piece joins to them; a digit is a part of its own. If
-    some piece joins letters or digits to others all the same, the parts are words.
-    """
-    names = [name.lstrip(SPACE) for name, kind in zip(tokenizer.names, tokenizer.kinds) if kind in (NORMAL, USER_DEFINED)]
-    pairs = {pair for name in names for pair in zip(name, name[1:])}
-    letters = set(ASCII_LETTERS)
-    while more := {char for pair in pairs if letters.intersection(pair) for char in pair if not char.isascii()} - letters:
-        letters |= more
-    if any((left in letters) != (right in letters) or left in DIGITS or right in DIGITS for left, right in pairs):
-        return " ?[^ ]+| "
-    inside = re.escape("".join(sorted(letters)))
-    return f" ?(?:[{inside}]+|[{DIGITS}]|[^{inside}{DIGITS} ]+)| "
-
-
-class NormalizedWordEncoder:
-    """The same for a tokenizer that normalises, so that text is lost; every charge is SentencePiece's surface.
-
-    Such a tokenizer strips and collapses white space, of which Unicode has many kinds, so a text may be cut at a space
-    only where both neighbours keep their edges (`_keeps_edges`); a word that does not has None in the cache, and
-    `_segments` joins it to its neighbours. Words of printable ASCII are cut again into parts; others go to
-    SentencePiece whole, because combining characters reach far.
-    """
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
-        self.plain = Encoder(tokenizer)
+        self.with_charges = with_charges and not tokenizer.lossless  # a lossless tokenizer's follow from the ids
         self.mark_ids = len(tokenizer.processor.encode(MARK))
-        self.white, printable = ascii_classes(tokenizer)
-        white, visible = re.escape(self.white), re.escape(printable)
-        self.is_simple = re.compile(f"[{visible}](?:[{visible}{white}]*[{visible}])?").fullmatch
-        self.split = re.compile(f"[{white}]*(?:[A-Za-z]+|[0-9]|[^A-Za-z0-9{white}]+)").findall
-        self.ids_table = self._table(self._part_ids, self.plain.ids, 1)
-        self.charges_table = self._table(self._part_charges, self.plain.charges, 4)
+        self.white, self.fixed = (" ", "") if tokenizer.lossless else ascii_classes(tokenizer)
+        self.is_simple = re.compile(f"[{re.escape(self.white)}]*[{re.escape(self.fixed) or '0'}]+").fullmatch
+        self.cuts = self._cut_table()
+        self.breakers = np.array(sorted(tokenizer.rules.breakers | {DOCUMENT_CODE}), dtype=np.int64)
+        self.table = PartTable()
+        self.long_parts: dict[bytes, tuple[bytes, bytes]] = {}
 
-    def ids(self, text: str) -> bytes:
-        """The token ids of a text."""
-        return self._document(text, self.ids_table)
+    def encode(self, documents: list[bytes]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """UTF-8 of documents -> (tokens, charges (n,) uint16, lengths (documents,) int64); BOS before each document.
 
-    def charges(self, text: str) -> bytes:
-        """The original bytes behind each id."""
-        return self._document(text, self.charges_table)
+        `charges` is empty if the encoder was made without.
+        """
+        mark = bytes([DOCUMENT])
+        text = mark + mark.join(documents) + mark + bytes(16)
+        starts = self._part_starts(text)
+        entries = self._part_entries(text, starts)
+        counts = self.table.counts[entries]
+        ends = np.cumsum(counts)
+        take = np.arange(ends[-1]) + np.repeat(self.table.offsets[entries] - ends + counts, counts)
+        tokens = self.table.ids[take]
+        charges = np.zeros(0, dtype=np.uint16)
+        if self.with_charges:
+            charges = self.table.charges[take]
+        elif self.tokenizer.lossless:
+            charges = self.tokenizer.lossless_charges(tokens)
+        is_first = np.frombuffer(text, dtype=np.uint8)[starts[:-1]] == DOCUMENT
+        lengths = np.diff((ends - counts)[is_first], append=ends[-1])
+        self.table.forget_temporary()
+        return tokens, charges, lengths
 
-    def _table(self, of_part: Callable[[str], bytes], plain: Callable[[str], bytes], share: int) -> _Table:
-        """Caches for ids or for charges; `of_part` computes them for a simple part, `plain` for a text as a whole."""
-        parts = _Cache(of_part, CACHED_PARTS // share)
+    def _cut_table(self) -> np.ndarray:
+        """(65536,) int8 for each pair of bytes (the second one high): 1 cut between them, 0 do not; for tokenizers that
+        normalise also 2, a run of white space begins with the second byte, and 3, it ended with the first."""
+        kinds = np.full(256, WIDE)
+        for byte in range(128):
+            char = chr(byte)
+            if self.tokenizer.lossless or char in self.fixed:
+                kinds[byte] = LETTER if char.isalpha() else DIGIT if char.isdigit() else OTHER
+        kinds[[ord(char) for char in self.white]] = WHITE
+        before, after = kinds[None, :], kinds[:, None]
+        table = np.zeros((256, 256), dtype=np.int8)
+        if keeps_kinds_apart(self.tokenizer):
+            table[(before <= OTHER) & (after <= OTHER) & ((before != after) | (after == DIGIT))] = 1
+        table[:, DOCUMENT] = table[DOCUMENT, :] = 1
+        if self.tokenizer.lossless:
+            table[ord(" "), :] = 1
+        else:
+            table[(before != WHITE) & (after == WHITE)] = 2
+            table[(before == WHITE) & (after != WHITE)] = 3
+        return table.reshape(-1)
 
-        def of_word(word: str) -> bytes | None:
-            if self.is_simple(word):
-                return b"".join(map(parts.__getitem__, self.split(" " + word)))
-            return self._after_mark(plain, " " + word) if self._keeps_edges(word) else None
-        return _Table(_Cache(of_word, CACHED_WORDS // share), _Cache(plain, CACHED_PARTS // 8), plain)
+    def _part_starts(self, text: bytes) -> np.ndarray:
+        """Where parts start, ascending; the last one is the place of the closing `DOCUMENT` byte."""
+        pairs = np.ndarray((len(text) - 17,), dtype="<u2", buffer=text, strides=(1,))
+        marks = self.cuts[pairs]
+        if not self.tokenizer.lossless:
+            raw = np.frombuffer(text, dtype=np.uint8)
+            before, after = np.flatnonzero(marks == 2), np.flatnonzero(marks == 3) + 1  # the bytes around each run
+            marks[before] = self._are_edges(raw, before) & self._are_edges(raw, after)
+            marks[after - 1] = raw[after] == DOCUMENT
+        return np.concatenate([[0], np.flatnonzero(marks == 1) + 1])
 
-    def _document(self, text: str, table: _Table) -> bytes:
-        """Put a text together from its cached words."""
-        words = iter(pieces := text.split(" "))
-        first = next(words)
-        if self._keeps_edges(first):
-            try:
-                return table.firsts[first] + b"".join(map(table.words.__getitem__, words))
-            except TypeError:  # a None: that word needs its neighbours
-                pass
-        segments = self._segments(pieces, table.words)
-        out = [table.plain(segments[0])]
-        for segment in segments[1:]:
-            value = table.words[segment]  # None where white space ends the text
-            out.append(self._after_mark(table.plain, " " + segment) if value is None else value)
-        return b"".join(out)
+    def _are_edges(self, raw: np.ndarray, places: np.ndarray) -> np.ndarray:
+        """For each place, that the character which has a byte there is no breaker."""
+        codes = raw[places].astype(np.int64)
+        wide = np.flatnonzero(codes >= 128)
+        if len(wide):
+            codes[wide] = code_points(raw, places[wide])
+        return ~np.isin(codes, self.breakers)
 
-    def _segments(self, pieces: list[str], words: _Cache) -> list[str]:
-        """Join pieces where one of two neighbours does not keep its edges."""
-        segments = [pieces[0]]
-        before = self._keeps_edges(pieces[0])
-        for piece in pieces[1:]:
-            now = words[piece] is not None
-            if before and now:
-                segments.append(piece)
-            else:
-                segments[-1] += " " + piece
-            before = now
-        return segments
+    def _part_entries(self, text: bytes, starts: np.ndarray) -> np.ndarray:
+        """The table's entry for every part; parts that it lacks are put in."""
+        lengths = np.diff(starts)
+        places = starts[:-1]
+        words = np.ndarray((len(text) - 7,), dtype="<u8", buffer=text, strides=(1,))
+        capped = np.minimum(lengths, KEY_BYTES + 1)
+        keys = np.empty((len(places), 2), dtype=np.uint64)
+        keys[:, 0] = words[places] & KEY_MASKS[0][capped]
+        keys[:, 1] = words[places + 8] & KEY_MASKS[1][capped]
+        keys[:, 1] |= capped.astype(np.uint64) << np.uint64(56)
+        entries = self.table.find(keys)
+        entries[lengths > KEY_BYTES] = -1
+        missing = np.flatnonzero(entries < 0)
+        if len(missing):
+            entries[missing] = self._add(text, keys[missing], places[missing], lengths[missing])
+        return entries
 
-    def _keeps_edges(self, word: str) -> bool:
-        """Is the normalised word not empty, and are its first and last character no spaces?"""
-        if self.is_simple(word):
-            return True
-        normal = self.tokenizer.processor.normalize(MARK + lossless_caps.encode(word) + MARK)
-        inner = normal[1:-1]
-        return bool(normal[0] == normal[-1] == MARK and inner and inner[0] != SPACE and inner[-1] != SPACE)
+    def _add(self, text: bytes, keys: np.ndarray, places: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """Entries for parts that the table lacks: short ones stay in it, long ones only for this block."""
+        numbers: dict[bytes, int] = {}
+        firsts, which = [], np.empty(len(places), dtype=np.int64)
+        for index, (place, length) in enumerate(zip(places.tolist(), lengths.tolist())):
+            part = text[place:place + length]
+            which[index] = numbers.setdefault(part, len(numbers))
+            if len(firsts) < len(numbers):
+                firsts.append(index)
+        parts = list(numbers)
+        known = self.long_parts
+        new = [part for part in parts if part not in known]
+        values = dict(zip(new, self._values(new)))
+        for part in new:
+            if KEY_BYTES < len(part) <= 4 * KEY_BYTES and len(known) < LONG_ENTRIES:
+                known[part] = values[part]
+        short = [number for number, part in enumerate(parts) if len(part) <= KEY_BYTES]
+        room = max(0, TABLE_ENTRIES - self.table.kept)
+        lasting = short[:room]
+        order = lasting + sorted(set(range(len(parts))).difference(lasting))
+        added = self.table.append([values.get(parts[number]) or known[parts[number]] for number in order])
+        self.table.keep(keys[[firsts[number] for number in lasting]])
+        entry_of = np.empty(len(parts), dtype=np.int64)
+        entry_of[order] = added
+        return entry_of[which]
 
-    def _after_mark(self, plain: Callable[[str], bytes], text: str) -> bytes:
-        """The value of a text that begins with white space, in the context of a word before it."""
-        return plain(MARK + text)[2 * self.mark_ids:]
+    def _values(self, parts: list[bytes]) -> list[tuple[bytes, bytes]]:
+        """(ids, charges) of parts from SentencePiece, each in its context; charges are empty if not asked for."""
+        texts = [part.lstrip(bytes([DOCUMENT])).decode() for part in parts]
+        asked = [MARK + text if part[:1] != bytes([DOCUMENT]) and text[0] in self.white else text
+                 for part, text in zip(parts, texts)]
+        values = []
+        for part, text, context, ids in zip(parts, texts, asked, self._ids(asked)):
+            skip = 2 * self.mark_ids if len(context) > len(text) else 0
+            charges = b""
+            if self.with_charges and part[0] != DOCUMENT and self.is_simple(text):
+                charges = self._simple_charges(text, ids[skip:])
+            elif self.with_charges:
+                charges = self.plain.charges(context)[skip:]
+            if part[0] == DOCUMENT:
+                ids = BOS.to_bytes(2, "little") + ids
+                charges = bytes(2) + charges if self.with_charges else b""
+            values.append((ids[skip:], charges))
+        return values
 
-    def _part_ids(self, part: str) -> bytes:
-        return self._after_mark(self.plain.ids, part) if part[0] in self.white else self.plain.ids(part)
+    def _ids(self, texts: list[str]) -> Iterator[bytes]:
+        """The ids of texts, in one call of SentencePiece."""
+        encoded = self.tokenizer.processor.encode([lossless_caps.encode(text) for text in texts], num_threads=1)
+        for text, ids in zip(texts, encoded):
+            yield self.plain.ids(text) if SPACE in text else array("H", ids).tobytes()
 
-    def _part_charges(self, part: str) -> bytes:
-        """The bytes of the pieces; the first piece has one space and stands for all the white space before it."""
-        charges = self.tokenizer.charges[np.frombuffer(self._part_ids(part), dtype="<u2")]
-        charges[0] += max(0, len(part) - len(part.lstrip(self.white)) - 1)
+    def _simple_charges(self, text: str, ids: bytes) -> bytes:
+        """The bytes of the pieces; the first has one space, and stands for all the white space before the part."""
+        charges = self.tokenizer.charges[np.frombuffer(ids, dtype="<u2")]
+        charges[0] += max(0, len(text) - len(text.lstrip(self.white)) - 1)
         return charges.tobytes()
 
 
-class _Table(NamedTuple):
-    """What `NormalizedWordEncoder` knows of words, of words at the start of a text, and how it asks SentencePiece."""
-    words: _Cache
-    firsts: _Cache
-    plain: Callable[[str], bytes]
+class PartTable:
+    """A hash table from parts of up to `KEY_BYTES` bytes to their ids and charges, looked up in bulk.
+
+    A key is 16 bytes: the part, zeros, and its length in the last byte, so that different parts have different keys and
+    a match is exact. Entry i has `counts[i]` ids from `ids[offsets[i]]` on. The first `kept` entries have keys; entries
+    after them are temporary and are forgotten at the end of a block.
+    """
+
+    def __init__(self) -> None:
+        self.kept = self.used = self.kept_ids = self.used_ids = 0
+        self.keys = np.zeros((1 << 15, 2), dtype=np.uint64)
+        self.offsets, self.counts = np.zeros(1 << 14, dtype=np.int64), np.zeros(1 << 14, dtype=np.int64)
+        self.ids, self.charges = np.zeros(1 << 16, dtype=np.uint16), np.zeros(1 << 16, dtype=np.uint16)
+        self._make_slots(1 << 15)
+
+    def _make_slots(self, count: int) -> None:
+        """Empty slots: for each the halves of the key in it and the number of its entry, -1 where it is free."""
+        self.slot_first, self.slot_second = np.zeros(count, dtype=np.uint64), np.zeros(count, dtype=np.uint64)
+        self.slot_entries = np.full(count, -1, dtype=np.int32)
+        self.shift = np.uint64(64 - count.bit_length() + 1)
+
+    def _home(self, keys: np.ndarray) -> np.ndarray:
+        """The slot where the search for a key begins."""
+        mixed = (keys[:, 0] ^ (keys[:, 1] * np.uint64(0x9E3779B97F4A7C15))) * np.uint64(0xD6E8FEB86659FD93)
+        mixed ^= mixed >> np.uint64(32)
+        return ((mixed * np.uint64(0xD6E8FEB86659FD93)) >> self.shift).astype(np.int64)
+
+    def find(self, keys: np.ndarray) -> np.ndarray:
+        """(n, 2) keys -> (n,) entries, -1 where there is none."""
+        slots = self._home(keys)
+        entries = self.slot_entries[slots].astype(np.int64)
+        astray = np.flatnonzero(self._holds_another(slots, keys, entries))
+        while len(astray):  # look in the next slot
+            slots[astray] = (slots[astray] + 1) % len(self.slot_entries)
+            entries[astray] = self.slot_entries[slots[astray]]
+            astray = astray[self._holds_another(slots[astray], keys[astray], entries[astray])]
+        return entries
+
+    def _holds_another(self, slots: np.ndarray, keys: np.ndarray, entries: np.ndarray) -> np.ndarray:
+        """For each slot, that a key sits in it which is not the one looked for."""
+        return (entries >= 0) & ((self.slot_first[slots] != keys[:, 0]) | (self.slot_second[slots] != keys[:, 1]))
+
+    def append(self, values: list[tuple[bytes, bytes]]) -> np.ndarray:
+        """New entries, temporary until `keep`, with these (ids, charges); returns their numbers."""
+        ids = np.frombuffer(b"".join(value[0] for value in values), dtype="<u2")
+        charges = np.frombuffer(b"".join(value[1] for value in values), dtype="<u2")
+        counts = np.array([len(value[0]) // 2 for value in values], dtype=np.int64)
+        first, first_id = self.used, self.used_ids
+        self.used, self.used_ids = first + len(values), first_id + len(ids)
+        self.offsets, self.counts = _grown(self.offsets, self.used), _grown(self.counts, self.used)
+        self.ids, self.charges = _grown(self.ids, self.used_ids), _grown(self.charges, self.used_ids)
+        self.counts[first:self.used] = counts
+        self.offsets[first:self.used] = first_id + np.cumsum(counts) - counts
+        self.ids[first_id:self.used_ids] = ids
+        self.charges[first_id:first_id + len(charges)] = charges
+        return np.arange(first, self.used)
+
+    def keep(self, keys: np.ndarray) -> None:
+        """Give the first temporary entries these (distinct, new) keys; they stay."""
+        first = self.kept
+        self.kept += len(keys)
+        self.keys = _grown(self.keys, self.kept)
+        self.keys[first:self.kept] = keys
+        if len(keys):
+            self.kept_ids = int(self.offsets[self.kept - 1] + self.counts[self.kept - 1])
+        if 2 * self.kept > len(self.slot_entries):
+            self._make_slots(1 << (4 * self.kept).bit_length() - 1)
+            first = 0
+        self._put(self.keys[first:self.kept], np.arange(first, self.kept))
+
+    def _put(self, keys: np.ndarray, entries: np.ndarray) -> None:
+        """Find free slots for new keys; where several want the same slot the last one gets it."""
+        slots = self._home(keys)
+        todo = np.arange(len(keys))
+        while len(todo):
+            free = self.slot_entries[slots[todo]] < 0
+            self.slot_entries[slots[todo[free]]] = entries[todo[free]]
+            placed = self.slot_entries[slots[todo]] == entries[todo]
+            at = slots[todo[placed]]
+            self.slot_first[at], self.slot_second[at] = keys[todo[placed]].T
+            todo = todo[~placed]
+            slots[todo] = (slots[todo] + 1) % len(self.slot_entries)
+
+    def forget_temporary(self) -> None:
+        """Drop the entries without keys."""
+        self.used, self.used_ids = self.kept, self.kept_ids
+
+
+def _grown(values: np.ndarray, size: int) -> np.ndarray:
+    """The array itself, or a copy in one of at least `size` and half as much again."""
+    if size <= len(values):
+        return values
+    larger = np.zeros((size + size // 2, *values.shape[1:]), dtype=values.dtype)
+    larger[:len(values)] = values
+    return larger
+
+
+KEY_MASKS = np.array([[(1 << 8 * min(8, max(0, length - 8 * half))) - 1 for length in range(KEY_BYTES + 2)]
+                      for half in range(2)], dtype=np.uint64)
+
+
+def code_points(raw: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """The code point of the UTF-8 character that has a byte at each place; `DOCUMENT_CODE` for a `DOCUMENT` byte."""
+    first = places.copy()
+    for _ in range(3):
+        first -= (raw[first] & 0xC0) == 0x80
+    lead = raw[first].astype(np.int64)
+    size = 1 + (lead >= 0xC0) + (lead >= 0xE0) + (lead >= 0xF0)
+    codes = lead & np.array([0, 0x7F, 0x1F, 0x0F, 0x07])[size]
+    for step in range(1, 4):
+        longer = size > step
+        codes[longer] = codes[longer] << 6 | raw[first[longer] + step] & 0x3F
+    return np.where(lead == DOCUMENT, DOCUMENT_CODE, codes)
+
+
+def keeps_kinds_apart(tokenizer: Tokenizer) -> bool:
+    """Is there no piece that joins an ASCII letter or digit to an ASCII character of another kind, or digits to digits,
+    and no rule of the normaliser with more than one ASCII character in its source?"""
+    joined = re.compile(r"[A-Za-z][\0-@\[-`{-\x7f]|[\0-@\[-`{-\x7f][A-Za-z]|[0-9][\0-\x7f]|[\0-\x7f][0-9]", re.DOTALL)
+    names = [name.removeprefix(SPACE) for name, kind in zip(tokenizer.names, tokenizer.kinds)
+             if kind in (NORMAL, USER_DEFINED)]
+    return not tokenizer.rules.inner_ascii and not any(map(joined.search, names))
 
 
 def ascii_classes(tokenizer: Tokenizer) -> tuple[str, str]:
-    """(white, printable): the ASCII characters that the normaliser makes a space, and those that it leaves alone.
-
-    Both are empty but for the space where the simple way is not proven exact: a rule for several ASCII characters, or a
-    piece that joins letters or digits to other ASCII characters.
-    """
-    names = [name.lstrip(SPACE) for name in tokenizer.names if name.lstrip(SPACE).isascii()]
-    names = [name for name in names if tokenizer.kinds[tokenizer.processor.piece_to_id(name)] == NORMAL]
-    joined = re.compile("[A-Za-z][^A-Za-z]|[^A-Za-z][A-Za-z]|[0-9].|.[0-9]", re.DOTALL)
-    if rule_bytes(tokenizer.rules, range(1, 128), start=1) or any(map(joined.search, names)):
-        return " ", ""
-    white, printable = " ", ""
+    """(white, fixed): the ASCII characters that the normaliser makes a space, and those that it leaves as they are."""
+    white, fixed = " ", ""
     for char in map(chr, range(1, 128)):
-        if char.isupper() or char == " ":
-            continue
-        normal = tokenizer.processor.normalize(MARK + char + MARK)
-        if normal == MARK + SPACE + MARK:
+        normal = tokenizer.processor.normalize(MARK + lossless_caps.encode(char) + MARK)
+        if char != " " and normal == MARK + SPACE + MARK:
             white += char
-        elif normal == MARK + char + MARK:
-            printable += char
-    return white, printable + "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-
-
-def fast_encoder(tokenizer: Tokenizer) -> Encoder | WordEncoder | NormalizedWordEncoder:
-    """The fastest encoder that is exact for this tokenizer."""
-    if not tokenizer.by_word:
-        return Encoder(tokenizer)
-    return WordEncoder(tokenizer) if tokenizer.lossless else NormalizedWordEncoder(tokenizer)
+        elif normal == MARK + lossless_caps.encode(char) + MARK:
+            fixed += char
+    return white, fixed
 
 
 # -------------------------------------------------------------------------------------------------------------- sample
@@ -796,8 +937,8 @@ class Journal:
 
 
 @lru_cache(maxsize=1)
-def worker_encoder(model: str, sha256: str) -> Encoder | WordEncoder | NormalizedWordEncoder:
-    """The encoder of this process, with its caches; a worker process ends when the process that started it does."""
+def worker_encoder(model: str, sha256: str, with_charges: bool) -> Encoder | FastEncoder:
+    """The encoder of this process, with its table; a worker process ends when the process that started it does."""
     if parent := multiprocessing.parent_process():
         def leave() -> None:
             parent.join()
@@ -806,26 +947,29 @@ def worker_encoder(model: str, sha256: str) -> Encoder | WordEncoder | Normalize
     tokenizer = Tokenizer(model)
     if tokenizer.sha256 != sha256:
         raise ValueError(f"{model} changed while the build was running")
-    return fast_encoder(tokenizer)
+    return FastEncoder(tokenizer, with_charges) if tokenizer.by_word else Encoder(tokenizer)
 
 
 def encode_block(request: BuildRequest, sha256: str, block: Block, with_charges: bool) -> Encoded:
     """Tokenise the documents of a block; runs in a worker process."""
-    encoder = worker_encoder(str(request.model), sha256)
+    encoder = worker_encoder(str(request.model), sha256, with_charges)
     texts = [document_text(block, index, request.replace_surrogates) for index in range(len(block.lines))]
     raw = [text.encode() for text in texts]
-    bos = struct.pack("<H", BOS)
-    parts = [encoder.ids(text) for text in texts]
-    tokens = np.frombuffer(bos + bos.join(parts), dtype="<u2")
-    charges = np.zeros(0, dtype="<u2")
-    if with_charges and encoder.tokenizer.lossless:
-        charges = encoder.tokenizer.lossless_charges(tokens)
-    elif with_charges:
-        none = struct.pack("<H", 0)
-        charges = np.frombuffer(none + none.join(map(encoder.charges, texts)), dtype="<u2")
-    lengths = np.array([1 + len(part) // 2 for part in parts], dtype=np.int64)
+    if isinstance(encoder, FastEncoder):
+        tokens, charges, lengths = encoder.encode(raw)
+    else:
+        tokens, charges, lengths = encode_plainly(encoder, texts, with_charges)
     hashes = [hashlib.blake2b(data, digest_size=16).digest() for data in raw]
     return Encoded(tokens, charges, lengths, np.array([len(data) for data in raw], dtype=np.int64), hashes)
+
+
+def encode_plainly(encoder: Encoder, texts: list[str], with_charges: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What `FastEncoder.encode` returns, by SentencePiece alone."""
+    parts = [encoder.ids(text) for text in texts]
+    bos, none = BOS.to_bytes(2, "little"), bytes(2)
+    charges = none + none.join(map(encoder.charges, texts)) if with_charges else b""
+    lengths = np.array([1 + len(part) // 2 for part in parts], dtype=np.int64)
+    return np.frombuffer(bos + bos.join(parts), dtype="<u2"), np.frombuffer(charges, dtype="<u2"), lengths
 
 
 class Build:
