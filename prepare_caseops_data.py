@@ -26,6 +26,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -35,7 +36,7 @@ import zipfile
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -124,7 +125,7 @@ class Documents:
                 while hashed.read(1 << 20):  # bytes after the end of the compressed stream belong to the hash
                     pass
                 self.bytes_read = before + hashed.count
-            self.finished.append({"name": os.path.basename(path), "bytes": hashed.count, "documents": done,
+            self.finished.append({"name": os.path.basename(path), "path": path, "bytes": hashed.count, "documents": done,
                                   "sha256": hashed.sha256.hexdigest()})
 
 
@@ -1138,7 +1139,8 @@ class Build:
                           "vocab_size": self.tokenizer.vocab_size, "lossless": self.tokenizer.lossless},
             "splits": {"val": asdict(self.journal.val), "train": asdict(self.journal.train)},
             "shard_entries": self.request.shard_entries, "replace_surrogates": self.request.replace_surrogates,
-            "sources": self.documents.finished}
+            "sources": [source | {"path": os.path.relpath(source["path"], self.request.out)}
+                        for source in self.documents.finished]}
 
 
 class _Now:
@@ -1184,6 +1186,462 @@ def build(request: BuildRequest) -> dict[str, Any]:
     return Build(request).run()
 
 
+# ------------------------------------------------------------------------------------------------------------ download
+PUBLISHED = "fineweb10B_sp8192_lossless_caps_caseops_v1_reserved"
+PUBLISHED_FOLDER = "fineweb10B_sp8192_caseops"
+DATA_REPO, DOCS_REPO = "romeerp/parameter-golf-caseops-v1", "willdepueoai/parameter-golf"
+DOCS_FILES = ("docs_selected.jsonl", "docs_selected.source_manifest.json")
+ATTEMPTS = 5  # at one file; each goes on where the last one stopped
+PARALLEL_DOWNLOADS = 4
+
+
+class Hub:
+    """A data set repository of the hub. `MATCHED_FINEWEB_REPO_ID` and `MATCHED_FINEWEB_REMOTE_ROOT_PREFIX` name another
+    repository and another root in it; the client itself reads HF_ENDPOINT, HF_TOKEN and the like."""
+
+    def __init__(self, repo: str) -> None:
+        import huggingface_hub  # here, because building data needs no hub
+        self.client = huggingface_hub
+        self.repo = os.environ.get("MATCHED_FINEWEB_REPO_ID", repo)
+        self.root = os.environ.get("MATCHED_FINEWEB_REMOTE_ROOT_PREFIX", "datasets").strip("/")
+        self.errors = (huggingface_hub.errors.HTTPError, OSError)  # what the client raises: answers, transport, files
+
+    def problem(self, what: str, error: Exception) -> ValueError:
+        """An error that says what to do."""
+        first_line = (str(error).strip() or type(error).__name__).split("\n")[0]
+        return ValueError(f"could not get {what} from the hub repository {self.repo}: {first_line}. Check the network"
+                          " (and HF_ENDPOINT, HF_HUB_OFFLINE, HF_TOKEN, MATCHED_FINEWEB_REPO_ID if they are set) and run"
+                          " the same command again: it goes on where it stopped. Without a network copy the files from"
+                          " another machine, or use --sample, or build from documents with --docs")
+
+    def sizes(self, names: list[str]) -> dict[str, tuple[int, str | None]]:
+        """(size, SHA-256 or None) of files under the root; ValueError names those that the repository lacks."""
+        paths = [f"{self.root}/{name}" if self.root else name for name in names]
+        try:
+            found = {info.path: info for info in self.client.HfApi().get_paths_info(self.repo, paths, repo_type="dataset")}
+        except self.errors as error:
+            raise self.problem("the list of files", error) from None
+        if missing := [path for path in paths if path not in found]:
+            raise ValueError(f"the hub repository {self.repo} has no {', '.join(missing[:3])}"
+                             f"{' …' if len(missing) > 3 else ''}: ask for fewer --train-shards, or check"
+                             " MATCHED_FINEWEB_REPO_ID and MATCHED_FINEWEB_REMOTE_ROOT_PREFIX")
+        infos = [found[path] for path in paths]
+        return {name: (info.size, info.lfs.sha256 if info.lfs else None) for name, info in zip(names, infos)}
+
+    def fetch(self, name: str, target: Path, expected: tuple[int, str | None]) -> None:
+        """One file under the root to `target`, unless a file of its size is there; its size and hash are checked."""
+        size, sha256 = expected
+        if target.is_file() and target.stat().st_size == size:
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path = f"{self.root}/{name}" if self.root else name
+        staging = target.parent / f".{target.name}.download"  # holds the unfinished file between attempts and runs
+        started = time.perf_counter()
+        for attempt in range(ATTEMPTS):
+            try:
+                got = Path(self.client.hf_hub_download(self.repo, path, repo_type="dataset", local_dir=staging))
+                break
+            except self.errors as error:
+                wrong_size = "Consistency check failed" in str(error)
+                if wrong_size:  # nothing of it can be used
+                    shutil.rmtree(staging, ignore_errors=True)
+                refused = isinstance(error, self.client.errors.HfHubHTTPError) and error.response.status_code < 500
+                if wrong_size or refused or attempt == ATTEMPTS - 1:
+                    raise self.problem(path, error) from None
+                say(f"download file:{target.name} interrupted:{type(error).__name__} attempt:{attempt + 1}/{ATTEMPTS}")
+                time.sleep(attempt)
+        if got.stat().st_size != size or (sha256 and file_sha256(got) != sha256):
+            found = got.stat().st_size
+            shutil.rmtree(staging)
+            raise ValueError(f"{path} arrived with {found} bytes, the hub lists {size}, or with another SHA-256: it was"
+                             " damaged on the way and thrown away; run the same command again")
+        os.replace(got, target)
+        shutil.rmtree(staging)
+        say(f"download file:{target.name} bytes:{size} mb_s:{size / 1e6 / (time.perf_counter() - started):.1f}")
+
+    def fetch_all(self, targets: dict[str, Path]) -> None:
+        """Several files, a few at a time."""
+        sizes = self.sizes(list(targets))
+        with ThreadPoolExecutor(PARALLEL_DOWNLOADS) as threads:
+            waiting = [threads.submit(self.fetch, name, target, sizes[name]) for name, target in targets.items()]
+            try:
+                for future in waiting:
+                    future.result()
+            finally:
+                for future in waiting:
+                    future.cancel()
+
+
+def download_published(data_dir: Path, train_shards: int | None) -> Path:
+    """The published shards, all or the first `train_shards` for training, and their tokenizer; returns their folder."""
+    hub = Hub(DATA_REPO)
+    base = data_dir / "datasets" / PUBLISHED_FOLDER / "datasets"
+    hub.fetch_all({"manifest.json": base / "manifest.json"})
+    manifest = json.loads((base / "manifest.json").read_bytes())
+    data_set = next((entry for entry in manifest["datasets"] if entry["name"] == PUBLISHED), None)
+    if data_set is None:
+        raise ValueError(f"manifest.json of {hub.repo} lists no data set {PUBLISHED}: check MATCHED_FINEWEB_REPO_ID")
+    tokenizer = next(entry for entry in manifest["tokenizers"] if entry["name"] == data_set["tokenizer_name"])
+    there = data_set["stats"]["files_train"]
+    count = there if train_shards is None else train_shards
+    if not 0 <= count <= there:
+        raise ValueError(f"--train-shards {count}: {hub.repo} has {there}")
+    val_shards = data_set["stats"]["files_val"]
+    names = [f"fineweb_{kind}_{number:06d}.bin" for kind, shards in
+             (("train", count), ("val", val_shards), ("val_bytes", val_shards)) for number in range(shards)]
+    paths = [f"datasets/{PUBLISHED}/{name}" for name in names] + [tokenizer["model_path"]]
+    if tokenizer.get("vocab_path"):
+        paths.append(tokenizer["vocab_path"])
+    hub.fetch_all({path: base / path for path in paths})
+    folder = base / "datasets" / PUBLISHED
+    for name in names:
+        check_shard_size(folder / name)
+    return folder
+
+
+def check_shard_size(path: Path) -> None:
+    """ValueError if a file is no shard or has not the length that its header says."""
+    header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
+    if len(header) < HEADER_INTS or tuple(header[:2]) != (SHARD_MAGIC, SHARD_VERSION):
+        raise ValueError(f"{path} is no token shard: delete it and run the same command again")
+    if path.stat().st_size != 4 * HEADER_INTS + 2 * int(header[2]):
+        raise ValueError(f"{path} has {path.stat().st_size} bytes, its header promises {int(header[2])} entries:"
+                         " delete it and run the same command again")
+
+
+def download_documents(data_dir: Path) -> Path:
+    """The raw documents behind the published shards (tens of gigabytes), and their manifest; returns their path."""
+    hub = Hub(DOCS_REPO)
+    hub.fetch_all({name: data_dir / "datasets" / name for name in DOCS_FILES})
+    return data_dir / "datasets" / DOCS_FILES[0]
+
+
+# -------------------------------------------------------------------------------------------------------------- verify
+PUBLISHED_VAL = {"documents": 50_000, "tokens": 47_853_344, "bytes": 151_080_645}
+FAULTS_SHOWN = 5  # of each check
+
+
+@dataclass(frozen=True)
+class VerifyRequest:
+    """What to verify, and against what: the documents it was built from, where they are at hand, and the tokenizer."""
+    folder: Path
+    docs: tuple[str, ...]
+    model: Path
+    round_trips: int = 1000
+
+
+class Report:
+    """The table of a verification: one row a check, and the faults with their places."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[str, str, str]] = []
+        self.faults: list[str] = []
+
+    def add(self, check: str, faults: list[str], detail: str) -> None:
+        """A row; each fault is a sentence that names file and position."""
+        self.rows.append((check, "FAULT" if faults else "ok", detail))
+        self.faults += faults[:FAULTS_SHOWN]
+        if len(faults) > FAULTS_SHOWN:
+            self.faults.append(f"… and {len(faults) - FAULTS_SHOWN} more of {check}")
+
+    def skip(self, check: str, why: str) -> None:
+        """A check that could not be made."""
+        self.rows.append((check, "-", why))
+
+    def text(self) -> str:
+        """The table, and under it the faults."""
+        width = max(len(row[0]) for row in self.rows)
+        lines = [f"{check:{width}}  {result:5}  {detail}" for check, result, detail in self.rows]
+        return "\n".join(lines + [f"fault {fault}" for fault in self.faults])
+
+
+class Verification:
+    """The checks of one data set. Every method adds rows to `report`."""
+
+    def __init__(self, request: VerifyRequest) -> None:
+        self.request, self.report = request, Report()
+        self.folder = request.folder
+        path = self.folder / MANIFEST
+        self.manifest = json.loads(path.read_bytes()) if path.is_file() else None
+        self.tokenizer = Tokenizer(request.model)
+        self.plain = Encoder(self.tokenizer)
+        self.train = self._paths("train")
+        self.shards: dict[str, np.ndarray] = {}
+
+    def _paths(self, kind: str) -> list[Path]:
+        return sorted(path for path in self.folder.glob("*.bin") if re.fullmatch(rf"fineweb_{kind}_\d{{6}}\.bin", path.name))
+
+    def run(self) -> Report:
+        """All checks, the fast ones first; those that need readable shards are left out where some are not."""
+        self._fast_checks()
+        if self.shards:
+            self._hashes()
+            self._counts()
+            self._ids()
+            self._sidecar()
+            self._disjoint()
+            self._published()
+            self._round_trips()
+        return self.report
+
+    def _fast_checks(self) -> None:
+        """What train_gpt.py checks before it trains: headers, sizes, BOS, ids, the sidecar's length."""
+        import train_gpt  # here, because it needs torch and nothing else in this file does
+        settings = {"DATA_PATH": str(self.folder), "TOKENIZER_PATH": str(self.request.model),
+                    "VOCAB_SIZE": str(self.tokenizer.vocab_size)}
+        faults, shards = [], {}
+        paths = [*self.train, *self._paths("val"), *self._paths("val_bytes")]
+        for path in paths:
+            try:
+                shards[path.name] = train_gpt.read_shard(path)
+            except ValueError as error:
+                faults.append(str(error))
+        entries = sum(map(len, shards.values()))
+        self.report.add("headers and sizes", faults, f"{len(paths)} shards, {entries:,} entries")
+        problem = []
+        try:
+            train_gpt.check_dataset(train_gpt.Config.from_env(settings))
+        except ValueError as error:
+            problem = [str(error)]
+        self.report.add("checks of train_gpt.py", problem, "as before every training")
+        if not faults and {VAL_TOKENS, VAL_BYTES} <= shards.keys() and len(shards[VAL_TOKENS]) == len(shards[VAL_BYTES]):
+            self.shards = shards
+
+    def _hashes(self) -> None:
+        """Names, lengths and SHA-256 against the manifest."""
+        if self.manifest is None:
+            self.report.skip("hashes", f"no {MANIFEST} beside the shards")
+            return
+        faults = []
+        listed = [entry for split in ("val", "train") for entry in self.manifest["splits"][split]["files"]]
+        if extra := self.shards.keys() - {entry["file"] for entry in listed}:
+            faults.append(f"{', '.join(sorted(extra))}: not in {MANIFEST}")
+        for entry in listed:
+            path = self.folder / entry["file"]
+            if not path.is_file():
+                faults.append(f"{path}: missing, but listed in {MANIFEST}")
+            elif len(self.shards[entry["file"]]) != entry["entries"] or file_sha256(path) != entry["sha256"]:
+                faults.append(f"{path}: not the file that {MANIFEST} lists (SHA-256 or length differs)")
+        if self.manifest["tokenizer"]["sha256"] != self.tokenizer.sha256:
+            faults.append(f"{self.request.model}: not the tokenizer of this data set"
+                          f" ({self.manifest['tokenizer']['name']}); give that one with --sp")
+        self.report.add("hashes", faults, f"{len(listed)} files and the tokenizer")
+
+    def _counts(self) -> None:
+        """Every split begins with BOS and has as many documents and entries as the manifest says."""
+        faults, details = [], []
+        for split, names in (("val", [VAL_TOKENS]), ("train", [path.name for path in self.train])):
+            documents = sum(int((self.shards[name] == BOS).sum()) for name in names)
+            entries = sum(len(self.shards[name]) for name in names)
+            details.append(f"{split} {documents:,} BOS, {entries:,} entries")
+            if names and self.shards[names[0]][0] != BOS:
+                faults.append(f"{self.folder / names[0]} entry 0: {self.shards[names[0]][0]}, not BOS ({BOS})")
+            if self.manifest:
+                expected = self.manifest["splits"][split]
+                if (documents, entries) != (expected["documents"], expected["tokens"]):
+                    faults.append(f"{self.folder} {split}: {documents} BOS and {entries} entries, {MANIFEST} says"
+                                  f" {expected['documents']} and {expected['tokens']}")
+        self.report.add("documents", faults, "; ".join(details))
+
+    def _ids(self) -> None:
+        """No id that the tokenizer lacks or that stands for nothing (pad, eos, unk)."""
+        allowed = np.zeros(1 << 16, dtype=bool)
+        allowed[:self.tokenizer.vocab_size] = [kind not in (CONTROL, UNKNOWN, UNUSED) for kind in self.tokenizer.kinds]
+        allowed[BOS] = True
+        faults = []
+        for name in [VAL_TOKENS, *(path.name for path in self.train)]:
+            for at in np.flatnonzero(~allowed[self.shards[name]])[:FAULTS_SHOWN].tolist():
+                faults.append(f"{self.folder / name} entry {at}: id {self.shards[name][at]} stands for no text")
+        self.report.add("ids", faults, f"all below {self.tokenizer.vocab_size}, none of them padding or unknown")
+
+    def _sidecar(self) -> None:
+        """The charges against the tokens: all of them for a lossless tokenizer, BOS and operators for others."""
+        tokens, charges = np.asarray(self.shards[VAL_TOKENS]), np.asarray(self.shards[VAL_BYTES])
+        expected = self.tokenizer.lossless_charges(tokens)
+        known = np.ones(len(tokens), dtype=bool) if self.tokenizer.lossless else self.tokenizer.charges[tokens] == 0
+        wrong = np.flatnonzero(known & (expected != charges))
+        faults = [f"{self.folder / VAL_BYTES} entry {at}: {charges[at]} bytes for token {tokens[at]}, must be {expected[at]}"
+                  for at in wrong.tolist()]
+        total = int(charges.sum(dtype=np.int64))
+        if self.manifest and self.tokenizer.lossless and total != self.manifest["splits"]["val"]["bytes"]:
+            faults.append(f"{self.folder / VAL_BYTES}: sums to {total}, the text has"
+                          f" {self.manifest['splits']['val']['bytes']} bytes")
+        what = "every entry" if self.tokenizer.lossless else "BOS and operators"
+        self.report.add("sidecar against tokens", faults, f"{what}; sum {total:,} bytes")
+
+    def _disjoint(self) -> None:
+        """No training document is equal to a validation document."""
+        val = {hashlib.blake2b(document, digest_size=16).digest() for _, _, document in self._documents([VAL_TOKENS])}
+        faults = [f"{self.folder / name} entry {at}: the document that begins there is a validation document too"
+                  for name, at, document in self._documents([path.name for path in self.train])
+                  if hashlib.blake2b(document, digest_size=16).digest() in val]
+        self.report.add("train and val disjoint", faults, f"{len(val):,} distinct validation documents")
+
+    def _documents(self, names: list[str]) -> Iterator[tuple[str, int, bytes]]:
+        """(shard, entry of BOS in it, token ids as bytes without BOS) of all documents, also those across shards."""
+        begun: tuple[str, int] | None = None
+        rest = b""
+        for name in names:
+            shard = np.asarray(self.shards[name])
+            starts = np.flatnonzero(shard == BOS)
+            data = shard.tobytes()
+            ends = [*starts.tolist(), len(shard)]
+            rest += data[:2 * ends[0]]
+            for start, end in zip(ends, ends[1:]):
+                if begun:
+                    yield (*begun, rest)
+                begun, rest = (name, start), data[2 * start + 2:2 * end]
+        if begun:
+            yield (*begun, rest)
+
+    def _published(self) -> None:
+        """The constants of the published validation set."""
+        if self.folder.name != PUBLISHED:
+            return
+        tokens, charges = self.shards[VAL_TOKENS], self.shards[VAL_BYTES]
+        found = {"documents": int((tokens == BOS).sum()), "tokens": len(tokens), "bytes": int(charges.sum(dtype=np.int64))}
+        faults = [f"{self.folder / VAL_TOKENS}: {found[key]} {key}, published are {PUBLISHED_VAL[key]}"
+                  for key in found if found[key] != PUBLISHED_VAL[key]]
+        self.report.add("published constants", faults, ", ".join(f"{value:,} {key}" for key, value in found.items()))
+
+    def _sources(self) -> tuple[str, ...]:
+        """The documents this was built from: as given, or where the manifest says if they are all there."""
+        if self.request.docs or self.manifest is None:
+            return self.request.docs
+        paths = [self.folder / source["path"] for source in self.manifest["sources"]]
+        return tuple(map(os.path.normpath, paths)) if all(path.is_file() for path in paths) else ()
+
+    def _round_trips(self) -> None:
+        """Decode documents and compare them with their text; without it, decode and encode again."""
+        total = sum(int((self.shards[name] == BOS).sum()) for name in [VAL_TOKENS, *(path.name for path in self.train)])
+        every = max(1, total // max(1, self.request.round_trips))
+        if sources := self._sources():
+            self._against_source(sources, every)
+        elif self.tokenizer.lossless:
+            faults = []
+            checked = 0
+            for number, (name, at, document) in enumerate(self._all_documents()):
+                if number % every == 0:
+                    checked += 1
+                    faults += self._encodes_again(name, at, document)
+            self.report.add("decode and encode", faults, f"{checked:,} of {total:,} documents (their text is not at hand)")
+        else:
+            self.report.skip("round trip", "the text is not at hand: give it with --docs")
+
+    def _all_documents(self) -> Iterator[tuple[str, int, bytes]]:
+        yield from self._documents([VAL_TOKENS])
+        yield from self._documents([path.name for path in self.train])
+
+    def _encodes_again(self, name: str, at: int, document: bytes) -> list[str]:
+        """Faults of a document that is not what its own text is encoded to."""
+        try:
+            again = self.plain.ids(self.tokenizer.decode(np.frombuffer(document, dtype="<u2").tolist()))
+        except ValueError as error:
+            return [f"{self.folder / name} entry {at}: the document does not decode: {error}"]
+        return [] if again == document else [f"{self.folder / name} entry {at}: the document's text has other tokens"]
+
+    def _against_source(self, sources: tuple[str, ...], every: int) -> None:
+        """One pass over source and shards side by side: same documents, same tokens and charges, text comes back."""
+        documents = Documents(sources)
+        replaced = bool(self.manifest and self.manifest["replace_surrogates"])
+        val_docs = int((self.shards[VAL_TOKENS] == BOS).sum())
+        ends = np.append(np.flatnonzero(self.shards[VAL_TOKENS] == BOS), len(self.shards[VAL_TOKENS]))
+        charges = np.asarray(self.shards[VAL_BYTES])
+        encoded, val_hashes, comparison = self._all_documents(), set(), Comparison(self)
+        number = text_bytes = dropped = 0
+        for block in documents.blocks():
+            for index in range(len(block.lines)):
+                text = document_text(block, index, replaced)
+                key = text_hash(text)
+                if number >= val_docs and key in val_hashes:
+                    dropped += 1
+                    continue
+                name, at, document = next(encoded, ("", 0, b""))
+                here = None
+                if number < val_docs:
+                    val_hashes.add(key)
+                    text_bytes += len(text.encode())
+                    here = charges[ends[number] + 1:ends[number + 1]].tobytes()
+                if number < val_docs or number % every == 0:
+                    comparison.compare(f"{self.folder / name} entry {at}", text, document, here, number % every == 0)
+                number += 1
+        faults = comparison.faults
+        if next(encoded, None) or not name:
+            faults.append(f"{self.folder}: does not hold the {number} documents of {', '.join(sources)}")
+        if self.manifest:
+            hashes = [source["sha256"] for source in self.manifest["sources"]]
+            if hashes != [source["sha256"] for source in documents.finished]:
+                faults.append(f"{', '.join(sources)}: SHA-256 differs from the source in {MANIFEST}")
+        self.report.add("equal to SentencePiece", faults, f"{comparison.compared:,} documents of {number:,} against their"
+                        f" text, charges of {val_docs:,}")
+        total = int(charges.sum(dtype=np.int64))
+        wrong = self.tokenizer.lossless and total != text_bytes
+        self.report.add("sidecar against text", [f"{self.folder / VAL_BYTES}: sums to {total}, the text to {text_bytes}"]
+                        if wrong else [], f"{total:,} of {text_bytes:,} bytes of text charged")
+        comparison.report_round_trips()
+
+
+class Comparison:
+    """Documents in a shard against their text, and why those do not come back that do not."""
+
+    def __init__(self, verification: Verification) -> None:
+        self.verification = verification
+        self.fast = FastEncoder(verification.tokenizer, True) if verification.tokenizer.by_word else None
+        self.faults: list[str] = []
+        self.compared = self.tried = 0
+        self.lost: dict[str, list[str]] = {}
+
+    def compare(self, where: str, text: str, document: bytes, charges: bytes | None, fully: bool) -> None:
+        """Tokens and charges against the fast encoder; if `fully` against SentencePiece, and the text decoded."""
+        self.compared += 1
+        plain = self.verification.plain
+        if fully or self.fast is None:
+            ids, expected = plain.ids(text), plain.charges(text) if charges is not None else None
+        else:
+            tokens, fast_charges, _ = self.fast.encode([text.encode()])
+            ids, expected = tokens[1:].tobytes(), fast_charges[1:].tobytes()
+        if ids != document:
+            self.faults.append(f"{where}: the tokens are not those of the text {text[:40]!r}")
+        elif charges is not None and charges != expected:
+            self.faults.append(f"{where}: the charges are not those of the text {text[:40]!r}")
+        if fully:
+            self.tried += 1
+            reason = loss(text, self.verification.tokenizer, document)
+            if reason:
+                self.lost.setdefault(reason, []).append(f"{where} {text[:40]!r}")
+
+    def report_round_trips(self) -> None:
+        """How many documents do not come back, and why; a fault for a lossless tokenizer alone."""
+        report = self.verification.report
+        reasons = ", ".join(f"{len(where)} {reason}" for reason, where in sorted(self.lost.items()))
+        lost = sum(map(len, self.lost.values()))
+        faults = [f"{where}: does not come back: {reason}" for reason, places in self.lost.items() for where in places]
+        report.add("round trip", faults if self.verification.tokenizer.lossless else [],
+                   f"{self.tried - lost:,} of {self.tried:,} documents come back" + (f"; lost: {reasons}" if reasons else ""))
+
+
+def loss(text: str, tokenizer: Tokenizer, document: bytes) -> str:
+    """Why a document does not decode to its text, "" if it does."""
+    try:
+        back = tokenizer.decode(np.frombuffer(document, dtype="<u2").tolist())
+    except ValueError:
+        return "no longer CaseOps (a character became a capital or an operator)"
+    if back == text:
+        return ""
+    if back == re.sub(r"[ \t\n\r\f]+", " ", text).strip(" "):
+        return "newlines or spaces" if re.search(r"[\t\n\r\f]", text) else "double or outer spaces"
+    return "characters normalised" + (", newlines" if "\n" in text else "")
+
+
+def verify(request: VerifyRequest) -> int:
+    """Print the table of all checks; 0 if nothing is off, else 1."""
+    if not request.folder.is_dir():
+        raise ValueError(f"--verify {request.folder}: no such folder")
+    report = Verification(request).run()
+    print(report.text())
+    return 1 if report.faults else 0
+
+
 # ---------------------------------------------------------------------------------------------------------------- main
 def say_result(manifest: dict[str, Any], out: Path) -> None:
     """The one line that matters at the end of a build."""
@@ -1200,12 +1658,17 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--sample", action="store_true", help="fetch the sample documents and build the small data set")
     what.add_argument("--train-tokenizer", metavar="PREFIX", type=Path, help="train PREFIX.model and PREFIX.vocab")
+    what.add_argument("--download", action="store_true", help="download the published shards and their tokenizer")
+    what.add_argument("--download-docs", action="store_true", help="download the raw documents behind them")
+    what.add_argument("--verify", metavar="DIR", type=Path, help="check a data set; exit code 1 if anything is off")
     parser.add_argument("--docs", nargs="+", metavar="FILE", help='.jsonl, .jsonl.gz or .jsonl.zst files, "-" for'
                         " standard input; one JSON object with a text a line")
     parser.add_argument("--out", type=Path, help="folder of the data set")
     parser.add_argument("--sp", type=Path, default=OUR_TOKENIZER, help="SentencePiece model (default: ours)")
     parser.add_argument("--val-docs", type=int, help=f"the first so many documents are for validation (default:"
                         f" {VAL_DOCS}, for the sample {SAMPLE_VAL_DOCS})")
+    parser.add_argument("--train-shards", type=int, help="of --download: only the first so many (default: all)")
+    parser.add_argument("--round-trips", type=int, default=1000, help="documents that --verify decodes (default: 1000)")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: all)")
     parser.add_argument("--shard-entries", type=int, default=SHARD_ENTRIES, help="entries of a train shard")
     parser.add_argument("--replace-surrogates", action="store_true", help="put U+FFFD for lone surrogates")
@@ -1229,6 +1692,14 @@ def main(arguments: list[str]) -> int:
         train_tokenizer(TokenizerRequest(options.train_tokenizer, tuple(docs), val_docs, options.vocab_size,
                                          options.sample_bytes, lossless=not options.nfkc))
         return 0
+    if options.download:
+        print(f"data path:{download_published(options.data_dir, options.train_shards)}")
+        return 0
+    if options.download_docs:
+        print(f"docs path:{download_documents(options.data_dir)}")
+        return 0
+    if options.verify:
+        return verify(VerifyRequest(options.verify, tuple(options.docs or ()), options.sp, options.round_trips))
     if options.sample:
         docs, out = [str(sample_documents(sample_folder))], options.out or options.data_dir / "datasets" / SAMPLE_NAME
     elif options.docs and options.out:
