@@ -2390,6 +2390,9 @@ def evaluate(run: Run, model: GPT, val: ValData, name: str, depth: int) -> Score
 # Documents are scored chunk by chunk, longest documents first, each with low-rank adapters of its own (Hu et al. 2021)
 # that take one AdamW step on a chunk after that chunk has been scored. Between the phases the weights of the model
 # itself learn from documents already scored. Which rank does what depends on document order alone, never on timing.
+#
+# What a chunk sees of the earlier ones is computed again with the adapters of the moment (TTT_CONTEXT=window, the record:
+# many forwards a token), or is the keys and values as they were when those chunks were scored (cache: one).
 # ======================================================================================================================
 
 
@@ -2416,7 +2419,7 @@ class Adapters:
                   for name, (n, _, o) in sorted(shapes.items())}
         self.params = [*self.a.values(), *self.b.values()]
         self.adamw = torch.optim.AdamW(self.params, lr=cfg.ttt_lora_lr, betas=(cfg.ttt_beta1, cfg.ttt_beta2), eps=1e-10,
-                                       weight_decay=cfg.ttt_weight_decay, fused=True)
+                                       weight_decay=cfg.ttt_weight_decay, fused=True, capturable=run.device.type == "cuda")
 
     @torch.no_grad()
     def reset(self) -> None:
@@ -2445,7 +2448,10 @@ class Adapters:
 
         return linear
 
-    def step(self) -> None:
+    def learn(self, loss: Tensor) -> None:
+        """One AdamW step on `loss`. The gradients are never accumulated: a captured graph writes them anew each time."""
+        for param, grad in zip(self.params, torch.autograd.grad(loss, self.params)):
+            param.grad = grad
         self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
 
@@ -2506,40 +2512,212 @@ def chunk_window(run: Run, documents: Documents, members: range, slots: int, chu
     return Window(batch, put(rows), put(targets_of_rows), put(weights.ravel().astype(np.float32)), bool(trains.any()))
 
 
+class Cache:
+    """Keys and values of the positions already scored, at every visit, for documents that go on chunk by chunk together.
+
+    A ring: position p of a document lies at place p % places. Where the current chunk begins is a tensor, so that a
+    captured graph can advance it.
+    """
+
+    def __init__(self, run: Run, schedule: Schedule, documents: int, places: int) -> None:
+        cfg = run.cfg
+        assert places % cfg.ttt_chunk_size == 0, "a chunk never runs across the end of the ring"
+        shape = (schedule.visits, documents, cfg.num_kv_heads, places, cfg.head_dim)
+        self.keys, self.values = (torch.zeros(shape, dtype=run.dtype, device=run.device) for _ in range(2))
+        self.begin = torch.zeros((), dtype=torch.int64, device=run.device)
+        self.chunk = torch.arange(cfg.ttt_chunk_size, device=run.device)
+        self.documents, self.places, self.limit = documents, places, cfg.ttt_eval_seq_len
+
+    def bind(self, seen: int, fresh: list[tuple[Tensor, Tensor]]) -> Attend:
+        """`attend` for one forward: a chunk looks at the first `seen` places and at itself.
+
+        Its own keys and values, (documents, Hkv, chunk, D) a visit, are appended to `fresh`; the gradient runs through
+        these alone. As in a window, the earliest position in sight is `limit` before the end of the chunk.
+        """
+        documents, size, last = self.documents, len(self.chunk), self.begin - 1
+        held = last - (last - torch.arange(seen, device=last.device)) % self.places  # position there; below 0: none yet
+        old = (held >= 0) & (held >= self.begin + size - self.limit)
+        mask = torch.cat([old.expand(size, seen), self.chunk[:, None] >= self.chunk], dim=1)
+
+        def attend(visit: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            groups = q.size(1) // k.size(1)
+            k, v = (t.unflatten(0, (documents, size)).transpose(1, 2) for t in (k, v))
+            fresh.append((k.detach(), v.detach()))
+            keys = torch.cat([self.keys[visit][:, :, :seen], k], dim=2)
+            values = torch.cat([self.values[visit][:, :, :seen], v], dim=2)
+            q = q.unflatten(1, (-1, groups)).unflatten(0, (documents, size)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+            y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask.repeat(groups, 1))
+            return y.unflatten(2, (groups, size)).permute(0, 3, 1, 2, 4).flatten(2, 3).flatten(0, 1)
+
+        return attend
+
+    @torch.no_grad()
+    def store(self, fresh: list[tuple[Tensor, Tensor]]) -> None:
+        """Put a chunk's keys and values in their places; the next chunk begins."""
+        places = (self.begin + self.chunk) % self.places
+        for kept, new in zip((self.keys, self.values), zip(*fresh)):
+            kept.index_copy_(3, places, torch.stack(new))
+        self.begin += len(self.chunk)
+
+
+class ChunkStep:
+    """One step of cached TTT, in tensors that stay where they are: score a chunk of every document, then learn from it.
+
+    On CUDA the whole step (forward, backward, AdamW, cache) is captured once for each number of places in sight, and
+    replayed: nothing in a batch of documents waits for the host.
+    """
+
+    def __init__(self, run: Run, losses_of: Callable[..., Any], adapters: Adapters, cache: Cache) -> None:
+        self.run, self.losses_of, self.adapters, self.cache = run, losses_of, adapters, cache
+        self.size = run.cfg.ttt_chunk_size
+        rows = adapters.documents * self.size
+        self.tokens, self.targets = (torch.zeros(rows, dtype=torch.int64, device=run.device) for _ in range(2))
+        self.weights, self.losses = (torch.zeros(rows, device=run.device) for _ in range(2))
+        self.bounds = torch.arange(0, rows + 1, self.size, dtype=torch.int32, device=run.device)
+        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        if run.device.type == "cuda":
+            self.capture()
+
+    def reset(self) -> None:
+        self.adapters.reset()
+        self.cache.begin.zero_()
+
+    def places_in_sight(self, chunk: int) -> int:
+        """Places that a chunk looks at: the filled ones, on CUDA rounded up to one of a few numbers."""
+        filled = min(chunk * self.size, self.cache.places)
+        if self.run.device.type == "cuda":
+            filled = 2 ** max(8, math.ceil(math.log2(max(filled, 1))))
+        return min(filled, self.cache.places)
+
+    def capture(self) -> None:
+        """Record a graph for each number of places. What adapters and cache hold is lost: a reset comes next."""
+        stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+        for seen in sorted({self.places_in_sight(chunk) for chunk in range(self.cache.places // self.size + 1)}):
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(2):  # compiles, and makes the optimizer's state
+                    self.work(seen, trains=True)
+            torch.cuda.current_stream().wait_stream(stream)
+            self.graphs[seen] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graphs[seen], pool=pool):
+                self.work(seen, trains=True)
+
+    def work(self, seen: int, trains: bool) -> None:
+        """Everything that happens to a chunk; the losses are set before any adapter changes."""
+        positions = (self.cache.begin + self.cache.chunk).int().repeat(self.adapters.documents)
+        batch = Batch(self.tokens, self.targets, self.bounds, positions, self.size)
+        with torch.set_grad_enabled(trains):
+            losses, fresh = self.losses_of(batch, self.adapters, self.cache, seen)
+            self.losses.copy_(losses.detach())
+            for again in range(self.run.cfg.ttt_grad_steps if trains else 0):
+                if again:
+                    losses, _ = self.losses_of(batch, self.adapters, self.cache, seen)
+                self.adapters.learn((losses * self.weights).sum())
+        self.cache.store(fresh)
+
+    def __call__(self, tokens: Tensor, targets: Tensor, weights: Tensor, chunk: int, trains: bool) -> Tensor:
+        """The losses (documents * chunk,) of chunk number `chunk`; they are overwritten by the next one."""
+        self.tokens.copy_(tokens)
+        self.targets.copy_(targets)
+        self.weights.copy_(weights)
+        seen = self.places_in_sight(chunk)
+        self.graphs[seen].replay() if seen in self.graphs else self.work(seen, trains)
+        return self.losses
+
+
+def chunk_tables(run: Run, documents: Documents, members: range, slots: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, targets and shares in the training loss, each (chunks, slots * chunk size), of a batch of documents."""
+    size = run.cfg.ttt_chunk_size
+    starts, lengths = np.zeros((2, slots, 1), np.int64)
+    starts[: len(members), 0] = documents.starts[members.start: members.stop]
+    lengths[: len(members), 0] = documents.lengths[members.start: members.stop]
+    chunks = -(-int(lengths.max()) // size)
+    place = np.arange(chunks * size)
+    inside = place < lengths
+    at = np.where(inside, starts + place, 0)
+    tables = (np.where(inside, documents.tokens[at], 0).astype(np.int64),
+              np.where(inside, documents.tokens[at + 1], 0).astype(np.int64),
+              ((place // size + 1) * size < lengths).astype(np.float32) / size)
+
+    def put(table: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(table.reshape(slots, chunks, size).swapaxes(0, 1).reshape(chunks, slots * size))
+        return tensor if run.device.type == "cpu" else tensor.pin_memory().to(run.device, non_blocking=True)
+
+    return tuple(map(put, tables))
+
+
 class Adapter:
     """Scores batches of documents with adapters that learn from each chunk after it has been scored."""
 
     def __init__(self, run: Run, model: GPT) -> None:
         self.run, self.schedule = run, loop_schedule(run.cfg, run.cfg.eval_loop_depth)
         self.sets: dict[int, Adapters] = {}
+        self.step: ChunkStep | None = None
+        self.steps = self.forwarded = 0  # steps, and tokens that went through the model
         schedule = self.schedule
 
-        def losses_of(batch: Batch, adapters: Adapters) -> Tensor:
-            return model(batch, schedule, adapters.bind())
+        def losses_of(batch: Batch, adapters: Adapters, cache: Cache | None = None, seen: int = 0) -> tuple[Tensor, list]:
+            fresh: list[tuple[Tensor, Tensor]] = []
+            attend = None if cache is None else cache.bind(seen, fresh)
+            return model(batch, schedule, adapters.bind(), attend), fresh
 
         self.losses_of = compiled(run, losses_of, dynamic=True)
 
     def score(self, documents: Documents, members: range) -> list[np.ndarray]:
         """The losses of each document, (length,) float32, every one computed before anything learned from its token."""
-        cfg = self.run.cfg
-        slots = cfg.ttt_batch_size if self.run.compile else len(members)
-        if slots not in self.sets:
-            self.sets = {slots: Adapters(self.run, self.schedule, slots)}
-        adapters = self.sets[slots]
-        adapters.reset()
+        slots = self.run.cfg.ttt_batch_size if self.run.compile else len(members)
         longest = int(documents.lengths[members.start: members.stop].max())
+        if slots not in self.sets:
+            self.step, self.sets = None, {slots: Adapters(self.run, self.schedule, slots)}
+        cached = self.run.cfg.ttt_context == "cache"
+        table = (self._score_cached if cached else self._score_windows)(documents, members, slots, longest)
+        return [table[i, : documents.lengths[d]] for i, d in enumerate(members)]
+
+    def _score_windows(self, documents: Documents, members: range, slots: int, longest: int) -> np.ndarray:
+        """Losses (slots, longest), each chunk with its window computed again."""
+        cfg, adapters = self.run.cfg, self.sets[slots]
+        adapters.reset()
         result = torch.zeros(slots * longest, device=self.run.device)
         for chunk in range(-(-longest // cfg.ttt_chunk_size)):
             window = chunk_window(self.run, documents, members, slots, chunk)
+            updates = cfg.ttt_grad_steps if window.trains else 0
             with torch.set_grad_enabled(window.trains):
-                losses = self.losses_of(window.batch, adapters)
+                losses, _ = self.losses_of(window.batch, adapters)
                 result[window.slots] = losses.detach()[window.rows].float()
-                for again in range(cfg.ttt_grad_steps if window.trains else 0):
-                    losses = losses if again == 0 else self.losses_of(window.batch, adapters)
-                    (losses * window.weights).sum().backward()
-                    adapters.step()
-        table = result.cpu().numpy().reshape(slots, longest)
-        return [table[i, : documents.lengths[d]] for i, d in enumerate(members)]
+                for again in range(updates):
+                    if again:
+                        losses, _ = self.losses_of(window.batch, adapters)
+                    adapters.learn((losses * window.weights).sum())
+            self._count(1, max(1, updates) * len(window.batch.tokens))
+        return result.cpu().numpy().reshape(slots, longest)
+
+    def _score_cached(self, documents: Documents, members: range, slots: int, longest: int) -> np.ndarray:
+        """Losses (slots, chunks * chunk size), each chunk looking at keys and values kept from the earlier ones."""
+        cfg, size = self.run.cfg, self.run.cfg.ttt_chunk_size
+        cuda = self.run.device.type == "cuda"
+        places = -(-(cfg.ttt_eval_seq_len if cuda else min(longest, cfg.ttt_eval_seq_len)) // size) * size
+        if self.step is None or self.step.cache.places != places:
+            cache = Cache(self.run, self.schedule, slots, places)
+            self.step = ChunkStep(self.run, self.losses_of, self.sets[slots], cache)
+        self.step.reset()
+        tables = chunk_tables(self.run, documents, members, slots)
+        chunks = len(tables[0])
+        result = torch.zeros(chunks, slots * size, device=self.run.device)
+        for chunk, inputs in enumerate(zip(*tables)):
+            result[chunk] = self.step(*inputs, chunk, trains=chunk < chunks - 1)
+        self._count(chunks, result.numel() * cfg.ttt_grad_steps)
+        return result.cpu().numpy().reshape(chunks, slots, size).swapaxes(0, 1).reshape(slots, -1)
+
+    def _count(self, steps: int, forwarded: int) -> None:
+        self.steps += steps
+        self.forwarded += forwarded
+
+    def report_work(self, targets: int) -> None:
+        """One line: steps of the rank that had most, forwards of a token on average over all ranks, memory at its peak."""
+        steps, forwarded = zip(*self.run.ranks.gather((self.steps, self.forwarded)))
+        memory = {"peak_mb": torch.cuda.max_memory_allocated() >> 20} if self.run.device.type == "cuda" else {}
+        self.run.log.record("ttt_work", context=self.run.cfg.ttt_context, chunk=self.run.cfg.ttt_chunk_size, steps=max(steps),
+                            forwards_per_target=f"{sum(forwarded) / targets:.3f}", **memory)
 
     def warm_up(self, val: ValData) -> None:
         """Compile and run everything on random tokens, before the clock."""
@@ -2551,6 +2729,7 @@ class Adapter:
         tokens[::length] = BOS_ID
         documents = Documents(ValData(tokens, np.ones_like(tokens), cfg.ttt_batch_size))
         self.score(documents, range(cfg.ttt_batch_size))
+        self.steps = self.forwarded = 0
 
 
 def phase_parts(cfg: Config, documents: int) -> list[range]:
@@ -2649,6 +2828,7 @@ def score_with_ttt(run: Run, model: GPT, val: ValData) -> tuple[Score, float]:
     score = Score(float(total.sum()), len(losses), val.num_bytes, losses)
     assert int(documents.lengths.sum()) == len(losses), "every target belongs to one document"
     time_ms = 1e3 * (time.perf_counter() - began)
+    adapter.report_work(score.tokens)
     score.report(run.log, "quantized_ttt", time_ms)
     return score, time_ms
 
