@@ -1021,6 +1021,7 @@ class Build:
     def _encoded(self, submit: Callable[..., Any]) -> Iterator[Encoded]:
         """Encode the blocks that are still to be done, in order, a few in flight at a time."""
         waiting: deque[Any] = deque()
+        ahead = 2 * self.request.workers if self.request.workers > 1 else 0
         passed = 0
         for block in self.documents.blocks(cuts={self.request.val_docs, self.resume_at}):
             is_val = passed < self.request.val_docs
@@ -1029,7 +1030,7 @@ class Build:
                 self._check_skipped(block, is_val, passed)
                 continue
             waiting.append(submit(encode_block, self.request, self.tokenizer.sha256, block, is_val))
-            if len(waiting) > 2 * self.request.workers:
+            if len(waiting) > ahead:
                 yield waiting.popleft().result()
                 self._say_progress()
         while waiting:
@@ -1084,6 +1085,9 @@ class Build:
         while True:
             if self.shard is None:
                 number = len(self.journal.train.files)
+                if number and self.journal.train.files[-1]["entries"] < self.request.shard_entries:
+                    raise ValueError(f"{', '.join(self.request.docs)} have grown since the unfinished build in"
+                                     f" {self.request.out}: delete that folder's contents and build again")
                 self.shard = ShardFile(self.request.out / f"fineweb_train_{number:06d}.bin")
             take = min(self.request.shard_entries - self.shard.entries, len(block.tokens) - at)
             self.shard.append(block.tokens[at:at + take])
@@ -1181,6 +1185,7 @@ def build(request: BuildRequest) -> dict[str, Any]:
                 and [source["name"] for source in manifest["sources"]] == [os.path.basename(p) for p in request.docs])
         if not same:
             raise ValueError(f"{request.out} holds another data set already: delete it, or choose another --out")
+        (request.out / JOURNAL).unlink(missing_ok=True)  # a kill between the manifest and this leaves it
         say(f"build already there:{request.out}")
         return manifest
     return Build(request).run()

@@ -1,0 +1,207 @@
+"""Tokenizers: ours is what it claims to be; the fast encoder equals SentencePiece for any text; every byte is charged."""
+from __future__ import annotations
+
+import io
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import data_tools
+import prepare_caseops_data as prepare
+from lossless_caps import OPERATORS
+
+KINDS = ["lossless", "nfkc"]
+# Words and what lies between them: plain, odd white space, what normalisation joins, removes or makes a space.
+chunks = st.sampled_from([
+    "the", "The", "NASA", "iPhone", "a", "def ", "print(", "class", " ", "  ", "\n", "\n\n", "\t", "\r\n", "\x00", "\x01",
+    "\x7f", "\x85", "\u00a0", "\u3000", "\u200b", "\u2028", "\ufeff", "\u2581", "\u0301", "\u0338", "=", "\u00e9", "\ufb01",
+    "\u00bd", "\u00a8", "\u00af", "\u1680", "\u0149", "\u0660", "\ud55c", "\u11a8", "\U0001f600", "\u201cHello", "\u2019s", "1", "42",
+    ".", "...", "--------------------", "internationalisation", "_", "<0x41>", "<s>", *OPERATORS])
+texts = st.lists(chunks | st.just(" ") | st.text(st.characters(codec="utf-8"), max_size=3), max_size=14).map("".join)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def encoders(request: pytest.FixtureRequest) -> tuple[prepare.Encoder, prepare.FastEncoder, prepare.FastEncoder]:
+    """(SentencePiece itself, fast with charges, fast without)."""
+    model = data_tools.tokenizer(request.param)
+    return prepare.Encoder(model), prepare.FastEncoder(model, True), prepare.FastEncoder(model, False)
+
+
+def assert_equal(encoders: tuple[prepare.Encoder, prepare.FastEncoder, prepare.FastEncoder], documents: list[str]) -> None:
+    plain, with_charges, without = encoders
+    raw = [text.encode() for text in documents]
+    tokens, charges, lengths = prepare.encode_plainly(plain, documents, True)
+    for got, expected in zip(with_charges.encode(raw), (tokens, charges, lengths)):
+        np.testing.assert_array_equal(got, expected)
+    got_tokens, _, got_lengths = without.encode(raw)
+    np.testing.assert_array_equal(got_tokens, tokens)
+    np.testing.assert_array_equal(got_lengths, lengths)
+
+
+@settings(max_examples=500, deadline=None)
+@given(documents=st.lists(texts, min_size=1, max_size=4))
+def test_fast_encoder_equals_sentencepiece_for_any_text(encoders: tuple, documents: list[str]) -> None:
+    assert_equal(encoders, documents)
+
+
+def test_fast_encoder_equals_sentencepiece_on_documents(encoders: tuple) -> None:
+    assert_equal(encoders, data_tools.texts())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fast_encoder_with_a_full_table_is_still_exact(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare, "TABLE_ENTRIES", 100)
+    monkeypatch.setattr(prepare, "LONG_ENTRIES", 5)
+    model = data_tools.tokenizer(kind)
+    fast = prepare.FastEncoder(model, True)
+    for _ in range(2):
+        assert_equal((prepare.Encoder(model), fast, prepare.FastEncoder(model, False)), data_tools.texts()[:60])
+    assert fast.table.kept == 100 and len(fast.long_parts) <= 5
+
+
+def test_part_table_finds_what_it_keeps_while_it_grows() -> None:
+    table = prepare.PartTable()
+    generator = np.random.default_rng(0)
+    keys = np.unique(generator.integers(0, 50, (200_000, 2), dtype=np.uint64) * np.uint64(1 << 57), axis=0)
+    keys = np.concatenate([keys, generator.integers(0, 1 << 62, (60_000, 2), dtype=np.uint64)])
+    for start in range(0, len(keys), 7000):
+        part = keys[start:start + 7000]
+        assert (table.find(part) == -1).all()
+        table.append([(bytes(2), b"")] * len(part))
+        table.keep(part)
+        np.testing.assert_array_equal(table.find(keys[:start + 7000]), np.arange(min(start + 7000, len(keys))))
+
+
+@settings(max_examples=250, deadline=None)
+@given(text=texts)
+def test_lossless_tokenizer_gives_back_every_text_and_charges_every_byte(text: str) -> None:
+    model = data_tools.tokenizer("lossless")
+    tokens, charges, _ = prepare.FastEncoder(model, True).encode([text.encode()])
+    assert model.decode(tokens.tolist()) == text
+    assert charges.sum() == len(text.encode())
+    assert not charges[np.isin(tokens, [model.names.index(operator) for operator in OPERATORS])].any() or \
+        any(operator in text for operator in OPERATORS)
+
+
+@settings(max_examples=250, deadline=None)
+@given(text=texts)
+def test_normalising_tokenizer_charges_all_bytes_but_those_stripped_at_the_ends(text: str) -> None:
+    """Between two characters that stay, every byte of the text is charged, whatever happened to it."""
+    _, charges, _ = prepare.FastEncoder(data_tools.tokenizer("nfkc"), True).encode([f"a{text}z".encode()])
+    assert charges.sum() == len(text.encode()) + 2
+
+
+CHARGED = [  # text, charges of the visible characters in it: white space goes to what follows it, or at the ends to nobody
+    ("a  b", [1, 3]), ("a \n\t b", [1, 5]), ("  a", [1]), ("a  ", [1]), ("A", [1]), ("a \u3042", [1, 4]),
+    (f"a{OPERATORS[0]}", [1, 3]), (f"a {OPERATORS[3]}A", [1, 4, 1]), ("a\u00a0\u3000 b", [1, 7]), ("a\x01-", [2, 1])]
+
+
+@pytest.mark.parametrize("text,expected", CHARGED)
+def test_surface_charges_of_known_cases(text: str, expected: list[int]) -> None:
+    model = data_tools.tokenizer("nfkc")
+    tokens, charges, _ = prepare.FastEncoder(model, True).encode([text.encode()])
+    visible, waiting = [], 0
+    for token, charge in zip(tokens[1:].tolist(), charges[1:].tolist()):
+        waiting += charge
+        ends_character = model.kinds[token] != prepare.BYTE or charge
+        if ends_character and model.names[token] not in (prepare.SPACE, OPERATORS[3]) and waiting:
+            visible.append(waiting)
+            waiting = 0
+    assert visible == expected
+
+
+def test_a_tokenizer_that_does_not_work_by_word_goes_through_sentencepiece() -> None:
+    """One whose pieces cross spaces is not cut at spaces."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(data_tools.texts()[:40]), model_writer=model, model_type="bpe", vocab_size=700,
+        byte_fallback=True, split_by_whitespace=False, add_dummy_prefix=False, remove_extra_whitespaces=False,
+        normalization_rule_name="identity", user_defined_symbols=list(OPERATORS), pad_id=0, bos_id=1, eos_id=2, unk_id=3,
+        max_sentence_length=1 << 20, minloglevel=2)
+    path = data_tools.tokenizer("lossless").path.with_name("crossing.model")
+    path.write_bytes(model.getvalue())
+    crossing = prepare.Tokenizer(path)
+    assert crossing.lossless and not crossing.by_word
+    encoder = prepare.worker_encoder(str(path), crossing.sha256, True)
+    assert isinstance(encoder, prepare.Encoder)
+    for text in data_tools.texts()[:30]:
+        assert crossing.decode(np.frombuffer(encoder.ids(text), dtype="<u2").tolist()) == text
+
+
+def test_our_tokenizer_is_what_its_readme_says() -> None:
+    ours = prepare.Tokenizer(prepare.OUR_TOKENIZER)
+    assert ours.lossless and ours.by_word and ours.vocab_size == 8192
+    assert ours.names[:8] == ["<pad>", "<s>", "</s>", "<unk>", *OPERATORS]
+    assert ours.kinds[:4] == [3, 3, 3, 2] and ours.kinds[4:8] == [prepare.USER_DEFINED] * 4
+    assert ours.names[8:264] == [f"<0x{byte:02X}>" for byte in range(256)]
+    assert set(ours.kinds[264:]) == {prepare.NORMAL}
+    assert not [name for name in ours.names[264:] if any(char.isdigit() for char in name) and len(name) > 1]
+    assert "\n" in ours.names
+    readme = (prepare.OUR_TOKENIZER.parent / "README.md").read_text()
+    vocabulary = prepare.OUR_TOKENIZER.with_suffix(".vocab")
+    assert ours.sha256 in readme and prepare.file_sha256(vocabulary) in readme
+    assert [json.loads(line.split("\t")[0]) for line in vocabulary.read_text().splitlines()] == ours.names
+
+
+@pytest.mark.parametrize("text", data_tools.texts()[:26])
+def test_our_tokenizer_gives_back_documents(text: str) -> None:
+    ours = prepare.Tokenizer(prepare.OUR_TOKENIZER)
+    tokens, charges, _ = prepare.FastEncoder(ours, True).encode([text.encode()])
+    assert ours.decode(tokens.tolist()) == text and charges.sum() == len(text.encode())
+    sentencepiece_text = ours.processor.decode(tokens.tolist())  # its own decoder agrees
+    assert prepare.lossless_caps.decode(sentencepiece_text) == text
+
+
+def test_training_is_deterministic(tmp_path: Path) -> None:
+    docs = (str(data_tools.write_documents(tmp_path / "docs.jsonl", data_tools.texts()[:60])),)
+    models = [prepare.train_tokenizer(prepare.TokenizerRequest(tmp_path / name, docs, 2, vocab_size=600)).read_bytes()
+              for name in ("one", "two")]
+    assert models[0] == models[1]
+    assert str(tmp_path).encode() not in models[0]
+
+
+def test_tokenizer_training_leaves_validation_documents_out(tmp_path: Path) -> None:
+    docs = (str(data_tools.write_documents(tmp_path / "docs.jsonl", ["secret", "first one", "second two"])),)
+    request = prepare.TokenizerRequest(tmp_path / "t", docs, val_docs=1)
+    assert "".join(prepare.training_sentences(request)) == "first onesecond two"
+    assert "".join(prepare.training_sentences(prepare.TokenizerRequest(tmp_path / "t", docs, 0, sample_bytes=3))) == "secret"
+
+
+def test_too_little_text_for_a_tokenizer_is_said(tmp_path: Path) -> None:
+    docs = (str(data_tools.write_documents(tmp_path / "docs.jsonl", ["a b c"])),)
+    with pytest.raises(ValueError, match="smaller --vocab-size"):
+        prepare.train_tokenizer(prepare.TokenizerRequest(tmp_path / "t", docs, 0))
+
+
+def test_unusable_tokenizers_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no tokenizer at"):
+        prepare.Tokenizer(tmp_path / "none.model")
+    (tmp_path / "noise.model").write_bytes(b"not a model")
+    with pytest.raises(ValueError, match="not a SentencePiece model"):
+        prepare.Tokenizer(tmp_path / "noise.model")
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(data_tools.texts()[:20]), model_writer=model,
+                                             vocab_size=400, model_type="bpe", minloglevel=2, byte_fallback=True)
+    (tmp_path / "plain.model").write_bytes(model.getvalue())
+    with pytest.raises(ValueError, match="lacks the CaseOps operator"):
+        prepare.Tokenizer(tmp_path / "plain.model")
+
+
+PUBLISHED, CASES = os.environ.get("CASEOPS_PUBLISHED_TOKENIZER"), os.environ.get("CASEOPS_CASES")
+
+
+@pytest.mark.skipif(not (PUBLISHED and CASES), reason="CASEOPS_PUBLISHED_TOKENIZER and CASEOPS_CASES name no files")
+def test_published_tokenizer_cases() -> None:
+    model = prepare.Tokenizer(PUBLISHED)
+    fast = prepare.FastEncoder(model, True)
+    for case in json.loads(Path(CASES).read_text()):
+        tokens, charges, _ = fast.encode([case["text"].encode()])
+        assert prepare.lossless_caps.encode(case["text"]) == case["transformed"]
+        assert (tokens[1:].tolist(), charges[1:].tolist()) == (case["ids"], case["original_bytes"]), case["text"]
+    assert_equal((prepare.Encoder(model), fast, prepare.FastEncoder(model, False)), data_tools.texts())
