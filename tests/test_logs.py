@@ -1,0 +1,196 @@
+"""tools/logs.py: both dialects are read right, the statistics are Welch's, the page needs nothing but itself."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+from tiny_record import SEEDS, made
+
+import logs
+
+THEIRS = """Hyperparameters:
+  train_batch_tokens: 786432
+  seed: 0
+  matrix_lr: 0.026
+0/20000 val_loss: 9.0314 val_bpb: 4.1271
+1/20000 train_loss: 9.0324 train_time: 0.0m tok/s: 8000000
+500/20000 train_loss: 2.5859 train_time: 0.8m tok/s: 8011933
+layer_loop:phase step:1960 frac:0.333 depth:3
+2000/20000 train_loss: 2.5012 train_time: 3.3m tok/s: 7901933
+4000/20000 val_loss: 2.4071 val_bpb: 1.1000
+stopping_early: wallclock_cap train_time: 596100ms step: 4599/20000
+diagnostic pre-quantization post-ema val_loss:2.33673 val_bpb:1.06779 eval_time:7021ms
+Total submission size quantized+brotli: 15984426 bytes
+diagnostic quantized val_loss:2.35664 val_bpb:1.07689 eval_time:9103ms
+ttp: b782/782 bl:2.2 bb:1.08 rl:2.2 rb:1.0812 dl:100-2000 gd:0
+ttp: b700/782 bl:2.2 bb:1.08 rl:2.2 rb:1.0712 dl:100-2000 gd:1
+quantized_ttt_phased val_loss:2.32880 val_bpb:1.06417 eval_time:420000ms
+total_eval_time:470.6s
+"""
+
+
+def our_log(path: Path, seed: int, loss: float, lines: str = "") -> Path:
+    """A log of ours with a given score on 3 bytes a token."""
+    bpb = loss / math.log(2) / 3
+    path.write_text(f"run id:x seed:{seed} ranks:8 device:\"NVIDIA H100 80GB HBM3\" torch:2.13.0\nsetting *SEED value:{seed} default:1\n"
+                    f"setting MATRIX_LR value:0.026\ndata val_tokens:1001 val_bytes:3000 val_docs:10 published:0\n{lines}"
+                    f"eval name:quantized_ttt val_loss:{loss:.8f} val_bpb:{bpb:.8f} tokens:1000 bytes:3000 time_ms:5\n"
+                    f"final seed:{seed} val_loss:{loss:.8f} val_bpb:{bpb:.8f} pre_ttt_bpb:{bpb:.8f} steps:9 train_ms:1 eval_ms:5 total_bytes:7\n")
+    return path
+
+
+def group(tmp_path: Path, name: str, losses: list[float]) -> logs.Group:
+    (tmp_path / name).mkdir()
+    for seed, loss in enumerate(losses):
+        our_log(tmp_path / name / f"train_seed{seed}.log", seed, loss)
+    return logs.read_group(str(tmp_path / name))
+
+
+def test_a_log_of_train_gpt_is_read_whole() -> None:
+    run = logs.read_log(made().runs / "train_seed3.log")
+    assert run.dialect == "ours" and run.seed == 3 and run.problems == []
+    assert [phase.depth for phase in run.phases] == [1, 2] and run.phases[0].step == 0
+    assert [point.step for point in run.train] == list(range(1, 9)) and all(p.loss > 0 and p.step_ms > 0 for p in run.train)
+    assert list(run.evals) == ["initial", "step4", "final", "ema", "quantized", "quantized_ttt"]
+    assert run.ttt[-1].done == 1 and run.ttt[-1].val_bpb == pytest.approx(run.final.val_bpb, abs=1e-5)
+    assert run.final.val_bpb == run.evals["quantized_ttt"].val_bpb and run.final.steps == 8
+    assert run.settings["TTT_LORA_RANK"] == "4" and "TTT_LORA_RANK" in run.starred and "NUM_LOOPS" not in run.starred
+    assert run.run["device"] and int(run.data["val_docs"]) == 16 and list(run.code) == ["train_gpt.py"]
+
+
+def test_the_published_dialect_is_read(tmp_path: Path) -> None:
+    (tmp_path / "theirs.log").write_text(THEIRS)
+    run = logs.read_log(tmp_path / "theirs.log")
+    assert run.dialect == "published" and run.problems == []
+    assert {name: score.val_bpb for name, score in run.evals.items()} == {
+        "initial": 4.1271, "step4000": 1.1, "ema": 1.06779, "quantized": 1.07689, "quantized_ttt": 1.06417}
+    assert run.phases == [logs.Phase(1960, 0.333, 3)]
+    assert [(p.step, p.loss, p.depth) for p in run.train] == [(1, 9.0324, 1), (500, 2.5859, 1), (2000, 2.5012, 3)]
+    assert run.train[1].elapsed_ms == pytest.approx(500 * 786432 / 8011933 * 1e3)
+    assert run.train[1].step_ms == pytest.approx(98.15, abs=0.1)
+    assert [point.val_bpb for point in run.ttt] == [1.0812, 1.0712] and run.ttt[-1].done == 1
+    final = run.final
+    assert (final.seed, final.steps, final.train_ms, final.eval_ms, final.total_bytes) == (0, 4599, 596100, 470600, 15984426)
+    assert (final.val_bpb, final.pre_ttt_bpb) == (1.06417, 1.07689)
+
+
+def test_a_cut_off_log_is_named_and_left_out_of_the_mean(tmp_path: Path) -> None:
+    whole = our_log(tmp_path / "a.log", 1, 2.0)
+    cut = tmp_path / "b.log"
+    cut.write_text("run id:x seed:2\ntrain step:1/9 frac:0.1 depth:1 loss:2.5\ntrain step:2/9 frac:0.2 lo")
+    both = logs.read_group(f"{whole},{cut}")
+    assert len(both.finished) == 1 and both.values("val_loss") == [2.0]
+    text = logs.summary([both])
+    assert "the run did not end" in text and "line 3 cannot be read" in text
+
+
+def test_a_resumed_run_counts_every_step_once(tmp_path: Path) -> None:
+    lines = "".join(f"train step:{step}/9 frac:0.1 depth:1 loss:{loss} step_ms:5.0 elapsed_ms:{5 * step}\n"
+                    for step, loss in ((1, 3.0), (2, 2.9), (3, 2.8), (2, 2.9), (3, 2.7), (4, 2.6)))
+    run = logs.read_log(our_log(tmp_path / "a.log", 1, 2.0, lines))
+    assert [(p.step, p.loss) for p in run.train] == [(1, 3.0), (2, 2.9), (3, 2.7), (4, 2.6)]
+
+
+def test_what_is_no_log_is_refused_in_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "x.log").write_text("hello\n")
+    for path in ("x.log", "nothing", "."):
+        folder = tmp_path / "empty" if path == "." else tmp_path / path
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        assert logs.main(["summary", str(folder)]) == 2
+        assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_the_summary_has_mean_and_std_and_every_seed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert logs.main(["summary", str(made().record)]) == 0
+    text = capsys.readouterr().out
+    values = [logs.read_log(made().record / f"train_seed{seed}.log").final.val_bpb for seed in SEEDS]
+    mean, std = logs.mean_and_std(values)
+    assert f"val_bpb {mean:.5f} (std {std:.5f}, 3 seeds)" in text
+    assert all(re.search(rf"^seed {seed} +{value:.5f}", text, re.MULTILINE) for seed, value in zip(SEEDS, values))
+
+
+def test_the_test_is_welchs(tmp_path: Path) -> None:
+    """Against scipy's own on the raw values, with and without the bar."""
+    from scipy import stats
+
+    old, new = [2.331, 2.3332, 2.3291, 2.3305], [2.3222, 2.3241, 2.3211]
+    for bar in (0.0, 0.005):
+        expected = stats.ttest_ind([value - bar for value in old], new, equal_var=False, alternative="greater")
+        found = logs.welch(old, new, bar)
+        assert (found.t, found.p) == (pytest.approx(expected.statistic), pytest.approx(expected.pvalue))
+        assert found.freedom == pytest.approx(expected.df)
+
+
+def test_the_seeds_needed_are_the_fewest_that_pass() -> None:
+    old, new = [2.3310, 2.3330], [2.3230, 2.3250]
+    needed = logs.seeds_needed(old, new, 0.005)
+    stds = [logs.mean_and_std(values)[1] for values in (old, new)]
+    passes = [logs.welch_from(0.003, (stds[0], n), (stds[1], n)).p < 0.01 for n in range(2, needed + 3)]
+    assert passes == [False] * (needed - 2) + [True] * 3
+    assert logs.seeds_needed(old, [2.3290, 2.3310], 0.005) is None
+
+
+def test_compare_says_better_not_shown_and_never(tmp_path: Path) -> None:
+    base = group(tmp_path, "base", [2.3310, 2.3307, 2.3312])
+    assert logs.compare(base, group(tmp_path, "much", [2.3210, 2.3207, 2.3212])).count(": yes") == 3
+    little = logs.compare(base, group(tmp_path, "little", [2.3280, 2.3290, 2.3270]))
+    assert "better by more than 0.005 nats: not shown" in little and "no number of seeds would show it" in little
+    noisy = logs.compare(base, group(tmp_path, "noisy", [2.3110, 2.3300, 2.3200]))
+    assert "not shown" in noisy and re.search(r"\d+ seeds a side show it", noisy)
+    assert "needs at least 2 finished runs a side" in logs.compare(base, group(tmp_path, "one", [2.3]))
+
+
+def test_compare_warns_of_another_validation_set(tmp_path: Path) -> None:
+    base, new = group(tmp_path, "base", [2.33, 2.34]), group(tmp_path, "new", [2.31, 2.32])
+    assert "different validation sets" not in logs.compare(base, new)
+    path = tmp_path / "new" / "train_seed0.log"
+    path.write_text(path.read_text().replace("tokens:1000 bytes:3000", "tokens:900 bytes:2700"))
+    assert "different validation sets" in logs.compare(base, logs.read_group(str(tmp_path / "new")))
+
+
+def test_published_figures_stand_in_for_a_group(tmp_path: Path) -> None:
+    """Those of the folder for the published configuration, labelled as others' everywhere."""
+    folders = list((Path(logs.__file__).parent.parent / "records" / "track_10min_16mb").glob("*/" + logs.PUBLISHED_FILE))
+    assert len(folders) == 1
+    published = logs.read_group(str(folders[0].parent))
+    mean, std = logs.mean_and_std(published.values("val_bpb"))
+    assert (round(mean, 5), round(std, 5)) == (1.06505, 0.00082) and published.published
+    assert logs.mean_and_std(published.values("val_loss"))[0] == pytest.approx(2.33073, abs=1e-5)
+    assert "published by others" in logs.summary([published]) and not list(folders[0].parent.glob("*.log"))
+    assert "published by others" in logs.compare(published, group(tmp_path, "ours", [2.33, 2.32]))
+
+
+def test_settings_are_compared_by_value_and_within_a_dialect(tmp_path: Path) -> None:
+    (tmp_path / "theirs.log").write_text(THEIRS.replace("matrix_lr: 0.026", "matrix_lr: 0.0260"))
+    theirs = logs.read_log(tmp_path / "theirs.log")
+    ours = logs.read_log(our_log(tmp_path / "a.log", 1, 2.0, "setting TRAIN_BATCH_TOKENS value:1024\n"))
+    assert logs.differing_settings([theirs, ours]) == {"TRAIN_BATCH_TOKENS": ["786432", "1024"]}
+    assert logs.canonical("[1, 3, 4]") == logs.canonical("1,3,4") and logs.canonical("True") == logs.canonical("1")
+
+
+def test_plot_and_report_overlay_both_dialects_and_fetch_nothing(tmp_path: Path) -> None:
+    (tmp_path / "theirs.log").write_text(THEIRS)
+    paths = [str(made().record), str(tmp_path / "theirs.log")]
+    assert logs.main(["plot", *paths, "--out", str(tmp_path / "p.png")]) == 0
+    assert (tmp_path / "p.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert logs.main(["report", *paths, "--out", str(tmp_path / "r.html")]) == 0
+    page = (tmp_path / "r.html").read_text()
+    sources = re.findall(r'(?:src|href)="([^"]{0,30})', page)
+    assert len(sources) == 4 and all(source.startswith("data:image/svg+xml") for source in sources)
+    assert 'name="viewport"' in page and "<script" not in page and "@import" not in page
+    for word in ("seed 3", "seed 4", "seed 5", "1.06417", "Settings that differ"):
+        assert word in page
+
+
+def test_a_missing_library_is_named_with_its_cure(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"this needs no_such_library .* pip install -r requirements-tools.txt"):
+        logs.import_for_tools("no_such_library")
+
+
+def test_names_in_a_log_cannot_break_the_page(tmp_path: Path) -> None:
+    log = our_log(tmp_path / "a.log", 1, 2.0, "setting *RUN_ID value:<script>alert(1)</script> default:\nwarning: <b>bold</b>\n")
+    logs.report([logs.read_group(str(log))], tmp_path / "r.html")
+    assert "<script>" not in (tmp_path / "r.html").read_text() and "<b>" not in (tmp_path / "r.html").read_text()

@@ -1,0 +1,922 @@
+"""Read the logs of runs: their figures, a fair comparison, plots and a page to show.
+
+    python tools/logs.py summary PATH...              mean, standard deviation and one row a seed
+    python tools/logs.py compare BASE NEW             is NEW better than BASE, and by the bar of 0.005 nats?
+    python tools/logs.py plot PATH... --out FILE.png  loss, score at each stage, running TTT score, step time
+    python tools/logs.py report PATH... --out FILE.html   all of that on one self-contained page
+
+A PATH is a log, a folder of logs (a record folder: its train_seed<N>.log), or several of these with commas between; each
+PATH is one group of runs. A folder without logs but with published.json stands for figures that others published.
+
+Two dialects are read: our own lines `phase key:value key:value`, and that of the published record (`500/20000 train_loss:`,
+`diagnostic quantized val_loss:`, `quantized_ttt_phased`, `layer_loop:phase`, `ttp:`). summary needs Python alone, compare
+needs scipy, plot and report need matplotlib: `pip install -r requirements-tools.txt`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import html
+import io
+import json
+import math
+import re
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+BAR_NATS = 0.005  # what a new record must gain, nats a token
+SIGNIFICANCE = 0.01  # largest p with which it must have gained it
+MOST_SEEDS = 1000
+INSTALL_HINT = "install what the tools need with: pip install -r requirements-tools.txt"
+RECORD_LOGS = "train_seed*.log"
+PUBLISHED_FILE = "published.json"
+
+# Settings that differ between the seeds of one configuration, or only say where files are.
+VARYING = {"SEED", "RUN_ID", "DATA_DIR", "DATA_PATH", "TOKENIZER_PATH", "ARTIFACT_DIR", "ARTIFACT_PATH", "RESUME"}
+
+
+# ======================================================================================================================
+# What a log holds
+# ======================================================================================================================
+
+
+class Point(NamedTuple):
+    """One training line. Times are milliseconds; `None` is what the log does not say."""
+
+    step: int
+    loss: float
+    depth: int | None
+    step_ms: float | None
+    elapsed_ms: float | None
+
+
+class Phase(NamedTuple):
+    """From `step` on the loop runs at `depth`."""
+
+    step: int
+    frac: float
+    depth: int
+
+
+class Evaluation(NamedTuple):
+    """A score: nats a token, bits a byte, how many targets and bytes (None: not said), milliseconds."""
+
+    val_loss: float
+    val_bpb: float
+    tokens: int | None
+    num_bytes: int | None
+    time_ms: float | None
+
+
+class TTTPoint(NamedTuple):
+    """The running TTT score when the share `done` of the documents is scored."""
+
+    done: float
+    val_bpb: float
+
+
+@dataclass
+class Final:
+    """The end of a run. None: not said."""
+
+    seed: int | None = None
+    val_loss: float | None = None
+    val_bpb: float | None = None
+    pre_ttt_bpb: float | None = None
+    steps: int | None = None
+    train_ms: float | None = None
+    eval_ms: float | None = None
+    total_bytes: int | None = None
+
+
+@dataclass
+class RunLog:
+    """Everything that the programs read from one log."""
+
+    path: Path
+    dialect: str = "ours"
+    settings: dict[str, str] = field(default_factory=dict)
+    starred: set[str] = field(default_factory=set)  # settings that are not at their default
+    run: dict[str, str] = field(default_factory=dict)
+    code: dict[str, dict[str, str]] = field(default_factory=dict)  # file -> bytes, sha256
+    data: dict[str, str] = field(default_factory=dict)
+    artifact: dict[str, str] = field(default_factory=dict)
+    phases: list[Phase] = field(default_factory=list)
+    train: list[Point] = field(default_factory=list)
+    evals: dict[str, Evaluation] = field(default_factory=dict)  # by stage, in the order of the run
+    ttt: list[TTTPoint] = field(default_factory=list)
+    final: Final | None = None
+    tokenizer_sha256: str = ""
+    problems: list[str] = field(default_factory=list)  # warnings, errors, and lines that could not be read
+
+    @property
+    def seed(self) -> int | None:
+        if self.final is not None and self.final.seed is not None:
+            return self.final.seed
+        return int(self.settings["SEED"]) if "SEED" in self.settings else None
+
+    @property
+    def name(self) -> str:
+        return f"seed {self.seed}" if self.seed is not None else self.path.stem
+
+
+@dataclass
+class Group:
+    """Runs that belong together, usually the seeds of one configuration."""
+
+    name: str
+    runs: list[RunLog]
+    published: bool = False  # figures that others published; no logs of ours stand behind them
+
+    @property
+    def finished(self) -> list[RunLog]:
+        return [run for run in self.runs if run.final is not None and run.final.val_bpb is not None]
+
+    def values(self, name: str) -> list[float]:
+        """The field `name` of Final, of every finished run that has it."""
+        found = (getattr(run.final, name) for run in self.finished)
+        return [value for value in found if value is not None]
+
+
+# ======================================================================================================================
+# Our dialect
+# ======================================================================================================================
+
+PAIR = re.compile(r'(\w+):("[^"]*"|\S*)')
+Pairs = dict[str, str]
+
+
+def pairs_of(line: str) -> Pairs:
+    """The key:value words of a line; a value in quotes may hold spaces, and a path goes on to the end of the line."""
+    head, mark, path = line.partition(" path:")
+    values = {key: value.strip('"') for key, value in PAIR.findall(head)}
+    return values | ({"path": path} if mark else {})
+
+
+def whole(values: Pairs, key: str) -> int | None:
+    return int(values[key]) if key in values else None
+
+
+def number(values: Pairs, key: str) -> float | None:
+    return float(values[key]) if key in values else None
+
+
+def read_train(run: RunLog, values: Pairs) -> None:
+    step = int(values["step"].split("/")[0])
+    while run.train and run.train[-1].step >= step:  # a resumed run repeats the steps after its last checkpoint
+        run.train.pop()
+    run.train.append(Point(step, float(values["loss"]), whole(values, "depth"), number(values, "step_ms"),
+                           number(values, "elapsed_ms")))
+
+
+def read_phase(run: RunLog, values: Pairs) -> None:
+    step = int(values["step"])
+    run.phases = [phase for phase in run.phases if phase.step < step]
+    run.phases.append(Phase(step, float(values["frac"]), int(values["depth"])))
+
+
+def read_eval(run: RunLog, values: Pairs) -> None:
+    run.evals[values["name"]] = Evaluation(float(values["val_loss"]), float(values["val_bpb"]), whole(values, "tokens"),
+                                           whole(values, "bytes"), number(values, "time_ms"))
+
+
+def read_ttt(run: RunLog, values: Pairs) -> None:
+    done, total = values["docs"].split("/")
+    run.ttt.append(TTTPoint(int(done) / int(total), float(values["val_bpb"])))
+
+
+def read_code(run: RunLog, values: Pairs) -> None:
+    run.code[values["file"]] = {"bytes": values["bytes"], "sha256": values["sha256"]}
+
+
+def read_final(run: RunLog, values: Pairs) -> None:
+    run.final = Final(whole(values, "seed"), float(values["val_loss"]), float(values["val_bpb"]), number(values, "pre_ttt_bpb"),
+                      whole(values, "steps"), number(values, "train_ms"), number(values, "eval_ms"), whole(values, "total_bytes"))
+
+
+OURS: dict[str, Callable[[RunLog, Pairs], None]] = {
+    "run": lambda run, values: run.run.update(values), "data": lambda run, values: run.data.update(values),
+    "artifact": lambda run, values: run.artifact.update(values), "train": read_train, "phase": read_phase,
+    "eval": read_eval, "ttt": read_ttt, "code": read_code, "final": read_final,
+}
+TOKENIZER = re.compile(r"tokenizer \S.* sha256 ([0-9a-f]{64})$")
+SETTING = re.compile(r"setting (\*?)(\w+) value:(.*?)(?: default:.*)?$")
+
+
+def read_our_line(run: RunLog, line: str) -> None:
+    """Take one line into `run`; ValueError or KeyError if it has the form of a record and not its content."""
+    if match := SETTING.match(line):
+        star, name, value = match.groups()
+        run.settings[name] = value
+        if star:
+            run.starred.add(name)
+        return
+    if match := TOKENIZER.match(line):
+        run.tokenizer_sha256 = match[1]
+    word = line.split(" ", 1)[0].rstrip(":")
+    if word in ("warning", "error"):
+        run.problems.append(line)
+    elif word in OURS and PAIR.match(line[len(word) + 1:]):
+        OURS[word](run, pairs_of(line))
+
+
+# ======================================================================================================================
+# The dialect of the published record
+# ======================================================================================================================
+
+FLOAT = r"([-+.\deE]+|nan|inf)"
+STAGES = {"diagnostic pre-quantization post-ema": "ema", "diagnostic quantized": "quantized",
+          "quantized_ttt_phased": "quantized_ttt"}
+RECORD_BATCH_TOKENS = 786432
+
+
+def their_setting(run: RunLog, name: str, value: str) -> None:
+    run.settings[name.upper()] = value
+
+
+def their_train(run: RunLog, step: str, loss: str, rest: str) -> None:
+    """tok/s is the mean since the start there, so the time of a step follows from two lines."""
+    pace = re.search(rf"tok/s:\s*{FLOAT}", rest)
+    batch = int(run.settings.get("TRAIN_BATCH_TOKENS", RECORD_BATCH_TOKENS))
+    elapsed_ms = 1e3 * int(step) * batch / float(pace[1]) if pace and float(pace[1]) else None
+    before = run.train[-1] if run.train and run.train[-1].elapsed_ms is not None else Point(0, 0, None, None, 0.0)
+    step_ms = None if elapsed_ms is None else (elapsed_ms - before.elapsed_ms) / max(int(step) - before.step, 1)
+    depth = run.phases[-1].depth if run.phases else 1
+    run.train.append(Point(int(step), float(loss), depth, step_ms, elapsed_ms))
+
+
+def their_validation(run: RunLog, step: str, loss: str, bpb: str) -> None:
+    name = f"step{step}" if int(step) else "initial"
+    run.evals[name] = Evaluation(float(loss), float(bpb), None, None, None)
+
+
+def their_stage(run: RunLog, stage: str, loss: str, bpb: str, time_ms: str) -> None:
+    run.evals[STAGES[stage]] = Evaluation(float(loss), float(bpb), None, None, float(time_ms))
+
+
+def their_phase(run: RunLog, step: str, frac: str, depth: str) -> None:
+    run.phases.append(Phase(int(step), float(frac), int(depth)))
+
+
+def their_ttt(run: RunLog, rest: str) -> None:
+    if match := re.search(rf"\brb:{FLOAT}", rest):
+        run.ttt.append(TTTPoint(len(run.ttt) + 1.0, float(match[1])))  # its place; made a share when all are read
+
+
+def their_stop(run: RunLog, train_ms: str, steps: str) -> None:
+    run.final = run.final or Final()
+    run.final.train_ms, run.final.steps = float(train_ms), int(steps)
+
+
+def their_size(run: RunLog, count: str) -> None:
+    run.final = run.final or Final()
+    run.final.total_bytes = int(count.replace(",", ""))
+
+
+def their_eval_time(run: RunLog, seconds: str) -> None:
+    run.final = run.final or Final()
+    run.final.eval_ms = 1e3 * float(seconds)
+
+
+THEIRS: list[tuple[re.Pattern[str], Callable[..., None]]] = [(re.compile(pattern), reader) for pattern, reader in (
+    (r"\s+(\w+): (.*)$", their_setting),
+    (rf"(?:\d+:)?(\d+)/\d+ train_loss:\s*{FLOAT}(.*)", their_train),
+    (rf"(?:\d+:)?(\d+)/\d+ val_loss:\s*{FLOAT} val_bpb:\s*{FLOAT}", their_validation),
+    (rf"({'|'.join(STAGES)}) val_loss:\s*{FLOAT} val_bpb:\s*{FLOAT} eval_time:\s*{FLOAT}ms", their_stage),
+    (rf"layer_loop:phase step:(\d+) frac:{FLOAT} depth:(\d+)", their_phase),
+    (r"ttp:(.*)", their_ttt),
+    (rf"stopping_early: \S+ train_time:\s*{FLOAT}ms step:\s*(\d+)", their_stop),
+    (r"Total submission size \S+ ([\d,]+) bytes", their_size),
+    (rf"total_eval_time:\s*{FLOAT}s", their_eval_time),
+)]
+
+
+def read_their_line(run: RunLog, line: str) -> None:
+    """Take one line into `run`; ValueError if a number cannot be read."""
+    for pattern, reader in THEIRS:
+        if match := pattern.match(line):
+            reader(run, *match.groups())
+            return
+
+
+def finish_theirs(run: RunLog) -> None:
+    """What our logs say in their last line is put together from the whole of theirs."""
+    run.ttt = [TTTPoint(point.done / len(run.ttt), point.val_bpb) for point in run.ttt]
+    last = run.evals.get("quantized_ttt") or run.evals.get("quantized")
+    if last is None:
+        run.final = None
+        return
+    run.final = run.final or Final()
+    run.final.val_loss, run.final.val_bpb = last.val_loss, last.val_bpb
+    if "quantized" in run.evals:
+        run.final.pre_ttt_bpb = run.evals["quantized"].val_bpb
+    if "SEED" in run.settings:
+        run.final.seed = int(run.settings["SEED"])
+
+
+# ======================================================================================================================
+# Files and folders
+# ======================================================================================================================
+
+OUR_START = re.compile(r"(run id:|code file:|setting \*?[A-Z])")
+
+
+def read_log(path: Path) -> RunLog:
+    """A log in either dialect; ValueError if it holds no line that either has."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    ours = any(OUR_START.match(line) for line in lines)
+    run = RunLog(path, dialect="ours" if ours else "published")
+    for count, line in enumerate(lines, 1):
+        try:
+            (read_our_line if ours else read_their_line)(run, line)
+        except (ValueError, KeyError) as error:
+            run.problems.append(f"line {count} cannot be read ({error!r}): {line[:100]}")
+    if not ours:
+        finish_theirs(run)
+    if not (run.settings or run.train or run.evals):
+        raise ValueError(f"{path} is no log of a run: no line of it is in a form known here")
+    if run.final is None:
+        run.problems.append("the run did not end: there is no final score in this log")
+    return run
+
+
+def read_published(folder: Path) -> Group:
+    """The figures of published.json as runs that have an end and nothing else."""
+    page = json.loads((folder / PUBLISHED_FILE).read_text(encoding="utf-8"))
+    runs = []
+    for row in page["seed_results"]:
+        # Others print the loss in five decimals for all seeds together: the loss of a seed follows from its BPB.
+        loss = row["val_bpb"] * page["val_loss"] / page["val_bpb"]
+        final = Final(row["seed"], loss, row["val_bpb"], row["pre_ttt_bpb"], row["steps"], 1e3 * row["train_seconds"],
+                      1e3 * row["eval_seconds"], row["artifact_bytes"])
+        runs.append(RunLog(folder / PUBLISHED_FILE, "published figures", final=final))
+    return Group(f"{folder.name} (published by others)", runs, published=True)
+
+
+def logs_in(folder: Path) -> list[Path]:
+    """The logs of a record folder, or else every log of a folder but those of mere evaluations; seeds in order."""
+    found = [path for path in folder.glob("*.log") if not re.search(r"\.eval\d+\.log$", path.name)]
+    records = [path for path in found if path.match(RECORD_LOGS)]
+    return sorted(records or found, key=lambda path: [int(t) if t.isdigit() else t for t in re.split(r"(\d+)", path.name)])
+
+
+def read_group(text: str) -> Group:
+    """The runs that a PATH of the command line stands for; ValueError if there are none."""
+    runs: list[RunLog] = []
+    names = text.split(",")
+    for name in names:
+        path = Path(name)
+        if not path.exists():
+            raise ValueError(f"{path} does not exist")
+        if path.is_dir() and not logs_in(path) and (path / PUBLISHED_FILE).exists():
+            if len(names) > 1:
+                raise ValueError(f"{path} holds published figures, no logs: it cannot be joined to others")
+            return read_published(path)
+        runs += [read_log(log) for log in (logs_in(path) if path.is_dir() else [path])]
+    if not runs:
+        raise ValueError(f"{text}: no logs (*.log) there")
+    first = Path(names[0])
+    return Group(first.resolve().name if first.is_dir() else first.stem, runs)
+
+
+def differing_settings(runs: Iterable[RunLog], ignore: Iterable[str] = VARYING) -> dict[str, list[str]]:
+    """Name -> the value of each run (of those that say their settings), for settings that are not the same in all.
+
+    Over logs of two dialects, only names that all of them say are compared: the other side has settings of its own.
+    """
+    telling = [run for run in runs if run.settings]
+    told = [run.settings for run in telling]
+    names = {name for settings in told for name in settings}
+    if len({run.dialect for run in telling}) > 1:
+        names = set.intersection(*(set(settings) for settings in told))
+    names = sorted(names - set(ignore))
+    table = {name: [settings.get(name, "(not said)") for settings in told] for name in names}
+    return {name: values for name, values in table.items() if len(set(map(canonical, values))) > 1}
+
+
+def canonical(value: str) -> str:
+    """One spelling of a setting: 600 and 600.0, 1 and True, [1, 3, 4] and 1,3,4 are the same."""
+    text = {"True": "1", "False": "0", "": "none"}.get(value, value)
+    text = re.sub(r"[\[\]() ]", "", text)
+    try:
+        return ",".join(f"{float(part):g}" for part in text.split(","))
+    except ValueError:
+        return text
+
+
+# ======================================================================================================================
+# summary and compare
+# ======================================================================================================================
+
+
+def mean_and_std(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation (nan for fewer than two values)."""
+    if not values:
+        return math.nan, math.nan
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else math.nan
+
+
+class Column(NamedTuple):
+    title: str
+    field: str
+    scale: float
+    form: str
+
+
+COLUMNS = [Column("val_bpb", "val_bpb", 1, "{:.5f}"), Column("pre-TTT BPB", "pre_ttt_bpb", 1, "{:.5f}"),
+           Column("val_loss", "val_loss", 1, "{:.5f}"), Column("steps", "steps", 1, "{:.0f}"),
+           Column("bytes", "total_bytes", 1, "{:,.0f}"), Column("train s", "train_ms", 1e-3, "{:.1f}"),
+           Column("eval s", "eval_ms", 1e-3, "{:.1f}")]
+
+
+def show(value: float | None, column: Column) -> str:
+    return "-" if value is None or math.isnan(value) else column.form.format(value * column.scale)
+
+
+def seed_table(group: Group) -> list[list[str]]:
+    """Header, one row a run, and rows of mean and std."""
+    rows = [["run", *(column.title for column in COLUMNS)]]
+    for run in group.runs:
+        final = run.final or Final()
+        rows.append([run.name, *(show(getattr(final, column.field), column) for column in COLUMNS)])
+    if len(group.finished) > 1:
+        stats = [mean_and_std(group.values(column.field)) for column in COLUMNS]
+        for i, name in enumerate(("mean", "std")):
+            rows.append([name, *(show(pair[i], column) for pair, column in zip(stats, COLUMNS))])
+    return rows
+
+
+def stage_names(runs: Iterable[RunLog]) -> list[str]:
+    """The stages that were scored, in the order of a run."""
+    last = ["final", "ema", "quantized", "quantized_ttt"]
+    found = {name for run in runs for name in run.evals}
+    steps = sorted((name for name in found if name.startswith("step")), key=lambda name: int(name[4:]))
+    other = sorted(found - set(last) - set(steps) - {"initial"})
+    return [name for name in ["initial", *steps, *other, *last] if name in found]
+
+
+def stage_table(runs: Sequence[RunLog]) -> list[list[str]]:
+    """Header and one row a stage: its BPB in each run."""
+    rows = [["stage", *(run.name for run in runs)]]
+    for stage in stage_names(runs):
+        rows.append([stage, *(f"{run.evals[stage].val_bpb:.5f}" if stage in run.evals else "-" for run in runs)])
+    return rows
+
+
+def as_text(rows: list[list[str]]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
+                     for row in rows)
+
+
+def headline(group: Group) -> str:
+    """The one line that matters."""
+    bpb, std = mean_and_std(group.values("val_bpb"))
+    count = len(group.finished)
+    if count == 0:
+        return f"{group.name}: no finished run"
+    spread = f" (std {std:.5f}, {count} seeds)" if count > 1 else " (one run)"
+    whose = ", figures published by others" if group.published else ""
+    return f"{group.name.removesuffix(' (published by others)')}: val_bpb {bpb:.5f}{spread}{whose}"
+
+
+def group_warnings(group: Group) -> list[str]:
+    """What a reader of the mean must know."""
+    found = [f"{name} differs between the runs: {', '.join(values)}" for name, values in differing_settings(group.runs).items()]
+    versions = {tuple(sorted((file, row["sha256"]) for file, row in run.code.items())) for run in group.runs if run.code}
+    if len(versions) > 1:
+        found.append(f"the runs were made by {len(versions)} different versions of the code")
+    for run in group.runs:
+        found += [f"{run.name}: {problem}" for problem in run.problems]
+    return found
+
+
+def summary(groups: list[Group]) -> str:
+    """The text of `summary`."""
+    parts = []
+    for group in groups:
+        lines = [headline(group), "", as_text(seed_table(group))]
+        if stage_names(group.runs):
+            lines += ["", as_text(stage_table(group.runs))]
+        lines += ["", *(f"! {warning}" for warning in group_warnings(group))]
+        parts.append("\n".join(lines).rstrip())
+    return "\n\n\n".join(parts)
+
+
+class Welch(NamedTuple):
+    """A one-sided Welch test that the first mean is more than `bar` above the second."""
+
+    difference: float
+    t: float
+    freedom: float
+    p: float
+
+
+def welch(base: Sequence[float], new: Sequence[float], bar: float = 0.0) -> Welch:
+    """Test mean(base) - mean(new) > bar (Welch 1947). Needs two values a side; ValueError if there are fewer."""
+    if min(len(base), len(new)) < 2:
+        raise ValueError(f"a test needs at least 2 finished runs a side (here {len(base)} and {len(new)})")
+    base_mean, base_std = mean_and_std(base)
+    new_mean, new_std = mean_and_std(new)
+    return welch_from(base_mean - new_mean - bar, (base_std, len(base)), (new_std, len(new)))._replace(
+        difference=base_mean - new_mean)
+
+
+def welch_from(excess: float, base: tuple[float, int], new: tuple[float, int]) -> Welch:
+    """The test from standard deviations and counts."""
+    stats = import_for_tools("scipy.stats")
+    parts = [std ** 2 / count for std, count in (base, new)]
+    if sum(parts) == 0:
+        return Welch(excess, math.copysign(math.inf, excess), math.inf, 0.0 if excess > 0 else 1.0)
+    t = excess / math.sqrt(sum(parts))
+    freedom = sum(parts) ** 2 / sum(part ** 2 / (count - 1) for part, (_, count) in zip(parts, (base, new)))
+    return Welch(excess, t, freedom, float(stats.t.sf(t, freedom)))
+
+
+def seeds_needed(base: Sequence[float], new: Sequence[float], bar: float, level: float = SIGNIFICANCE) -> int | None:
+    """Seeds a side with which the same means and spreads would pass the test at `level`; None: no number would."""
+    (base_mean, base_std), (new_mean, new_std) = mean_and_std(base), mean_and_std(new)
+    excess = base_mean - new_mean - bar
+    if excess <= 0:
+        return None
+    return next((n for n in range(2, MOST_SEEDS + 1) if welch_from(excess, (base_std, n), (new_std, n)).p < level), None)
+
+
+def import_for_tools(name: str) -> Any:
+    """A library that only the tools need; ValueError says how to install it."""
+    import importlib
+
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ValueError(f"this needs {name.split('.')[0]} ({error}); {INSTALL_HINT}") from None
+
+
+def comparable(base: Group, new: Group) -> list[str]:
+    """Reasons why the scores of two groups do not mean the same."""
+    def targets(group: Group) -> set[tuple[int | None, int | None]]:
+        ends = [list(run.evals.values())[-1] for run in group.runs if run.evals]
+        return {(end.tokens, end.num_bytes) for end in ends if end.tokens is not None}
+
+    found = []
+    if targets(base) and targets(new) and targets(base) != targets(new):
+        found.append(f"they score different validation sets (targets, bytes): {sorted(targets(base))} and "
+                     f"{sorted(targets(new))}; nats a token and BPB are not comparable")
+    elif not (targets(base) and targets(new)):
+        found.append("one side does not say which validation set it scored: see for yourself that it is the same")
+    return found
+
+
+def compare(base: Group, new: Group) -> str:
+    """The text of `compare`: NEW against BASE, lower is better, in nats a token and in BPB."""
+    lines = [headline(base), headline(new), ""]
+    for field_name, unit, bars in (("val_loss", "nats a token", (0.0, BAR_NATS)), ("val_bpb", "bits a byte", (0.0,))):
+        old_values, new_values = base.values(field_name), new.values(field_name)
+        if not (old_values and new_values):
+            raise ValueError(f"{(new if old_values else base).name}: no finished run, nothing to compare")
+        (old_mean, old_std), (new_mean, new_std) = mean_and_std(old_values), mean_and_std(new_values)
+        sides = (f"{mean:.5f} ({f'std {std:.5f}, ' if len(values) > 1 else ''}n {len(values)})" for mean, std, values in
+                 ((old_mean, old_std, old_values), (new_mean, new_std, new_values)))
+        lines.append(f"{field_name}: {' -> '.join(sides)}: gain {old_mean - new_mean:+.5f} {unit}")
+        lines += [compare_with_bar(old_values, new_values, bar) for bar in bars]
+    differing = differing_settings([base.runs[0], new.runs[0]])
+    if differing:
+        lines += ["", "settings that differ (first run of each):"]
+        lines += [f"  {name}: {values[0]} -> {values[1]}" for name, values in differing.items()]
+    warnings = [*comparable(base, new), *group_warnings(base), *group_warnings(new)]
+    return "\n".join([*lines, *([""] if warnings else []), *(f"! {warning}" for warning in warnings)])
+
+
+def compare_with_bar(old: Sequence[float], new: Sequence[float], bar: float) -> str:
+    """One line: does NEW beat BASE by more than `bar`, and how many seeds would show it."""
+    what = f"better by more than {bar:g} nats" if bar else "better at all"
+    if min(len(old), len(new)) < 2:
+        return f"  {what}: no test, it needs at least 2 finished runs a side (here {len(old)} and {len(new)})"
+    test = welch(old, new, bar)
+    verdict = "yes" if test.p < SIGNIFICANCE else "not shown"
+    line = f"  {what}: {verdict} (one-sided Welch t = {test.t:.2f}, {test.freedom:.1f} degrees of freedom, p = {test.p:.2g})"
+    needed = seeds_needed(old, new, bar)
+    if needed is not None:
+        return line + f"; with these means and spreads, {needed} seeds a side show it at p < {SIGNIFICANCE:g}"
+    return line + ("; no number of seeds would show it: the gain itself is not above the bar" if test.difference <= bar else
+                   f"; more than {MOST_SEEDS} seeds a side would be needed")
+
+
+# ======================================================================================================================
+# Plots
+# ======================================================================================================================
+
+COLORS = ["#0b5fa5", "#d1495b", "#2e8b57", "#8d5a97", "#c77700", "#00798c", "#6b705c", "#3d405b"]
+SHADES = ["#eef3f8", "#dbe7f2", "#c5d8ea", "#b0c9e1"]
+
+
+class Curve(NamedTuple):
+    """A run with the name and the colour that it has in every plot."""
+
+    label: str
+    color: str
+    run: RunLog
+
+
+def curves_of(groups: list[Group]) -> list[Curve]:
+    """Every run with something to draw; the group is named where there are several."""
+    runs = [(group, run) for group in groups for run in group.runs]
+    labels = [f"{short(group.name)}, {run.name}" if len(groups) > 1 else run.name for group, run in runs]
+    return [Curve(label, COLORS[i % len(COLORS)], run) for i, (label, (_, run)) in enumerate(zip(labels, runs))]
+
+
+def short(name: str, most: int = 24) -> str:
+    name = re.sub(r"^\d{4}-\d\d-\d\d_", "", name)
+    return name if len(name) <= most else name[: most - 1] + "…"
+
+
+class StepAxis(NamedTuple):
+    """What the x axis counts: steps, or the share of the run where runs are of very different lengths."""
+
+    as_share: bool
+
+    @classmethod
+    def of(cls, curves: list[Curve]) -> StepAxis:
+        lasts = [curve.run.train[-1].step for curve in curves if curve.run.train]
+        return cls(bool(lasts) and max(lasts) > 2 * min(lasts))
+
+    @property
+    def label(self) -> str:
+        return "% of the run's steps" if self.as_share else "step"
+
+    def place(self, run: RunLog, step: int) -> float:
+        return 100 * step / max(run.train[-1].step, 1) if self.as_share else step
+
+
+def draw_loss(axes: Any, curves: list[Curve]) -> None:
+    """Training loss by step, and the validation losses as rings; the depth phases of the first run are shaded."""
+    shade_phases(axes, curves)
+    seen = []
+    x = StepAxis.of(curves)
+    for curve in (curve for curve in curves if curve.run.train):
+        run, last = curve.run, curve.run.train[-1].step
+        axes.plot([x.place(run, p.step) for p in run.train], [p.loss for p in run.train], color=curve.color, lw=1.3,
+                  label=curve.label)
+        rings = [(int(name[4:]) if name[4:].isdigit() else last if name == "final" else 0, e.val_loss)
+                 for name, e in run.evals.items() if re.fullmatch(r"initial|final|step\d+", name)]
+        axes.plot([x.place(run, step) for step, _ in rings], [loss for _, loss in rings], "o", mfc="white", ms=5,
+                  color=curve.color)
+        seen += [p.loss for p in run.train if p.step > 0.03 * last] + [loss for step, loss in rings if step]
+    axes.set_title("Loss (rings: validation)")
+    axes.set_xlabel(x.label)
+    axes.set_ylabel("nats a token")
+    if seen:
+        room = 0.1 * (max(seen) - min(seen)) + 0.01
+        axes.set_ylim(min(seen) - room, max(seen) + room)
+
+
+def shade_phases(axes: Any, curves: list[Curve]) -> None:
+    """Bands for the depth phases of the first run that has any; thin lines where another run changes depth."""
+    x, with_phases = StepAxis.of(curves), [curve for curve in curves if curve.run.phases and curve.run.train]
+    for nth, curve in enumerate(with_phases):
+        run, last = curve.run, curve.run.train[-1].step
+        phases = run.phases if run.phases[0].step == 0 else [Phase(0, 0.0, 1), *run.phases]
+        for i, phase in enumerate(phases):
+            begin = x.place(run, phase.step)
+            end = x.place(run, phases[i + 1].step if i + 1 < len(phases) else last)
+            if nth == 0:
+                axes.axvspan(begin, end, color=SHADES[min(i, len(SHADES) - 1)], lw=0, zorder=0)
+                axes.annotate(f"depth {phase.depth}", ((begin + end) / 2, 1), xycoords=("data", "axes fraction"),
+                              xytext=(0, -11), textcoords="offset points", ha="center", fontsize="x-small", color="#456")
+            elif i:
+                axes.axvline(begin, color=curve.color, lw=0.6, ls=":", zorder=0)
+
+
+def draw_stages(axes: Any, curves: list[Curve]) -> None:
+    """BPB at each stage but the untrained one, which would flatten all others."""
+    stages = [name for name in stage_names(curve.run for curve in curves) if name != "initial"]
+    for curve in curves:
+        found = [(stages.index(name), e.val_bpb) for name, e in curve.run.evals.items() if name in stages]
+        axes.plot(*zip(*sorted(found)) if found else ((), ()), "o-", ms=4, lw=1, color=curve.color, label=curve.label)
+    axes.set_xticks(range(len(stages)), [name.replace("quantized_ttt", "+ TTT") for name in stages],
+                    rotation=30 if len(stages) > 4 else 0, ha="right" if len(stages) > 4 else "center")
+    axes.set_title("Score at each stage")
+    axes.set_ylabel("bits a byte")
+
+
+def draw_ttt(axes: Any, curves: list[Curve]) -> None:
+    for curve in curves:
+        points = curve.run.ttt
+        axes.plot([100 * p.done for p in points], [p.val_bpb for p in points], ".-", ms=4, lw=1, color=curve.color,
+                  label=curve.label)
+    axes.set_title("Running score of test-time training")
+    axes.set_xlabel("documents scored, %, longest first")
+    axes.set_ylabel("bits a byte so far")
+
+
+def draw_step_time(axes: Any, curves: list[Curve]) -> None:
+    shade_phases(axes, curves)
+    x = StepAxis.of(curves)
+    for curve in curves:
+        points = [p for p in curve.run.train if p.step_ms is not None]
+        axes.plot([x.place(curve.run, p.step) for p in points], [p.step_ms for p in points], lw=1, color=curve.color,
+                  label=curve.label)
+    axes.set_title("Step time")
+    axes.set_xlabel(x.label)
+    axes.set_ylabel("ms")
+    axes.set_ylim(bottom=0)
+
+
+PLOTS: dict[str, Callable[[Any, list[Curve]], None]] = {
+    "loss": draw_loss, "stages": draw_stages, "ttt": draw_ttt, "step_time": draw_step_time}
+
+
+def style(axes: Any, curves: list[Curve]) -> None:
+    """The same plain frame for every plot; a legend where there is more than one curve, a note where there is none."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#00000014", lw=0.6)
+    axes.set_axisbelow(True)
+    drawn = [line for line in axes.get_lines() if len(line.get_xdata()) and not line.get_label().startswith("_")]
+    if not drawn:
+        axes.text(0.5, 0.5, "not in these logs", transform=axes.transAxes, ha="center", color="#678")
+    elif len(curves) > 1:
+        axes.legend(fontsize="x-small", frameon=False)
+
+
+def pyplot() -> Any:
+    """matplotlib.pyplot without a screen; ValueError says how to install it."""
+    import_for_tools("matplotlib").use("Agg")
+    module = import_for_tools("matplotlib.pyplot")
+    module.rcParams.update({"font.size": 10, "axes.titlesize": 11, "axes.titleweight": "bold", "svg.hashsalt": "logs",
+                            "axes.titlelocation": "left", "figure.constrained_layout.use": True})
+    return module
+
+
+def plot(groups: list[Group], path: Path) -> None:
+    """All four plots on one picture."""
+    plt, curves = pyplot(), curves_of(groups)
+    figure, grid = plt.subplots(2, 2, figsize=(11, 7), dpi=130)
+    for axes, draw in zip(grid.flat, PLOTS.values()):
+        draw(axes, curves)
+        style(axes, curves)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=path.suffix.lstrip(".") or "png", metadata={} if path.suffix == ".pdf" else {"Date": None}
+                   if path.suffix == ".svg" else None)
+    plt.close(figure)
+    write_atomically(path, buffer.getvalue())
+
+
+def plot_as_svg(name: str, curves: list[Curve]) -> str:
+    """One plot as an inline image for the page."""
+    plt = pyplot()
+    figure, axes = plt.subplots(figsize=(4.7, 3.3))
+    PLOTS[name](axes, curves)
+    style(axes, curves)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    plt.close(figure)
+    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write beside the file and rename, so that nobody meets half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_bytes(data)
+    beside.replace(path)
+
+
+# ======================================================================================================================
+# The page
+# ======================================================================================================================
+
+PAGE_STYLE = """
+:root { color-scheme: light }
+body { font: 16px/1.45 system-ui, sans-serif; color: #1c2733; background: #f6f7f9; margin: 0 auto; padding: 14px; max-width: 1080px }
+h1 { font-size: 1.3rem; margin: .3rem 0; overflow-wrap: anywhere } h2 { font-size: 1.05rem; margin: 1.6rem 0 .5rem }
+.big { font-size: 2.3rem; font-weight: 700; margin: .2rem 0 0 } .note { color: #566472; margin: 0 0 .3rem; overflow-wrap: anywhere }
+.card { background: #fff; border: 1px solid #e1e5ea; border-radius: 8px; padding: 12px; margin: 12px 0 }
+.scroll { overflow-x: auto; -webkit-overflow-scrolling: touch }
+table { border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabular-nums }
+th, td { padding: 5px 10px; text-align: right; border-bottom: 1px solid #e8ebef; white-space: nowrap }
+th:first-child, td:first-child { text-align: left; padding-left: 0; position: sticky; left: 0; background: #fff }
+tr.stat td { font-weight: 600 }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); gap: 12px }
+.plots img { width: 100%; display: block } .plots .card { margin: 0; padding: 6px }
+ul { padding-left: 1.2rem; margin: .4rem 0 } li { overflow-wrap: anywhere } pre { font-size: .82rem; white-space: pre-wrap; overflow-wrap: anywhere; margin: 0 }
+details summary { cursor: pointer; padding: 6px 0 }
+"""
+PLOT_WORDS = {"loss": "training loss by step with the depth phases", "stages": "bits a byte after each stage",
+              "ttt": "running score of test-time training", "step_time": "milliseconds of a step"}
+
+
+def as_html(rows: list[list[str]]) -> str:
+    """A table that scrolls sideways on a narrow screen."""
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in rows[0])
+    body = "".join(f"<tr{' class=stat' if row[0] in ('mean', 'std') else ''}>"
+                   + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows[1:])
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def group_section(group: Group) -> str:
+    """Headline, seeds, stages, where it ran and what to know."""
+    bpb, std = mean_and_std(group.values("val_bpb"))
+    count = len(group.finished)
+    spread = f"std {std:.5f}, {count} seeds" if count > 1 else "one run" if count else "no finished run"
+    parts = [f"<h1>{html.escape(group.name)}</h1>", f'<p class="big">{bpb:.5f}</p>' if count else "",
+             f'<p class="note">bits per byte ({spread})</p>', f'<p class="note">{html.escape(where_it_ran(group))}</p>',
+             as_html(seed_table(group))]
+    if stage_names(group.runs):
+        parts += ["<h2>Bits a byte at each stage</h2>", as_html(stage_table(group.runs))]
+    if warnings := group_warnings(group):
+        parts += ["<h2>To know</h2><ul>", *(f"<li>{html.escape(text)}</li>" for text in warnings), "</ul>"]
+    return f'<section class="card">{"".join(parts)}</section>'
+
+
+def where_it_ran(group: Group) -> str:
+    """Machine, versions, data, code, as far as the logs say."""
+    run = next((run for run in group.runs if run.run), None)
+    if run is None:
+        return "figures published by others; no log" if group.published else "the log does not say where it ran"
+    data = run.data
+    words = [f"{run.run.get('ranks', '?')} rank(s) on {run.run.get('device', '?')}", f"torch {run.run.get('torch', '?')}",
+             run.run.get("date", "")[:10]]
+    if data:
+        which = "the published validation set" if data.get("published") == "1" else "a validation set of our own"
+        words.append(f"{which}: {int(data['val_docs']):,} documents, {int(data['val_bytes']):,} bytes")
+    words += [f"{file} {row['sha256'][:12]}" for file, row in run.code.items()]
+    return " · ".join(filter(None, words))
+
+
+def settings_section(groups: list[Group]) -> str:
+    """Settings that are not the same in all runs, then all that are not at their default."""
+    runs = [run for group in groups for run in group.runs if run.settings]
+    if not runs:
+        return ""
+    names = [curve.label for curve in curves_of(groups) if curve.run.settings]
+    differing = differing_settings(runs, ignore=())
+    parts = ["<h2>Settings that differ</h2>"]
+    parts.append(as_html([["setting", *names], *([name, *values] for name, values in differing.items())])
+                 if differing else '<p class="note">none: all runs have the same settings</p>')
+    starred = sorted({name for run in runs for name in run.starred})
+    if starred:
+        rows = [["setting", "value (first run)"], *([name, runs[0].settings.get(name, "-")] for name in starred)]
+        parts.append(f"<details><summary>{len(starred)} settings that are not the record's</summary>{as_html(rows)}</details>")
+    return f'<section class="card">{"".join(parts)}</section>'
+
+
+def report(groups: list[Group], path: Path) -> None:
+    """Write the page: everything is in the one file, nothing is fetched."""
+    drawn = [curve for curve in curves_of(groups) if curve.run.train or curve.run.evals]
+    plots = [f'<div class="card"><img alt="{PLOT_WORDS[name]}" src="{plot_as_svg(name, drawn)}"></div>' for name in PLOTS]
+    comparison = ""
+    if len(groups) == 2 and all(group.finished for group in groups):
+        comparison = f'<section class="card"><h2>Comparison</h2><pre>{html.escape(compare(*groups))}</pre></section>'
+    title = html.escape(" and ".join(group.name for group in groups))
+    page = (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, '
+            f'initial-scale=1"><title>{title}</title><style>{PAGE_STYLE}</style></head><body>'
+            f'{"".join(map(group_section, groups))}<div class="plots">{"".join(plots)}</div>{comparison}'
+            f'{settings_section(groups)}</body></html>\n')
+    write_atomically(path, page.encode("utf-8"))
+
+
+# ======================================================================================================================
+# Command line
+# ======================================================================================================================
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("summary", help="mean, std and a row a seed").add_argument("paths", nargs="+", metavar="PATH")
+    versus = commands.add_parser("compare", help="is NEW better than BASE?")
+    versus.add_argument("base", metavar="BASE")
+    versus.add_argument("new", metavar="NEW")
+    for name, default, words in (("plot", "plot.png", "one picture"), ("report", "report.html", "one self-contained page")):
+        command = commands.add_parser(name, help=words)
+        command.add_argument("paths", nargs="+", metavar="PATH")
+        command.add_argument("--out", type=Path, default=Path(default), help=f"file to write (default {default})")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit status: 0, or 2 for something the user can mend."""
+    options = parse_arguments(arguments)
+    try:
+        if options.command == "compare":
+            print(compare(read_group(options.base), read_group(options.new)))
+            return 0
+        groups = [read_group(path) for path in options.paths]
+        if options.command == "summary":
+            print(summary(groups))
+        else:
+            {"plot": plot, "report": report}[options.command](groups, options.out)
+            print(f"wrote {options.out}")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
