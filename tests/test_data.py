@@ -1,0 +1,172 @@
+"""Section 3: shards, segments, spans, and every fault of the data that must be named before training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+
+import train_gpt as tg
+
+
+def config(folder: Path, **changes: object) -> tg.Config:
+    return tg.Config.from_env({k: str(v) for k, v in {**tiny.SETTINGS, "DATA_PATH": folder, **changes}.items()})
+
+
+def test_segments_start_at_bos_spans_and_lengths() -> None:
+    tokens = np.array([1, 5, 5, 5, 5, 5, 5, 1, 5, 1, 5, 5])
+    assert tg.segment_starts(tokens, span=12, longest=3).tolist() == [0, 3, 6, 7, 9]
+    assert tg.segment_starts(tokens, span=5, longest=8).tolist() == [0, 5, 7, 9, 10]
+    assert tg.segment_starts(np.array([5, 5, 1, 5]), span=4, longest=9).tolist() == [0, 2], "a span may begin within a document"
+
+
+def test_positions_count_within_a_segment() -> None:
+    tokens = np.array([1, 5, 5, 1, 5, 5, 5])
+    batch = tg.make_batch(tokens, tokens, np.array([0, 3]), 8, tg.torch.device("cpu"))
+    assert batch.positions.tolist() == [0, 1, 2, 0, 1, 2, 3] and batch.cu_seqlens.tolist() == [0, 3, 7]
+
+
+@pytest.mark.parametrize("world", [1, 2, 4, 8])
+def test_all_ranks_together_see_the_stream_once_whatever_their_number(tiny_data: Path, world: int) -> None:
+    cfg = config(tiny_data)
+    stream = tg.TokenStream(tg.read_shards(tiny_data, "train"))
+    layout = tg.SpanLayout.plan(cfg, world)
+    seen, starts = [], []
+    for step in range(2):
+        for rank in range(world):
+            loader = tg.TrainLoader(stream, layout, cfg, tg.Ranks(rank, world))
+            loader.seek(step * cfg.train_batch_tokens)
+            for batch in loader.next():
+                starts += [len(np.concatenate([[], *seen])) + int(s) for s in batch.cu_seqlens[:-1]]
+                seen.append(batch.tokens.numpy())
+                assert np.array_equal(batch.targets[:-1], batch.tokens[1:])
+                assert len(batch.tokens) <= cfg.micro_batch_tokens
+    whole = np.concatenate(seen)
+    assert np.array_equal(whole, stream.read(0, 2 * cfg.train_batch_tokens))
+    one_rank = tg.segment_starts(whole, cfg.train_batch_tokens // 8, cfg.train_seq_len)
+    assert starts == one_rank.tolist(), "documents are cut in the same places"
+
+
+def test_stream_goes_round_and_crosses_shards() -> None:
+    stream = tg.TokenStream([np.arange(5), np.arange(5, 7), np.arange(7, 10)])
+    assert stream.read(3, 12).tolist() == [3, 4, 5, 6, 7, 8, 9, 0, 1, 2, 3, 4]
+    assert stream.read(29, 2).tolist() == [9, 0]
+
+
+def test_ranks_that_do_not_divide_the_batch_are_refused() -> None:
+    with pytest.raises(ValueError, match="3 ranks do not divide TRAIN_BATCH_TOKENS=1024"):
+        tg.SpanLayout.plan(config(Path(".")), 3)
+    with pytest.raises(ValueError, match="2048 ranks"):
+        tg.SpanLayout.plan(config(Path(".")), 2048)
+
+
+def test_record_batch_is_one_forward_on_each_of_eight_ranks_and_eight_on_one() -> None:
+    assert tg.SpanLayout.plan(tg.Config(), 8) == (8, 98304, 1, 1) and tg.SpanLayout.plan(tg.Config(), 1) == (8, 98304, 8, 1)
+
+
+def test_the_glob_never_takes_the_sidecar_for_tokens(tiny_data: Path) -> None:
+    assert [p.name for p in tg.shard_paths(tiny_data, "val")] == ["tiny_val_000000.bin"]
+    assert [p.name for p in tg.shard_paths(tiny_data, "val_bytes")] == ["tiny_val_bytes_000000.bin"]
+    assert len(tg.shard_paths(tiny_data, "train")) == 2
+
+
+def rewrite(path: Path, change) -> None:
+    header, entries = bytearray(path.read_bytes()[:1024]), np.fromfile(path, "<u2", offset=1024)
+    path.write_bytes(change(header, entries))
+
+
+def damaged_header(index: int, value: int):
+    def change(header: bytearray, entries: np.ndarray) -> bytes:
+        header[4 * index: 4 * index + 4] = int(value).to_bytes(4, "little")
+        return bytes(header) + entries.tobytes()
+    return change
+
+
+def with_entries(edit):
+    return lambda header, entries: tiny.shard_bytes(edit(entries.copy()))
+
+
+def replaced(old: int, new: int):
+    return with_entries(lambda e: np.where(e == old, new, e))
+
+
+FAULTS = {
+    "magic": ("tiny_train_000000.bin", damaged_header(0, 7), "magic number 7"),
+    "version": ("tiny_train_000000.bin", damaged_header(1, 2), "version 2"),
+    "count": ("tiny_val_000000.bin", damaged_header(2, 99), "promises 99 entries"),
+    "truncated": ("tiny_train_000001.bin", lambda h, e: bytes(h) + e[:-1].tobytes(), "cut short"),
+    "no header": ("tiny_train_000001.bin", lambda h, e: bytes(h[:100]), "shorter than"),
+    "no bos in train": ("tiny_train_000000.bin", replaced(1, 5), "no BOS"),
+    "no bos in val": ("tiny_val_000000.bin", replaced(1, 5), "no BOS"),
+    "val starts without bos": ("tiny_val_000000.bin", with_entries(lambda e: np.append(5, e[1:])), "not BOS"),
+    "token out of range": ("tiny_val_000000.bin", with_entries(lambda e: np.append(e[:-1], 64)), "token 64"),
+    "train token out of range": ("tiny_train_000001.bin", with_entries(lambda e: np.append(e[:-1], 70)), "token 70"),
+    "sidecar shorter": ("tiny_val_bytes_000000.bin", with_entries(lambda e: e[:-1]), "must be the same"),
+    "sidecar longer": ("tiny_val_bytes_000000.bin", with_entries(lambda e: np.append(e, 0)), "must be the same"),
+    "sidecar of other tokens": ("tiny_val_bytes_000000.bin", with_entries(lambda e: np.roll(e, 1)), "bytes to BOS"),
+    "sidecar empty": ("tiny_val_bytes_000000.bin", with_entries(lambda e: e * 0), "0 bytes"),
+    "no sidecar": ("tiny_val_bytes_000000.bin", None, "no byte sidecar"),
+    "no val": ("tiny_val_000000.bin", None, "no val shards"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_each_fault_of_the_data_is_named_with_its_file_or_folder(tmp_path: Path, fault: str) -> None:
+    name, change, told = FAULTS[fault]
+    tiny.write_dataset(tmp_path, train_docs=40, val_docs=5)
+    if change is None:
+        (tmp_path / name).unlink()
+    else:
+        rewrite(tmp_path / name, change)
+    with pytest.raises(ValueError, match=told) as raised:
+        tg.check_dataset(config(tmp_path))
+    assert str(tmp_path) in str(raised.value)
+
+
+def test_no_data_says_how_to_get_it(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="prepare_caseops_data.py"):
+        tg.check_dataset(config(tmp_path / "nothing"))
+    with pytest.raises(ValueError, match="no train shards"):
+        tg.check_dataset(config(tmp_path))
+
+
+def test_published_name_with_other_counts_is_refused(tmp_path: Path) -> None:
+    folder = tiny.write_dataset(tmp_path / tg.PUBLISHED_NAME, train_docs=40, val_docs=5)
+    with pytest.raises(ValueError, match="published"):
+        tg.check_dataset(config(folder))
+
+
+def test_evaluation_needs_no_training_data(tmp_path: Path) -> None:
+    tiny.write_dataset(tmp_path, train_docs=40, val_docs=5)
+    for path in tg.shard_paths(tmp_path, "train"):
+        path.unlink()
+    assert tg.check_dataset(config(tmp_path), with_train=False).documents == 5
+
+
+def test_val_doc_fraction_keeps_whole_documents(tiny_data: Path) -> None:
+    whole, half = (tg.load_val(config(tiny_data, VAL_DOC_FRACTION=f)) for f in (1, 0.5))
+    assert half.documents == whole.documents // 2 == (half.tokens == 1).sum()
+    assert np.array_equal(half.tokens, whole.tokens[: len(half.tokens)]) and whole.tokens[len(half.tokens)] == 1
+
+
+def test_bytes_of_plain_pieces(tmp_path: Path) -> None:
+    """Without CaseOps: the piece's bytes without the space mark, plus 1 if it has one and no control token is before."""
+    import sentencepiece
+
+    text = tmp_path / "text"
+    text.write_text("\n".join(["the cat sat on the mat with a small hat and the rat"] * 50))
+    sentencepiece.SentencePieceTrainer.train(input=str(text), model_prefix=str(tmp_path / "m"), vocab_size=300, model_type="bpe",
+                                             byte_fallback=True, bos_id=1, eos_id=2, unk_id=3, pad_id=0, minloglevel=2)
+    model = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "m.model"))
+    documents = ["the cat sat", "a small \u00e9 hat"]
+    tokens = np.concatenate([[1, *model.encode(d)] for d in documents])
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for kind in ("train", "val"):
+        (folder / f"x_{kind}_000000.bin").write_bytes(tiny.shard_bytes(tokens))
+    cfg = config(folder, CASEOPS_ENABLED=0, VOCAB_SIZE=300, TOKENIZER_PATH=tmp_path / "m.model")
+    assert tg.load_val(cfg).num_bytes == sum(len(d.encode()) for d in documents), "the space mark that the tokenizer adds is free"
+    with pytest.raises(ValueError, match="300 pieces, VOCAB_SIZE is 400"):
+        tg.check_tokenizer(config(folder, CASEOPS_ENABLED=0, VOCAB_SIZE=400, TOKENIZER_PATH=tmp_path / "m.model"))

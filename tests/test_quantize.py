@@ -1,0 +1,124 @@
+"""Section 8: GPTQ against a plain one, its promises, and the full-size model through to a file under the cap."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+import train_gpt as tg
+
+SILENT = tg.Log(None, speaks=False)
+
+
+def problem(rows: int = 24, cols: int = 160, count: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights and Hessians of inputs that are correlated, as real ones are."""
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(count, rows, cols, generator=generator)
+    inputs = torch.randn(count, 600, cols, generator=generator) @ (torch.randn(count, cols, cols, generator=generator) * 0.2 + torch.eye(cols))
+    return weights, inputs.mT @ inputs
+
+
+def plain_gptq(weight: np.ndarray, hessian: np.ndarray, bits: int, sigmas: float) -> np.ndarray:
+    """One matrix in float64, column by column, by the textbook update with the inverse Hessian itself."""
+    limit = 2 ** (bits - 1) - 1
+    scale = np.float16(sigmas * weight.std(axis=1, ddof=1) / limit).astype(np.float64)
+    order = np.argsort(-np.diag(hessian), kind="stable")
+    work = weight[:, order].copy()
+    damped = hessian[np.ix_(order, order)] + 0.01 * np.diag(hessian).mean() * np.eye(len(order))
+    inverse = np.linalg.inv(damped)
+    codes = np.zeros_like(work)
+    for j in range(work.shape[1]):
+        codes[:, j] = np.clip(np.rint(work[:, j] / scale), -limit, limit)
+        error = (work[:, j] - codes[:, j] * scale) / inverse[j, j]
+        work -= np.outer(error, inverse[j])
+        inverse -= np.outer(inverse[:, j], inverse[j]) / inverse[j, j]
+    out = np.zeros_like(codes)
+    out[:, order] = codes
+    return out
+
+
+def test_gptq_matches_the_textbook() -> None:
+    weights, hessian = problem()
+    found = tg.gptq(weights, hessian, 4, 3.0, SILENT)
+    for i in range(len(weights)):
+        expected = plain_gptq(weights[i].double().numpy(), hessian[i].double().numpy(), 4, 3.0)
+        assert (found.codes[i].numpy() != expected).mean() < 0.005, "all but ties"
+
+
+def test_gptq_beats_rounding_and_is_never_worse() -> None:
+    weights, hessian = problem()
+    for bits in (3, 6):
+        found = tg.gptq(weights, hessian, bits, 3.0, SILENT)
+        steps = found.scales.float()[..., None]
+        nearest = tg.round_to_codes(weights, steps, bits) * steps
+        ours, theirs = (tg.hessian_error(w - weights, hessian) for w in (tg.dequantize(found), nearest))
+        assert (ours < 0.9 * theirs).all()
+    diagonal = torch.diag_embed(torch.rand(2, 160) + 0.1)
+    found = tg.gptq(weights, diagonal, 6, 12.0, SILENT)
+    assert torch.equal(found.codes, tg.round_to_codes(weights, found.scales.float()[..., None], 6).to(torch.int8)), "nothing to make up for"
+
+
+def test_codes_stay_in_range_and_dead_columns_become_zero() -> None:
+    weights, hessian = problem()
+    hessian[:, :, 5] = hessian[:, 5, :] = 0
+    found = tg.gptq(weights * 100, hessian, 5, 2.0, SILENT)
+    assert found.codes.abs().max() == 15 and (found.codes[:, :, 5] == 0).all()
+
+
+def test_a_hessian_of_too_few_inputs_and_zero_rows_are_no_trouble() -> None:
+    weights, _ = problem()
+    inputs = torch.randn(2, 3, 160, generator=torch.Generator().manual_seed(1))
+    weights[:, 3] = 0
+    found = tg.gptq(weights, inputs.mT @ inputs, 6, 12.85, SILENT)
+    assert (found.codes[:, 3] == 0).all() and torch.isfinite(tg.dequantize(found)).all()
+
+
+def test_weights_that_are_not_finite_are_an_error() -> None:
+    weights, hessian = problem()
+    weights[0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        tg.gptq(weights, hessian, 6, 12.0, SILENT)
+
+
+def test_hessians_add_up_over_visits_and_share_inputs() -> None:
+    cfg = tg.Config.from_env({k: str(v) for k, v in tiny.SETTINGS.items()})
+    calibration = tg.Calibration(cfg, torch.device("cpu"))
+    x, w = torch.randn(10, 32), torch.randn(32, 32)
+    for visit in (3, 6):
+        assert torch.equal(calibration((4, visit, "q"), x, w), x @ w.T)
+        calibration((4, visit, "v"), x, w)
+    torch.testing.assert_close(calibration.hessians["qkv"][4], 2 * x.T @ x)
+    assert calibration((4, 3, "o"), x, None) is None and calibration.hessians["proj"].abs().sum() == 0
+
+
+def test_small_run_quantizes_every_tensor_as_promised(one_rank) -> None:
+    config, tensors = tg.unpack_artifact((one_rank.out / "run.artifact").read_bytes())
+    assert config["model_dim"] == 32
+    assert isinstance(tensors["qo_bank"], tg.Quantized) and isinstance(tensors["blocks.3.attn.attn_gate_w"], tg.Quantized)
+    assert tensors["tok_emb.weight"].codes.abs().max() <= 63 and tensors["mlp_up_bank"].codes.abs().max() <= 31
+    assert tensors["skip_weights"].dtype == torch.float16
+
+
+def test_full_size_model_trains_a_step_and_fits_the_cap() -> None:
+    """The record's model on a tiny batch: a step, Hessians, GPTQ, the file, and the file read back."""
+    cfg = tg.Config.from_env({"TRAIN_BATCH_TOKENS": "128", "MICRO_BATCH_TOKENS": "128", "GPTQ_CALIBRATION_BATCHES": "1",
+                              "COMPRESSOR": "rans"})
+    run = tg.Run(cfg, tg.Ranks(), SILENT)
+    model = tg.GPT(cfg)
+    model.init_weights(0)
+    stream = tg.TokenStream([np.append(1, np.random.default_rng(0).integers(4, 8192, 4000))])
+    loader = tg.TrainLoader(stream, tg.SpanLayout.plan(cfg, 1), cfg, run.ranks)
+    trainer = tg.Trainer(run, model, loader)
+    first = trainer.train_step(4, 1.0)
+    assert first.item() == pytest.approx(np.log(8192), abs=0.1)
+    tensors = tg.quantize(run, model, tg.collect_hessians(run, model, loader))
+    data = tg.pack_artifact(tensors, {name: getattr(cfg, name) for name in tg.MODEL_SETTINGS}, cfg.compressor)
+    code_bytes = sum(path.stat().st_size for path in tg.code_files())
+    assert 15_000_000 < len(data) + code_bytes < tg.ARTIFACT_CAP_BYTES
+    loaded = tg.model_from_tensors(cfg, tg.unpack_artifact(data)[1], run)
+    batch = loader.next()[0]
+    with torch.no_grad():
+        ours, theirs = (m(batch, tg.loop_schedule(cfg, 4)).mean().item() for m in (model, loaded))
+    assert ours == pytest.approx(theirs, abs=0.1)
