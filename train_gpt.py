@@ -29,6 +29,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import inspect
+import io
 import itertools
 import json
 import lzma
@@ -36,6 +37,7 @@ import math
 import os
 import platform
 import re
+import signal
 import struct
 import sys
 import tempfile
@@ -138,6 +140,8 @@ class Config:
     eval_seq_len: int = setting(2048, "the same in evaluation", at_least(2))
     val_batch_tokens: int = setting(524288, "tokens of eight evaluation batches", at_least(16))
     val_loss_every: int = setting(4000, "steps between evaluations; 0: only at the end", at_least(0))
+    checkpoint_every: str = setting("", "write the complete state every N steps (`200`) or seconds (`60s`); empty: never", Check(
+        "a whole number of steps, or of seconds with an s behind it", lambda v: re.fullmatch(r"([1-9]\d*s?)?", v) is not None))
     train_log_every: int = setting(500, "steps between log lines", at_least(1))
     compile: str = setting("auto", "torch.compile: auto is on for CUDA, off for a CPU", one_of("auto", "0", "1"))
     attn_backend: str = setting("auto", "attention kernel", one_of("auto", "fa3", "fa4", "varlen", "sdpa"))
@@ -188,6 +192,7 @@ class Config:
     ema_decay: float = setting(0.9965, "moving average of the weights, a step; these are exported", between(0, 1))
     # the artifact
     compressor: str = setting("brotli", "entropy coder of the artifact", one_of("brotli", "lzma", "rans"))
+    quantizer: str = setting("scalar", "rounding inside GPTQ: each weight alone, or a trellis down the rows", one_of("scalar", "trellis"))
     matrix_bits: int = setting(6, "bits of a matrix weight", between(2, 8))
     embed_bits: int = setting(7, "bits of an embedding weight", between(2, 8))
     matrix_clip_sigmas: float = setting(12.85, "range of other matrices in standard deviations of a row", above(0))
@@ -204,7 +209,7 @@ class Config:
     ttt_lora_rank: int = setting(96, "rank of the adapters", at_least(1))
     ttt_lora_lr: float = setting(1e-4, "learning rate of the adapters", at_least(0))
     ttt_chunk_size: int = setting(48, "tokens scored between two updates", at_least(1))
-    ttt_eval_seq_len: int = setting(2048, "tokens that a chunk sees at most, itself included", at_least(2))
+    ttt_eval_seq_len: int = setting(2048, "tokens that a chunk sees at most, itself included (a cache: whole chunks)", at_least(2))
     ttt_batch_size: int = setting(64, "documents adapted side by side", at_least(1))
     ttt_grad_steps: int = setting(1, "updates a chunk", at_least(1))
     ttt_weight_decay: float = setting(0.5, "decoupled weight decay of the adapters", at_least(0))
@@ -409,25 +414,25 @@ class Ranks:
         torch.distributed.broadcast_object_list(box, src=0, group=self.host_group)
         return box[0]
 
-    def agree_number(self, value: float) -> float:
-        """Rank 0's number, on every rank, without waiting for the device."""
+    def agree_numbers(self, *values: float) -> list[float]:
+        """Rank 0's numbers, on every rank, without waiting for the device."""
         if self.world == 1:
-            return value
-        box = torch.tensor([value], dtype=torch.float64)
+            return list(values)
+        box = torch.tensor(values, dtype=torch.float64)
         torch.distributed.broadcast(box, src=0, group=self.host_group)
-        return box.item()
+        return box.tolist()
 
 
 class Log:
-    """Writes lines to standard output and to a file that must not exist yet; silent on other ranks than 0."""
+    """Writes lines to standard output and to a file, a new one unless `goes_on`; silent on other ranks than 0."""
 
-    def __init__(self, path: Path | None, speaks: bool = True) -> None:
+    def __init__(self, path: Path | None, speaks: bool = True, goes_on: bool = False) -> None:
         self.speaks = speaks
         self.path = path if speaks else None
         if self.path is not None:
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                self.path.open("x").close()
+                self.path.open("a" if goes_on else "x").close()
             except FileExistsError:
                 raise ValueError(f"{self.path} exists; a log is never overwritten: choose another RUN_ID") from None
 
@@ -1515,11 +1520,97 @@ class Trainer:
         torch._foreach_copy_(self.params, self.ema)
 
 
-def train(run: Run, trainer: Trainer, val: ValData) -> None:
-    """Train until the time cap (less the Hessians' reserve) or ITERATIONS; evaluation stops the clock."""
+class Checkpoints:
+    """The complete state of a run on disk: a file a rank, and an index that is replaced last, when all files are there.
+
+    A run that finds an index of its RUN_ID goes on from it. The files go when the artifact is written.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.index = run, output_path(run.cfg, ".checkpoint")
+        every = run.cfg.checkpoint_every
+        self.steps = int(every) if every.isdigit() else 0
+        self.seconds = float(every[:-1]) if every.endswith("s") else 0.0
+        self.last = time.perf_counter()
+        self.last_step = 0
+
+    def state_path(self, step: int) -> Path:
+        return output_path(self.run.cfg, f".checkpoint.step{step}.rank{self.run.ranks.rank}")
+
+    def due(self, step: int) -> bool:
+        return bool(self.steps and step % self.steps == 0) or bool(self.seconds and time.perf_counter() - self.last >= self.seconds)
+
+    def write(self, trainer: Trainer) -> None:
+        """Save the state of this step, with the clock stopped, and drop the one before."""
+        trainer.clock.stop()
+        buffer = io.BytesIO()
+        torch.save(trainer.snapshot(), buffer)
+        write_atomically(self.state_path(trainer.step), buffer.getvalue())
+        self.run.ranks.gather(None)
+        before = self._read_index()
+        self.run.ranks.gather(None)
+        if self.run.ranks.rank == 0:
+            content = {"step": trainer.step, "ranks": self.run.ranks.world, "settings": self._fingerprint()}
+            write_atomically(self.index, json.dumps(content).encode())
+        self.run.ranks.gather(None)
+        if before is not None and before["step"] != trainer.step:
+            self.state_path(before["step"]).unlink(missing_ok=True)
+        self.last = time.perf_counter()
+        self.run.log.record("checkpoint", step=trainer.step, path=self.index)
+        trainer.clock.start()
+
+    def resume(self, trainer: Trainer) -> None:
+        """Go on from the index, if there is one; ValueError if it is of other settings or another number of ranks."""
+        if (index := self._read_index()) is None:
+            return
+        if (index["ranks"], index["settings"]) != (self.run.ranks.world, self._fingerprint()):
+            raise ValueError(f"{self.index} is a checkpoint of {index['ranks']} ranks with settings or code that differ from this "
+                             "run's; start it as it was started, or choose another RUN_ID")
+        trainer.restore(torch.load(self.state_path(index["step"]), map_location=self.run.device, weights_only=True))
+        self.run.log(f"resumed from step {trainer.step}, {trainer.clock.total_ms / 1e3:.1f} s of training done")
+
+    def remove(self) -> None:
+        if (index := self._read_index()) is not None:
+            self.state_path(index["step"]).unlink(missing_ok=True)
+            self.run.ranks.gather(None)
+            self.index.unlink(missing_ok=True)
+
+    def _read_index(self) -> dict[str, Any] | None:
+        return json.loads(self.index.read_text()) if self.index.exists() else None
+
+    def _fingerprint(self) -> str:
+        """Changes with the code and with every setting but the checkpoints' own."""
+        settings = {f.name: format_setting(getattr(self.run.cfg, f.name)) for f in fields(Config) if f.name != "checkpoint_every"}
+        code = [hashlib.sha256(path.read_bytes()).hexdigest() for path in code_files()]
+        return hashlib.sha256(json.dumps([settings, code]).encode()).hexdigest()
+
+
+class Termination:
+    """Whether SIGTERM has come since training began; outside of training it ends the program as always."""
+
+    def __enter__(self) -> Termination:
+        self.asked = False
+        self._before = signal.signal(signal.SIGTERM, lambda number, frame: setattr(self, "asked", True))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGTERM, self._before)
+
+
+def train(run: Run, trainer: Trainer, val: ValData, checkpoints: Checkpoints) -> bool:
+    """Train until the time cap (less the Hessians' reserve) or ITERATIONS; evaluation and checkpoints stop the clock.
+
+    Returns False if SIGTERM came: then a checkpoint has been written and the run must end.
+    """
+    with Termination() as termination:
+        return train_steps(run, trainer, val, checkpoints, termination)
+
+
+def train_steps(run: Run, trainer: Trainer, val: ValData, checkpoints: Checkpoints, termination: Termination) -> bool:
+    """The loop of `train`."""
     cfg, log = run.cfg, run.log
     budget_ms = 1e3 * (cfg.max_wallclock_seconds - cfg.gptq_reserve_seconds) if cfg.max_wallclock_seconds else 0.0
-    pace = Pace(run)
+    pace = Pace(run, trainer)
     trainer.clock.start()
     frac = trainer.step / cfg.iterations if not budget_ms else trainer.clock.total_ms / budget_ms
     while True:
@@ -1538,29 +1629,34 @@ def train(run: Run, trainer: Trainer, val: ValData) -> None:
             log.record("phase", step=trainer.step, frac=f"{frac:.3f}", depth=depth)
         lr_scale = learning_rate_scale(cfg, frac)
         loss = trainer.train_step(depth, lr_scale)
-        elapsed_ms = pace.after_step(trainer.clock)
+        elapsed_ms, stop = pace.after_step(trainer.clock, termination)
         frac = elapsed_ms / budget_ms if budget_ms else trainer.step / cfg.iterations
         pace.report(trainer, loss, min(frac, 1.0), lr_scale)
+        if stop or run.ranks.agree_numbers(checkpoints.due(trainer.step))[0]:
+            checkpoints.write(trainer)
+        if stop:
+            return False
     trainer.clock.stop()
+    return True
 
 
 class Pace:
     """Keeps the host at most two steps ahead of the device, agrees the time over the ranks, and writes the train lines."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, trainer: Trainer) -> None:
         self.run, self.events = run, []
-        self.last_step, self.last_ms = 0, 0.0
-        self.began = time.perf_counter()
+        self.last_step, self.last_ms = trainer.step, trainer.clock.total_ms
 
-    def after_step(self, clock: Clock) -> float:
-        """Milliseconds of training so far, the same on every rank."""
+    def after_step(self, clock: Clock, termination: Termination) -> tuple[float, bool]:
+        """Milliseconds of training so far and whether to stop, the same on every rank."""
         if self.run.device.type == "cuda":
             event = torch.cuda.Event()
             event.record()
             self.events.append(event)
             if len(self.events) > 2:
                 self.events.pop(0).synchronize()
-        return self.run.ranks.agree_number(clock.elapsed_ms())
+        elapsed_ms, stop = self.run.ranks.agree_numbers(clock.elapsed_ms(), termination.asked)
+        return elapsed_ms, bool(stop)
 
     def report(self, trainer: Trainer, loss: Tensor, frac: float, lr_scale: float) -> None:
         cfg, log, step = self.run.cfg, self.run.log, trainer.step
@@ -1677,9 +1773,13 @@ def collect_hessians(run: Run, model: GPT, loader: TrainLoader) -> dict[str, Ten
     return calibration.hessians
 
 
-def row_scales(weights: Tensor, bits: int, clip_sigmas: float) -> Tensor:
-    """Step of every row, float16 (..., rows): clip_sigmas standard deviations over the largest code."""
+def row_scales(weights: Tensor, bits: int, clip_sigmas: float, quantizer: str = "scalar") -> Tensor:
+    """Step of every row, float16 (..., rows): clip_sigmas standard deviations over the largest code.
+
+    The trellis has finer steps; its codes take as many bytes as scalar ones and no range needs clipping.
+    """
     scales = clip_sigmas * weights.std(dim=-1) / (2 ** (bits - 1) - 1)
+    scales = scales * TRELLIS_STEP if quantizer == "trellis" else scales
     return scales.clamp(2.0**-24, 65504.0).to(torch.float16)
 
 
@@ -1709,7 +1809,7 @@ def hessian_error(error: Tensor, hessian: Tensor) -> Tensor:
     return ((error @ hessian) * error).sum((-2, -1))
 
 
-def gptq(weights: Tensor, hessian: Tensor, bits: int, clip_sigmas: float, log: Log) -> Quantized:
+def gptq(weights: Tensor, hessian: Tensor, bits: int, clip_sigmas: float, log: Log, quantizer: str = "scalar") -> Quantized:
     """Quantize matrices weights (N, R, C) against hessian (N, C, C); never worse than rounding to nearest.
 
     Columns go in order of descending diagonal, in blocks of 128; columns that no input reaches become 0.
@@ -1720,34 +1820,147 @@ def gptq(weights: Tensor, hessian: Tensor, bits: int, clip_sigmas: float, log: L
     weights, hessian = weights.float(), hessian.float()
     if not (torch.isfinite(weights).all() and torch.isfinite(hessian).all()):
         raise ValueError("a weight or its Hessian is NaN or infinite: the training diverged; lower the learning rates")
-    scales = row_scales(weights, bits, clip_sigmas)
+    scales = row_scales(weights, bits, clip_sigmas, quantizer)
     steps = scales.float()
-    nearest = round_to_codes(weights, steps[..., None], bits)
     dead = hessian.diagonal(dim1=-2, dim2=-1) == 0  # (N, C)
     order = torch.argsort(hessian.diagonal(dim1=-2, dim2=-1), dim=-1, descending=True, stable=True)
     work = weights.masked_fill(dead[:, None, :], 0.0).gather(-1, order[:, None, :].expand_as(weights))
     permuted = hessian + torch.diag_embed(dead.float())
     permuted = permuted.gather(-1, order[:, None, :].expand_as(hessian)).gather(-2, order[:, :, None].expand_as(hessian))
-    codes = gptq_columns(work, inverse_factor(permuted, log), steps, bits)
-    codes = torch.zeros_like(codes).scatter_(-1, order[:, None, :].expand_as(codes), codes)
-    errors = [hessian_error(c * steps[..., None] - weights, hessian) for c in (codes, nearest)]
-    codes = torch.where((errors[0] <= errors[1])[:, None, None], codes, nearest)
-    return Quantized(codes.to(torch.int8).cpu(), scales.cpu())
+    rounding = partial(scalar_round, bits=bits)
+    if quantizer == "trellis":
+        rounding = partial(trellis_round, segments=trellis_segments(*weights.shape[1:]))
+    codes, levels = gptq_columns(work, inverse_factor(permuted, log), steps, rounding)
+    codes, levels = (torch.zeros_like(t).scatter_(-1, order[:, None, :].expand_as(t), t) for t in (codes, levels))
+    coarse = row_scales(weights, bits, clip_sigmas).float()[..., None]
+    nearest = round_to_codes(weights, coarse, bits) * coarse
+    errors = [hessian_error(quantized - weights, hessian) for quantized in (levels * steps[..., None], nearest)]
+    for index in (errors[0] > errors[1]).nonzero().ravel().tolist():  # so little to gain that feedback does harm
+        codes[index] = rounding((weights[index] / steps[index, :, None]).T)[0].T
+    return Quantized(codes.to(torch.int8).cpu(), scales.cpu(), quantizer)
 
 
-def gptq_columns(work: Tensor, factor: Tensor, steps: Tensor, bits: int, block: int = 128) -> Tensor:
-    """Codes of work (N, R, C), changed in place, by `factor` (N, C, C), the upper factor of the inverse Hessian."""
-    codes, columns = torch.empty_like(work), work.size(-1)
+def scalar_round(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Codes and levels, which are the same, of values in steps."""
+    codes = round_to_codes(values, torch.ones((), device=values.device), bits)
+    return codes, codes
+
+
+def gptq_columns(work: Tensor, factor: Tensor, steps: Tensor, rounding: Callable[[Tensor], tuple[Tensor, Tensor]],
+                 block: int = 128) -> tuple[Tensor, Tensor]:
+    """Codes and levels of work (N, R, C), changed in place, by `factor` (N, C, C), the upper factor of the inverse Hessian."""
+    codes, levels, columns = torch.empty_like(work), torch.empty_like(work), work.size(-1)
     for begin in range(0, columns, block):
         end = min(begin + block, columns)
         errors = work.new_empty(*work.shape[:2], end - begin)
         for j in range(begin, end):
-            codes[..., j] = round_to_codes(work[..., j], steps, bits)
-            error = (work[..., j] - codes[..., j] * steps) / factor[:, j, j, None]
+            codes[..., j], levels[..., j] = rounding(work[..., j] / steps)
+            error = (work[..., j] - levels[..., j] * steps) / factor[:, j, j, None]
             work[..., j + 1: end] -= error[..., None] * factor[:, j, None, j + 1: end]
             errors[..., j - begin] = error
         work[..., end:] -= errors @ factor[:, begin:end, end:]
-    return codes
+    return codes, levels
+
+
+# ---- trellis ----
+# Entropy-coded trellis quantization (Marcellin and Fischer 1990; two interleaved quantizers as in video coding). The
+# step is half as wide as a scalar one would be at the same size, but a code can only name every second level: the even
+# ones in quantizer 0, 0 and the odd ones in quantizer 1. Which of the two holds follows from the parities of the codes
+# above it in the same column, through a shift register; so the encoder looks for the path through all the register's
+# states whose levels lie nearest, and the reader follows the parities. The error is that of scalar rounding with about
+# 0.18 bits a weight more.
+
+TRELLIS_STATES = 64
+TRELLIS_TAPS = (17, 54)
+TRELLIS_SEGMENT_ROWS = 256
+TRELLIS_TALL_SEGMENT_ROWS = 128
+TRELLIS_STEP = 0.533
+TRELLIS_SHRINK = 0.23
+TRELLIS_ZERO_COST = 0.2
+
+
+def trellis_segments(rows: int, cols: int) -> int:
+    """Independent trellises in a column: row r follows row r - trellis_segments. In a tall matrix, an embedding, there
+    are more of them, because the coder takes as many rows at once."""
+    longest = TRELLIS_TALL_SEGMENT_ROWS if rows >= TALL_RATIO * cols else TRELLIS_SEGMENT_ROWS
+    return max(1, -(-rows // longest))
+
+
+def trellis_next_states(device: torch.device | str = "cpu") -> Tensor:
+    """(TRELLIS_STATES, 2) int64: the state that follows a state, by the parity of the code written in it.
+
+    The lowest bit of a state names the quantizer of the next code.
+    """
+    state, parity = torch.arange(TRELLIS_STATES, device=device)[:, None], torch.arange(2, device=device)
+    return (state >> 1) ^ (TRELLIS_TAPS[0] * parity) ^ (TRELLIS_TAPS[1] * (state & 1))
+
+
+def trellis_quantizers(codes: Tensor) -> Tensor:
+    """Which quantizer (0 or 1) each of codes (..., rows, cols) was written in; the codes alone tell."""
+    next_states, segments = trellis_next_states(codes.device), trellis_segments(*codes.shape[-2:])
+    state = torch.zeros(*codes.shape[:-2], segments, codes.shape[-1], dtype=torch.int64, device=codes.device)
+    quantizers = torch.empty_like(codes)
+    for begin in range(0, codes.shape[-2], segments):
+        step = codes[..., begin: begin + segments, :]
+        count = step.shape[-2]  # the last step may be short
+        quantizers[..., begin: begin + segments, :] = state[..., :count, :] & 1
+        state[..., :count, :] = next_states[state[..., :count, :], step.long() & 1]
+    return quantizers
+
+
+def trellis_levels(codes: Any, quantizers: Any) -> Any:
+    """What codes stand for, in steps: 2k in quantizer 0, 2k - sign(k) in quantizer 1. Tensors or numpy arrays."""
+    return 2 * codes - quantizers * ((codes > 0) * 1 - (codes < 0) * 1)
+
+
+def nearest_by_subset(values: Tensor) -> Tensor:
+    """(4, ...): the codes whose levels are nearest to values in quantizer 0 with an even code, odd, quantizer 1 even, odd."""
+    sign, size = values.sign(), values.abs()
+    even = torch.where(size < 1.5, 0.0, 2 * ((size + 1) / 4).round().clamp(min=1))
+    odd = 1 + 2 * ((size - 1) / 4).round().clamp(min=0)
+    return torch.stack([2 * (values / 4).round(), 2 * (values / 4).floor() + 1, sign * even, sign * odd])
+
+
+def trellis_round(values: Tensor, segments: int) -> tuple[Tensor, Tensor]:
+    """Codes and levels of values (columns, rows), which are in steps: least distance plus a price for the bits.
+
+    For a Gaussian the price of a level grows with its square, so it comes to shrinking the values first. All segments
+    start in state 0, so that they, and all columns, go down the trellis side by side.
+    """
+    columns, rows = values.shape
+    shrunk = values / (1 + TRELLIS_SHRINK / values.square().mean(-1, keepdim=True).clamp_min(1.0))
+    lanes = F.pad(shrunk.clamp(-250, 250), (0, -rows % segments)).reshape(columns, -1, segments)
+    lanes = lanes.transpose(0, 1).reshape(-1, columns * segments)  # (steps, lanes)
+    codes, levels = (found.reshape(-1, columns, segments).transpose(0, 1).reshape(columns, -1)[:, :rows]
+                     for found in trellis_search(lanes))
+    return codes, levels
+
+
+def trellis_search(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and levels of values (steps, lanes) by Viterbi's algorithm: least squared distance, and a price for 0 in quantizer 1."""
+    next_states = trellis_next_states(values.device)
+    edges = next_states.ravel().argsort(stable=True).reshape(-1, 2).T.ravel()  # into each state one, then another
+    sources, subsets = edges // 2, (edges // 2 & 1) * 2 + (edges & 1)
+    candidates = nearest_by_subset(values)
+    quantizers = torch.tensor([0, 0, 1, 1], device=values.device).reshape(4, 1, 1)
+    levels = trellis_levels(candidates, quantizers)
+    costs = (levels - values).square_()
+    costs[2] += TRELLIS_ZERO_COST * (candidates[2] == 0)
+    costs = costs.transpose(0, 1).contiguous()  # (steps, 4, lanes)
+    total = torch.full((TRELLIS_STATES, values.size(1)), 1e9, device=values.device)
+    total[0] = 0
+    by_second = torch.empty((len(values), *total.shape), dtype=torch.bool, device=values.device)
+    for step in range(len(values)):
+        first, second = total[sources].add_(costs[step][subsets]).view(2, *total.shape)
+        torch.lt(second, first, out=by_second[step])
+        total = torch.minimum(first, second)
+    state, lane = total.argmin(0), torch.arange(values.size(1), device=values.device)
+    path = torch.empty(1, *values.shape, dtype=torch.int64, device=values.device)
+    for step in range(len(values) - 1, -1, -1):
+        edge = state + TRELLIS_STATES * by_second[step, state, lane]
+        path[0, step] = subsets[edge]
+        state = sources[edge]
+    return candidates.gather(0, path)[0], levels.gather(0, path)[0]
 
 
 class MatrixGroup(NamedTuple):
@@ -1790,14 +2003,14 @@ def quantize(run: Run, model: GPT, hessians: dict[str, Tensor]) -> dict[str, Ten
         mine = slice(len(weights) * ranks.rank // ranks.world, len(weights) * (ranks.rank + 1) // ranks.world)
         part = None
         if mine.start < mine.stop:
-            part = gptq(weights[mine], hessians[group.hessian][mine], group.bits, group.clip_sigmas, run.log)
+            part = gptq(weights[mine], hessians[group.hessian][mine], group.bits, group.clip_sigmas, run.log, cfg.quantizer)
         parts.setdefault(group.bank, []).extend(p for p in ranks.gather(part) if p is not None)
     tensors: dict[str, Tensor | Quantized] = {}
     for name, value in state.items():
         if name in parts:
             codes = torch.cat([p.codes for p in parts[name]])
             scales = torch.cat([p.scales for p in parts[name]])
-            tensors[name] = Quantized(codes.reshape(value.shape), scales.reshape(value.shape[:-1]))
+            tensors[name] = Quantized(codes.reshape(value.shape), scales.reshape(value.shape[:-1]), cfg.quantizer)
         elif name.endswith("attn_gate_w") and cfg.gated_attn_quant_gate:
             scales = (value.abs().amax(-1) / 127).clamp(2.0**-24, 65504.0).to(torch.float16)
             codes = round_to_codes(value, scales.float()[:, None], 8)
@@ -1842,8 +2055,8 @@ def model_from_tensors(cfg: Config, tensors: Mapping[str, Tensor | Quantized], r
 #
 # A plain tensor is one stream: its bytes, first all lowest bytes, then all second bytes and so on, under brotli (lzma if
 # that is the compressor). A quantized tensor has such a stream for its scales. Its codes follow one stream a matrix,
-# stored column after column because neighbours in a column resemble each other most, or, with the compressor "rans",
-# lie with the codes of all other tensors in two last streams: tables and words of the coder below.
+# stored column after column because neighbours in a column resemble each other most. With the compressor "rans" they
+# come last, all tensors' together: the tables of the coder below, its states, and one stream of its words a tensor.
 # ======================================================================================================================
 
 
@@ -1856,7 +2069,7 @@ ARTIFACT_MAX_ROWS = 1 << 20
 ARTIFACT_MAX_WIDTH = 1 << 20
 COMPRESSORS = ("brotli", "lzma", "rans")
 PLAIN_DTYPES = {"float16": torch.float16, "float32": torch.float32, "int32": torch.int32}
-QUANTIZE_METHODS = ("scalar",)
+QUANTIZE_METHODS = ("scalar", "trellis")
 
 
 class ArtifactError(ValueError):
@@ -1876,9 +2089,12 @@ class Quantized:
 
 
 def dequantize(quantized: Quantized) -> Tensor:
-    """The weights that the codes stand for: codes * scales, float32 (..., rows, cols)."""
+    """The weights that the codes stand for: levels * scales, float32 (..., rows, cols); a scalar code is its level."""
     assert quantized.method in QUANTIZE_METHODS, quantized.method
-    return quantized.codes.float() * quantized.scales.float().unsqueeze(-1)
+    levels = quantized.codes.float()
+    if quantized.method == "trellis":
+        levels = trellis_levels(levels, trellis_quantizers(quantized.codes).float())
+    return levels * quantized.scales.float().unsqueeze(-1)
 
 
 def pack_artifact(tensors: dict[str, Tensor | Quantized], config: dict, compressor: str) -> bytes:
@@ -1899,7 +2115,7 @@ def pack_artifact(tensors: dict[str, Tensor | Quantized], config: dict, compress
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         streams = list(pool.map(lambda job: _compress(job, compressor), jobs))
     if compressor == "rans":
-        streams += encode_codes([_as_bank(t.codes) for t in tensors.values() if isinstance(t, Quantized)])
+        streams += encode_codes([_as_bank(t) for t in tensors.values() if isinstance(t, Quantized)])
     header = {"config": config, "compressor": compressor, "tensors": table, "streams": [len(s) for s in streams]}
     text = json.dumps(header, separators=(",", ":"), allow_nan=False).encode()
     if len(text) > ARTIFACT_MAX_HEADER_BYTES:
@@ -1929,6 +2145,44 @@ def unpack_artifact(data: bytes) -> tuple[dict, dict[str, Tensor | Quantized]]:
     header = _parse_header(bytes(body[:header_bytes]))
     streams = _cut_streams(body[header_bytes:], header["streams"])
     return header["config"], _unpack_tensors(header["tensors"], streams, header["compressor"])
+
+
+def size_table(data: bytes, tensors: dict[str, Tensor | Quantized]) -> list[dict[str, str | int]]:
+    """Where the bytes of an artifact with these tensors are: one row for every quantized tensor, one for all the rest.
+
+    Columns: tensor, weights, bytes, bits_per_weight (scales included) and entropy: bits a weight, scales not included,
+    of the best code that knows nothing but the tensor (and the quantizer of a trellis).
+    """
+    header_bytes = ARTIFACT_PREFIX.unpack_from(data)[2]
+    header = _parse_header(data[ARTIFACT_PREFIX.size : ARTIFACT_PREFIX.size + header_bytes])
+    lengths, rows, listed = iter(header["streams"]), {}, 0
+    for entry in header["tensors"]:
+        own = next(lengths)
+        if entry["kind"] == "plain":
+            continue
+        if header["compressor"] != "rans":
+            own += sum(next(lengths) for _ in range(math.prod(entry["shape"][:-2])))
+        rows[entry["name"]] = own
+    if header["compressor"] == "rans":
+        next(lengths), next(lengths)
+        rows = {name: own + next(lengths) for name, own in rows.items()}
+    table = []
+    for name, size in rows.items():
+        weights = tensors[name].codes.numel()
+        if weights <= 65536:
+            continue
+        listed += size
+        table.append({"tensor": name, "weights": weights, "bytes": size, "bits_per_weight": f"{8 * size / weights:.4f}",
+                      "entropy": f"{_table_entropy(tensors[name]) / weights:.4f}"})
+    return [*table, {"tensor": "rest", "bytes": len(data) - listed}]
+
+
+def _table_entropy(quantized: Quantized) -> float:
+    """Bits of the codes with one frequency table a quantizer."""
+    symbols = quantized.codes.cpu().int() + 128
+    if quantized.method == "trellis":
+        symbols = symbols + 256 * trellis_quantizers(quantized.codes.cpu())
+    return _entropy_bits(np.bincount(symbols.ravel().numpy(), minlength=512).reshape(2, 256))
 
 
 def write_atomically(path: str | Path, data: bytes) -> None:
@@ -2027,7 +2281,8 @@ def _cut_streams(payload: memoryview, lengths: list) -> list[memoryview]:
 def _unpack_tensors(table: list[dict], streams: list[memoryview], compressor: str) -> dict[str, Tensor | Quantized]:
     """The tensors of a checked table; every stream is used once."""
     matrix_counts = [math.prod(entry["shape"][:-2]) if entry["kind"] != "plain" else 0 for entry in table]
-    expected = len(table) + (2 if compressor == "rans" else sum(matrix_counts))
+    quantized_count = sum(entry["kind"] != "plain" for entry in table)
+    expected = len(table) + (2 + quantized_count if compressor == "rans" else sum(matrix_counts))
     if len(streams) != expected:
         raise ArtifactError(f"the artifact has {len(streams)} streams where its table needs {expected}")
     remaining = iter(streams)
@@ -2046,14 +2301,16 @@ def _unpack_tensors(table: list[dict], streams: list[memoryview], compressor: st
                 matrix[:] = np.frombuffer(column_major, np.int8).reshape(cols, rows).T
         tensors[entry["name"]] = Quantized(torch.from_numpy(codes).reshape(shape), scales, entry["kind"])
     if compressor == "rans":
-        banks = [_as_bank(t.codes) for t in tensors.values() if isinstance(t, Quantized)]
-        decode_codes(next(remaining), next(remaining), banks)
+        banks = [_as_bank(t) for t in tensors.values() if isinstance(t, Quantized)]
+        decode_codes(next(remaining), next(remaining), b"".join(remaining), banks)
     return tensors
 
 
-def _as_bank(codes: Tensor) -> np.ndarray:
-    """(..., rows, cols) seen as (matrices, rows, cols), sharing memory when it can."""
-    return codes.cpu().numpy().reshape(math.prod(codes.shape[:-2]), *codes.shape[-2:])
+def _as_bank(quantized: Quantized) -> Bank:
+    """The codes (..., rows, cols) seen as (matrices, rows, cols), sharing memory when they can."""
+    shape = quantized.codes.shape
+    codes = quantized.codes.cpu().numpy().reshape(math.prod(shape[:-2]), *shape[-2:])
+    return Bank(codes, quantized.method == "trellis")
 
 
 def _byte_planes(tensor: Tensor) -> bytes:
@@ -2114,105 +2371,271 @@ RANS_CONTEXTS = 32
 RANS_CONTEXT_SYMBOLS = 8192
 RANS_PRIOR_ROWS = 4
 RANS_MEAN_UNIT = 32
-_BANK_FIELDS = np.dtype([("lowest", "<i2"), ("symbols", "<u2"), ("mean", "<u2"), ("contexts", "<u2")])
+_MODEL_FIELDS = np.dtype([("predicted", "u1"), ("lowest", "<i2"), ("symbols", "<u2"), ("mean", "<u2"), ("contexts", "<u2")])
+
+
+class Bank(NamedTuple):
+    """Codes (matrices, rows, cols), int8, and whether a trellis wrote them."""
+
+    codes: np.ndarray
+    trellis: bool
+
+    @property
+    def can_predict(self) -> bool:
+        """Tall enough to learn on the way how a row's codes hang together."""
+        matrices, rows, cols = self.codes.shape
+        return matrices == 1 and 64 <= cols <= 2048 and rows >= TALL_RATIO * cols
+
+
+class _Step(NamedTuple):
+    """Codes that are coded side by side, and what both sides know of them before: a guess, how far off it may be, and
+    the quantizer (0 when there is no trellis). where: their place in the bank as (matrices, rows, cols)."""
+
+    where: tuple
+    guesses: np.ndarray
+    features: np.ndarray
+    quantizers: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
 class _BankModel:
     """How the codes of one bank are coded: what the encoder chose and the decoder reads.
 
-    lowest: smallest code. mean: mean of |code| in units of 1/RANS_MEAN_UNIT. thresholds: (contexts-1,) of the column
-    mean, rising. roots: (contexts, symbols) uint8, square roots of the frequencies up to a factor, so that a byte
-    serves rare and frequent symbols alike.
+    predicted: codes are coded as differences to a guess. lowest: smallest difference. mean: mean of |code| in units of
+    1/RANS_MEAN_UNIT. thresholds: (contexts-1,) of the feature, rising. roots: (quantizers, contexts, symbols) uint8,
+    square roots of the frequencies up to a factor, so that a byte serves rare and frequent symbols alike.
     """
 
+    predicted: bool
     lowest: int
     mean: int
     thresholds: np.ndarray
     roots: np.ndarray
 
     def frequencies(self) -> np.ndarray:
-        """(contexts, symbols) int64, every row adds up to 2**RANS_BITS; integers only."""
-        squares = self.roots.astype(np.int64) ** 2
+        """(quantizers*contexts, symbols) int64, every row adds up to 2**RANS_BITS; integers only."""
+        squares = self.roots.reshape(-1, self.roots.shape[-1]).astype(np.int64) ** 2
         total = np.maximum(squares.sum(1, keepdims=True), 1)
         scaled = np.where(squares > 0, np.maximum(squares * (1 << RANS_BITS) // total, 1), 0)
         largest = scaled.argmax(1)
         scaled[np.arange(len(scaled)), largest] += (1 << RANS_BITS) - scaled.sum(1)
         return scaled
 
-    def contexts(self, sums: np.ndarray, row: int | np.ndarray) -> np.ndarray:
-        """Context of each column from the sum of |code| over the rows before this one."""
-        means = (sums * RANS_MEAN_UNIT + self.mean * RANS_PRIOR_ROWS) // (row + RANS_PRIOR_ROWS)
-        return np.searchsorted(self.thresholds, means, side="right")
+    def contexts(self, features: np.ndarray, quantizers: np.ndarray) -> np.ndarray:
+        """The table of each code, from what is known before it."""
+        return np.searchsorted(self.thresholds, features, side="right") + quantizers * (len(self.thresholds) + 1)
 
 
-def encode_codes(banks: list[np.ndarray]) -> list[bytes]:
-    """[tables, words] of int8 banks (matrices, rows, cols), for decode_codes with banks of the same shapes."""
+def encode_codes(banks: list[Bank]) -> list[bytes]:
+    """[tables, states, words of each bank], for decode_codes with banks of the same shapes."""
     models, slots = [], []
     for bank in banks:
-        if bank.size == 0:
+        if bank.codes.size == 0:
+            slots.append((np.empty(0, np.uint16), np.empty(0, np.uint16), []))
             continue
-        model, context = _fit_bank(bank)
-        models.append(model)
-        frequencies = model.frequencies()
+        fit = _fit_bank(bank)
+        models.append(fit.model)
+        frequencies = fit.model.frequencies()
         starts = np.cumsum(frequencies, 1) - frequencies
-        symbols = bank.transpose(1, 0, 2).reshape(len(context), -1).astype(np.int16) - model.lowest
-        slots.append((frequencies[context, symbols].astype(np.uint16), starts[context, symbols].astype(np.uint16)))
-    return [_pack_models(models), _rans_encode(slots, _lane_count(banks))]
+        chosen = (fit.contexts, fit.symbols)
+        slots.append((frequencies[chosen].astype(np.uint16), starts[chosen].astype(np.uint16), fit.lengths))
+    return [_pack_models(models), *_rans_encode(slots, _lane_count(banks))]
 
 
-def _lane_count(banks: list[np.ndarray]) -> int:
+def decode_codes(tables: memoryview, states: memoryview, words: bytes, banks: list[Bank]) -> None:
+    """Fill the codes of banks with those that encode_codes was given; words are those of all banks, joined."""
+    banks = [bank for bank in banks if bank.codes.size]
+    decoder = _RansDecoder(states, words, _lane_count(banks))
+    for bank, model in zip(banks, _unpack_models(tables, banks)):
+        decoder.load(model.frequencies())
+        for step in _steps(bank, model.predicted, model.mean):
+            symbols = decoder.symbols(model.contexts(step.features, step.quantizers))
+            differences = symbols.astype(np.int64) + (step.guesses + model.lowest)
+            bank.codes[step.where] = differences.reshape(bank.codes[step.where].shape)
+    decoder.finish()
+
+
+def _lane_count(banks: list[Bank]) -> int:
     """States of the coder: many are fast, few are small."""
-    return min(RANS_MAX_LANES, 1 + sum(bank.size for bank in banks) // RANS_LANE_SYMBOLS)
+    return min(RANS_MAX_LANES, 1 + sum(bank.codes.size for bank in banks) // RANS_LANE_SYMBOLS)
 
 
-def _fit_bank(bank: np.ndarray) -> tuple[_BankModel, np.ndarray]:
-    """Model of a bank, and the context of every code, (rows, matrices*cols) in coding order."""
-    codes = bank.transpose(1, 0, 2).reshape(bank.shape[1], -1).astype(np.int16)
-    sizes = np.abs(codes).astype(np.int64)
-    before = np.cumsum(sizes, 0) - sizes
-    row = np.arange(len(codes))[:, None]
-    mean = int(round(float(sizes.mean()) * RANS_MEAN_UNIT))
-    lowest, symbols = int(codes.min()), int(codes.max()) - int(codes.min()) + 1
-    contexts = int(min(RANS_CONTEXTS, max(1, codes.size // RANS_CONTEXT_SYMBOLS)))
-    means = (before * RANS_MEAN_UNIT + mean * RANS_PRIOR_ROWS) // (row + RANS_PRIOR_ROWS)
-    inner = np.arange(1, contexts) / contexts
-    thresholds = np.unique(np.quantile(means, inner, method="higher")).astype(np.int64)
-    draft = _BankModel(lowest, mean, thresholds, np.zeros((len(thresholds) + 1, symbols), np.uint8))
-    context = draft.contexts(before, row)
-    counts = np.bincount((context * symbols + (codes - lowest)).ravel(), minlength=draft.roots.size)
-    counts = counts.reshape(draft.roots.shape)
-    largest = np.maximum(counts.max(1, keepdims=True), 1)
+def _steps(bank: Bank, predicted: bool, mean: int) -> Iterator[_Step]:
+    """The steps of a bank in order. Each must have been read, or written to bank.codes, before the next is asked for."""
+    return _predicted_steps(bank) if predicted else _plain_steps(bank, mean)
+
+
+def _plain_steps(bank: Bank, mean: int) -> Iterator[_Step]:
+    """Row by row, all matrices at once: the feature of a code is the mean of |code| above it in its column."""
+    matrices, rows, cols = bank.codes.shape
+    segments, next_states = trellis_segments(rows, cols), trellis_next_states().numpy()
+    states = np.zeros((segments, matrices * cols), np.int64)
+    sums, guesses = np.zeros(matrices * cols, np.int64), np.zeros(matrices * cols, np.int64)
+    for row in range(rows):
+        state = states[row % segments]
+        features = (sums * RANS_MEAN_UNIT + mean * RANS_PRIOR_ROWS) // (row + RANS_PRIOR_ROWS)
+        yield _Step(np.s_[:, row, :], guesses, features, state & 1 if bank.trellis else guesses)
+        codes = bank.codes[:, row, :].ravel().astype(np.int64)
+        sums += np.abs(codes)
+        if bank.trellis:
+            state[:] = next_states[state, codes & 1]
+
+
+# A tall matrix, the embedding, is coded column by column in blocks of rows, because the codes of a row hang together:
+# once some blocks are known, the second moments of their rows say how each column follows from those before it. The
+# moments' factors (L D L^T, as in Cholesky's method) turn a row into guesses and innovations, the share that could not
+# be guessed: level_j = sum over k < j of L_jk innovation_k + innovation_j. It is all fixed-point integers, so that
+# every machine makes the same guesses: levels have 8 fractional bits, L 16, moments 12. Matrix products go through
+# float64, in which integers of this size are exact in any order of summation.
+
+TALL_RATIO = 8
+TALL_BLOCK_ROWS = 256
+TALL_REFIT = 1.25
+TALL_LEVEL_BITS = 8
+TALL_FACTOR_BITS = 16
+TALL_MOMENT_BITS = 12
+TALL_PANEL = 64
+
+
+def _predicted_steps(bank: Bank) -> Iterator[_Step]:
+    """Column by column through blocks of rows; a feature is the column's expected innovation times the row's so far."""
+    codes, next_states = bank.codes[0], trellis_next_states().numpy()
+    rows, cols = codes.shape
+    block = trellis_segments(rows, cols) if bank.trellis else TALL_BLOCK_ROWS
+    factor, deviations, fitted = np.zeros((cols, cols)), np.full(cols, 1 << TALL_MOMENT_BITS // 2, np.int64), 0
+    moments, levels, states = np.zeros((cols, cols)), np.zeros((rows, cols)), np.zeros((cols, block), np.int64)
+    for begin in range(0, rows, block):
+        if begin and begin >= fitted * TALL_REFIT:
+            moments += levels[fitted:begin].T @ levels[fitted:begin]
+            (factor, deviations), fitted = _fit_predictor(moments.astype(np.int64), begin), begin
+        where = slice(begin, min(begin + block, rows))
+        count = where.stop - begin
+        innovations, sizes = np.zeros((count, cols)), np.full(count, 16 * 205, np.int64)
+        for col in range(cols):
+            exact = innovations[:, :col] @ factor[col, :col]
+            guess = np.floor(exact / (1 << TALL_FACTOR_BITS)).astype(np.int64)
+            state = states[col, :count]
+            quantizers = state & 1 if bank.trellis else np.zeros_like(guess)
+            features = np.minimum(deviations[col] * sizes // (col + 16) >> 5, 65535)
+            yield _Step((slice(0, 1), where, col), _code_guesses(guess, quantizers, bank.trellis), features, quantizers)
+            level = codes[where, col].astype(np.int64)
+            if bank.trellis:
+                state[:] = next_states[state, level & 1]
+                level = trellis_levels(level, quantizers)
+            levels[where, col] = level
+            innovation = (level << TALL_LEVEL_BITS) - guess
+            innovations[:, col] = innovation
+            sizes += np.minimum((np.abs(innovation) << 6) // deviations[col], 1 << 12)
+
+
+def _code_guesses(guess: np.ndarray, quantizers: np.ndarray, trellis: bool) -> np.ndarray:
+    """The code nearest to a guess of its level; nearly so near 0 in a trellis."""
+    if not trellis:
+        return np.clip((guess + 128) >> 8, -128, 127)
+    return np.clip((guess + quantizers * (np.sign(guess) << 8) + 256) >> 9, -128, 127)
+
+
+def _fit_predictor(moments: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """(factor, deviations) from the summed x^T x of `count` rows of levels, int64 (cols, cols).
+
+    factor: L, float64 that holds integers, with TALL_FACTOR_BITS; deviations: (cols,) int64, standard deviations of the
+    innovations with TALL_MOMENT_BITS // 2. What lies off the diagonal counts less the fewer rows there were.
+    """
+    cols = len(moments)
+    doubt = min(max((1 << 16) // 10, (1 << 16) * 3 * cols // (10 * count)), (1 << 16) * 19 // 20)
+    matrix = (moments << TALL_MOMENT_BITS) // count
+    diagonal = np.diagonal(matrix).copy()
+    matrix = matrix * ((1 << 16) - doubt) >> 16
+    np.fill_diagonal(matrix, diagonal)
+    factor, deviations = np.zeros((cols, cols)), np.empty(cols, np.int64)
+    for begin in range(0, cols, TALL_PANEL):
+        width = min(TALL_PANEL, cols - begin)
+        panel = matrix[begin:, begin : begin + width].copy()
+        for j in range(width):
+            pivot = max(int(panel[j, j]), 64)
+            deviations[begin + j] = math.isqrt(pivot)
+            below = np.clip((panel[j + 1 :, j] << TALL_FACTOR_BITS) // pivot, -(1 << 18), 1 << 18)
+            factor[begin + j + 1 :, begin + j] = below
+            panel[j + 1 :, j + 1 :] -= below[:, None] * panel[j + 1 : width, j] >> TALL_FACTOR_BITS
+        done = factor[begin + width :, begin : begin + width] @ panel[width:].T.astype(np.float64)
+        matrix[begin + width :, begin + width :] -= np.floor(done / (1 << TALL_FACTOR_BITS)).astype(np.int64)
+    return factor, deviations
+
+
+class _Fit(NamedTuple):
+    """A bank's model with what it makes of the bank: 1-d contexts and symbols in coding order, the lengths of the steps,
+    and how often each context saw each symbol, (quantizers, contexts, symbols)."""
+
+    model: _BankModel
+    contexts: np.ndarray
+    symbols: np.ndarray
+    lengths: list[int]
+    counts: np.ndarray
+
+
+def _fit_bank(bank: Bank) -> _Fit:
+    """The better of the models that the bank allows."""
+    fits = [_fit_model(bank, predicted) for predicted in ([False, True] if bank.can_predict else [False])]
+    return min((fit for fit in fits if fit is not None), key=lambda fit: _entropy_bits(fit.counts))
+
+
+def _fit_model(bank: Bank, predicted: bool) -> _Fit | None:
+    """A model with the frequencies of this bank; None if it would need more than 256 symbols."""
+    mean = int(round(float(np.abs(bank.codes.astype(np.int16)).mean()) * RANS_MEAN_UNIT))
+    steps, differences = [], []
+    for step in _steps(bank, predicted, mean):
+        steps.append(step)
+        differences.append(bank.codes[step.where].ravel() - step.guesses)
+    differences = np.concatenate(differences)
+    features, quantizers = (np.concatenate([step[i] for step in steps]) for i in (2, 3))
+    lowest, symbols = int(differences.min()), int(differences.max() - differences.min()) + 1
+    if symbols > 256:
+        return None
+    contexts = int(min(RANS_CONTEXTS, max(1, differences.size // RANS_CONTEXT_SYMBOLS)))
+    thresholds = np.unique(np.quantile(features, np.arange(1, contexts) / contexts, method="higher")).astype(np.int64)
+    shape = (1 + bank.trellis, len(thresholds) + 1, symbols)
+    context = _BankModel(predicted, lowest, mean, thresholds, np.zeros(shape, np.uint8)).contexts(features, quantizers)
+    differences -= lowest
+    counts = np.bincount(context * symbols + differences, minlength=math.prod(shape)).reshape(shape)
+    largest = np.maximum(counts.max(-1, keepdims=True), 1)
     roots = np.where(counts > 0, np.maximum(np.rint(255 * np.sqrt(counts / largest)), 1), 0).astype(np.uint8)
-    return _BankModel(lowest, mean, thresholds, roots), context
+    model = _BankModel(predicted, lowest, mean, thresholds, roots)
+    return _Fit(model, context, differences, [len(step.features) for step in steps], counts)
+
+
+def _entropy_bits(counts: np.ndarray) -> float:
+    """Bits of symbols that occurred so often, (..., symbols), with a table each; the tables themselves come free."""
+    share = counts / np.maximum(counts.sum(-1, keepdims=True), 1)
+    return float(-(counts * np.log2(np.where(counts > 0, share, 1.0))).sum())
 
 
 def _pack_models(models: list[_BankModel]) -> bytes:
     parts = []
     for model in models:
-        fields = (model.lowest, model.roots.shape[1], model.mean, len(model.roots))
-        parts += [np.array([fields], _BANK_FIELDS).tobytes(), model.thresholds.astype("<u2").tobytes()]
-        parts.append(model.roots.tobytes())
+        _, contexts, symbols = model.roots.shape
+        parts.append(np.array([(model.predicted, model.lowest, symbols, model.mean, contexts)], _MODEL_FIELDS).tobytes())
+        parts += [model.thresholds.astype("<u2").tobytes(), model.roots.tobytes()]
     return brotli.compress(b"".join(parts), quality=11)
 
 
-def _unpack_models(stream: memoryview, count: int) -> list[_BankModel]:
-    limit = count * (_BANK_FIELDS.itemsize + RANS_CONTEXTS * (2 + 256))
+def _unpack_models(stream: memoryview, banks: list[Bank]) -> list[_BankModel]:
+    limit = len(banks) * (_MODEL_FIELDS.itemsize + RANS_CONTEXTS * (2 + 2 * 256))
     data = _decompress(stream, "brotli", limit, exact=False)
     models, position = [], 0
-    for _ in range(count):
-        if position + _BANK_FIELDS.itemsize > len(data):
+    for bank in banks:
+        if position + _MODEL_FIELDS.itemsize > len(data):
             raise ArtifactError("the artifact's coder tables are cut short")
-        lowest, symbols, mean, contexts = np.frombuffer(data, _BANK_FIELDS, 1, position)[0].item()
-        position += _BANK_FIELDS.itemsize
-        size = 2 * (contexts - 1) + contexts * symbols
-        in_range = -128 <= lowest and 1 <= symbols and lowest + symbols <= 128 and 1 <= contexts <= RANS_CONTEXTS
+        predicted, lowest, symbols, mean, contexts = np.frombuffer(data, _MODEL_FIELDS, 1, position)[0].item()
+        position += _MODEL_FIELDS.itemsize
+        shape = (1 + bank.trellis, contexts, symbols)
+        size = 2 * (contexts - 1) + math.prod(shape)
+        in_range = predicted <= bank.can_predict and 1 <= symbols <= 256 and 1 <= contexts <= RANS_CONTEXTS
         if not in_range or position + size > len(data):
             raise ArtifactError("the artifact's coder tables are impossible")
         thresholds = np.frombuffer(data, "<u2", contexts - 1, position).astype(np.int64)
-        roots = np.frombuffer(data, np.uint8, contexts * symbols, position + 2 * (contexts - 1))
+        roots = np.frombuffer(data, np.uint8, math.prod(shape), position + 2 * (contexts - 1))
         position += size
-        model = _BankModel(lowest, mean, thresholds, roots.reshape(contexts, symbols))
+        model = _BankModel(bool(predicted), lowest, mean, thresholds, roots.reshape(shape))
         if (model.frequencies() < 0).any() or (np.diff(thresholds) < 0).any():
             raise ArtifactError("the artifact's coder tables are impossible")
         models.append(model)
@@ -2221,48 +2644,37 @@ def _unpack_models(stream: memoryview, count: int) -> list[_BankModel]:
     return models
 
 
-def decode_codes(tables: memoryview, words: memoryview, banks: list[np.ndarray]) -> None:
-    """Fill int8 banks (matrices, rows, cols) with the codes that encode_codes was given."""
-    banks = [bank for bank in banks if bank.size]
-    models = _unpack_models(tables, len(banks))
-    decoder = _RansDecoder(words, _lane_count(banks))
-    for bank, model in zip(banks, models):
-        decoder.load(model.frequencies())
-        sums = np.zeros(bank.shape[0] * bank.shape[2], np.int64)
-        for row in range(bank.shape[1]):
-            codes = decoder.symbols(model.contexts(sums, row)).astype(np.int64) + model.lowest
-            bank[:, row, :] = codes.reshape(bank.shape[0], bank.shape[2])
-            sums += np.abs(codes)
-    decoder.finish()
-
-
-def _rans_encode(slots: list[tuple[np.ndarray, np.ndarray]], lane_count: int) -> bytes:
-    """Code all (frequency, start) pairs, each array (steps, symbols a step), last symbol first."""
+def _rans_encode(slots: list[tuple[np.ndarray, np.ndarray, list[int]]], lane_count: int) -> list[bytes]:
+    """[states, words of each bank] for banks of (frequencies, starts, lengths of the steps); last symbol first."""
     state = np.full(lane_count, RANS_LOW, np.uint64)
-    words: list[np.ndarray] = []
-    for frequencies, starts in reversed(slots):
-        width = frequencies.shape[1]
-        for step in range(len(frequencies) - 1, -1, -1):
-            for begin in range((width - 1) // lane_count * lane_count, -1, -lane_count):
-                frequency = frequencies[step, begin : begin + lane_count].astype(np.uint64)
+    streams: list[bytes] = []
+    for frequencies, starts, lengths in reversed(slots):
+        words: list[np.ndarray] = []
+        end = len(frequencies)
+        for length in reversed(lengths):
+            for begin in range(end - length + (length - 1) // lane_count * lane_count, end - length - 1, -lane_count):
+                stop = min(begin + lane_count, end)
+                frequency = frequencies[begin:stop].astype(np.uint64)
                 lanes = state[: len(frequency)]
                 full = lanes >= frequency << np.uint64(32 - RANS_BITS)
                 words.append(lanes[full].astype("<u2"))
                 lanes[full] >>= np.uint64(16)
                 quotient = lanes // frequency
                 lanes += quotient * (np.uint64(1 << RANS_BITS) - frequency)
-                lanes += starts[step, begin : begin + lane_count]
-    return b"".join([state.astype("<u4").tobytes(), *(word.tobytes() for word in reversed(words))])
+                lanes += starts[begin:stop]
+            end -= length
+        streams.append(b"".join(word.tobytes() for word in reversed(words)))
+    return [state.astype("<u4").tobytes(), *reversed(streams)]
 
 
 class _RansDecoder:
     """Reads what _rans_encode wrote; the caller gives the same tables and contexts in the same order."""
 
-    def __init__(self, stream: memoryview, lane_count: int) -> None:
-        if len(stream) < 4 * lane_count or len(stream) % 2:
-            raise ArtifactError("the artifact's coder words are cut short")
-        self.state = np.frombuffer(stream, "<u4", lane_count).astype(np.uint32)
-        self.words = np.frombuffer(stream, "<u2", offset=4 * lane_count).astype(np.uint32)
+    def __init__(self, states: memoryview, words: bytes, lane_count: int) -> None:
+        if len(states) != 4 * lane_count or len(words) % 2:
+            raise ArtifactError("the artifact's coder states or words are cut short")
+        self.state = np.frombuffer(states, "<u4").astype(np.uint32)
+        self.words = np.frombuffer(words, "<u2").astype(np.uint32)
         self.position = 0
 
     def load(self, frequencies: np.ndarray) -> None:
@@ -2515,8 +2927,8 @@ def chunk_window(run: Run, documents: Documents, members: range, slots: int, chu
 class Cache:
     """Keys and values of the positions already scored, at every visit, for documents that go on chunk by chunk together.
 
-    A ring: position p of a document lies at place p % places. Where the current chunk begins is a tensor, so that a
-    captured graph can advance it.
+    A ring: position p of a document lies at place p % places, where `places` is a number of whole chunks: what a chunk
+    sees at most, itself included. Where the current chunk begins is a tensor, so that a captured graph can advance it.
     """
 
     def __init__(self, run: Run, schedule: Schedule, documents: int, places: int) -> None:
@@ -2526,17 +2938,17 @@ class Cache:
         self.keys, self.values = (torch.zeros(shape, dtype=run.dtype, device=run.device) for _ in range(2))
         self.begin = torch.zeros((), dtype=torch.int64, device=run.device)
         self.chunk = torch.arange(cfg.ttt_chunk_size, device=run.device)
-        self.documents, self.places, self.limit = documents, places, cfg.ttt_eval_seq_len
+        self.documents, self.places = documents, places
 
     def bind(self, seen: int, fresh: list[tuple[Tensor, Tensor]]) -> Attend:
         """`attend` for one forward: a chunk looks at the first `seen` places and at itself.
 
         Its own keys and values, (documents, Hkv, chunk, D) a visit, are appended to `fresh`; the gradient runs through
-        these alone. As in a window, the earliest position in sight is `limit` before the end of the chunk.
+        these alone. The chunk that they will replace in the ring is out of sight already.
         """
         documents, size, last = self.documents, len(self.chunk), self.begin - 1
         held = last - (last - torch.arange(seen, device=last.device)) % self.places  # position there; below 0: none yet
-        old = (held >= 0) & (held >= self.begin + size - self.limit)
+        old = (held >= 0) & (held >= self.begin + size - self.places)
         mask = torch.cat([old.expand(size, seen), self.chunk[:, None] >= self.chunk], dim=1)
 
         def attend(visit: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -3099,7 +3511,7 @@ def open_log(cfg: Config, ranks: Ranks) -> Log:
         names = (output_path(cfg, f".eval{n}.log") for n in itertools.count(1))
         path = next(name for name in names if not name.exists()) if ranks.rank == 0 else path
     try:
-        return Log(path, speaks=ranks.rank == 0)
+        return Log(path, speaks=ranks.rank == 0, goes_on=not cfg.eval_only and output_path(cfg, ".checkpoint").exists())
     except OSError as error:
         raise ValueError(f"cannot write to {path.parent}: {error.strerror}; set ARTIFACT_DIR to a folder you may write to") from error
 
@@ -3150,13 +3562,18 @@ def train_and_score(run: Run, environ: Mapping[str, str]) -> int:
     loader = TrainLoader(TokenStream(shards), layout, cfg, ranks)
     trainer = Trainer(run, model, loader)
     trainer.warm_up()
-    train(run, trainer, val)
+    checkpoints = Checkpoints(run)
+    checkpoints.resume(trainer)
+    if not train(run, trainer, val, checkpoints):
+        log(f"stopped by SIGTERM after step {trainer.step}; start again with RUN_ID={cfg.run_id} to go on")
+        return 0
     trainer.load_averaged_weights()
     evaluate(run, model, val, "ema", cfg.eval_loop_depth)
     trainer.clock.start()
     hessians = collect_hessians(run, model, loader)
     train_ms = trainer.clock.stop()
     data = export(run, model, hessians)
+    checkpoints.remove()
     problems = budget_problems(run, "training", train_ms, cfg.max_wallclock_seconds)
     steps = trainer.step
     del trainer, hessians, model, loader
