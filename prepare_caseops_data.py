@@ -1205,7 +1205,7 @@ class Hub:
     repository and another root in it; the client itself reads HF_ENDPOINT, HF_TOKEN and the like."""
 
     def __init__(self, repo: str) -> None:
-        import huggingface_hub  # here, because building data needs no hub
+        import huggingface_hub.errors  # here, because building data needs no hub
         self.client = huggingface_hub
         self.repo = os.environ.get("MATCHED_FINEWEB_REPO_ID", repo)
         self.root = os.environ.get("MATCHED_FINEWEB_REMOTE_ROOT_PREFIX", "datasets").strip("/")
