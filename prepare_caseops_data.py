@@ -1194,6 +1194,7 @@ def build(request: BuildRequest) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------------ download
 PUBLISHED = "fineweb10B_sp8192_lossless_caps_caseops_v1_reserved"
 PUBLISHED_FOLDER = "fineweb10B_sp8192_caseops"
+PUBLISHED_TOKENIZER = "fineweb_8192_bpe_lossless_caps_caseops_v1_reserved.model"
 DATA_REPO, DOCS_REPO = "romeerp/parameter-golf-caseops-v1", "willdepueoai/parameter-golf"
 DOCS_FILES = ("docs_selected.jsonl", "docs_selected.source_manifest.json")
 ATTEMPTS = 5  # at one file; each goes on where the last one stopped
@@ -1669,7 +1670,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--docs", nargs="+", metavar="FILE", help='.jsonl, .jsonl.gz or .jsonl.zst files, "-" for'
                         " standard input; one JSON object with a text a line")
     parser.add_argument("--out", type=Path, help="folder of the data set")
-    parser.add_argument("--sp", type=Path, default=OUR_TOKENIZER, help="SentencePiece model (default: ours)")
+    parser.add_argument("--sp", type=Path, help="SentencePiece model (default: ours; to verify the published set,"
+                        " the one that was downloaded with it)")
     parser.add_argument("--val-docs", type=int, help=f"the first so many documents are for validation (default:"
                         f" {VAL_DOCS}, for the sample {SAMPLE_VAL_DOCS})")
     parser.add_argument("--train-shards", type=int, help="of --download: only the first so many (default: all)")
@@ -1691,6 +1693,7 @@ def main(arguments: list[str]) -> int:
     """Do what the command line says; returns the exit code."""
     options = parse(arguments)
     sample_folder = options.data_dir / "sample"
+    model = options.sp or OUR_TOKENIZER
     val_docs = options.val_docs if options.val_docs is not None else SAMPLE_VAL_DOCS if not options.docs else VAL_DOCS
     if options.train_tokenizer:
         docs = options.docs or [str(sample_documents(sample_folder))]
@@ -1704,14 +1707,16 @@ def main(arguments: list[str]) -> int:
         print(f"docs path:{download_documents(options.data_dir)}")
         return 0
     if options.verify:
-        return verify(VerifyRequest(options.verify, tuple(options.docs or ()), options.sp, options.round_trips))
+        if options.verify.name == PUBLISHED and not options.sp:
+            model = options.verify.parent.parent / "tokenizers" / PUBLISHED_TOKENIZER
+        return verify(VerifyRequest(options.verify, tuple(options.docs or ()), model, options.round_trips))
     if options.sample:
         docs, out = [str(sample_documents(sample_folder))], options.out or options.data_dir / "datasets" / SAMPLE_NAME
     elif options.docs and options.out:
         docs, out = options.docs, options.out
     else:
         raise ValueError("nothing to do: give --sample, or --docs with --out, or see --help")
-    request = BuildRequest(tuple(docs), out, options.sp, val_docs, options.workers, options.shard_entries,
+    request = BuildRequest(tuple(docs), out, model, val_docs, options.workers, options.shard_entries,
                            options.replace_surrogates)
     say_result(build(request), out)
     return 0
