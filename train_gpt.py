@@ -1629,10 +1629,10 @@ def train_steps(run: Run, trainer: Trainer, val: ValData, checkpoints: Checkpoin
             log.record("phase", step=trainer.step, frac=f"{frac:.3f}", depth=depth)
         lr_scale = learning_rate_scale(cfg, frac)
         loss = trainer.train_step(depth, lr_scale)
-        elapsed_ms, stop = pace.after_step(trainer.clock, termination)
+        elapsed_ms, stop, save = pace.after_step(trainer.clock.elapsed_ms(), termination.asked, checkpoints.due(trainer.step))
         frac = elapsed_ms / budget_ms if budget_ms else trainer.step / cfg.iterations
         pace.report(trainer, loss, min(frac, 1.0), lr_scale)
-        if stop or run.ranks.agree_numbers(checkpoints.due(trainer.step))[0]:
+        if stop or save:
             checkpoints.write(trainer)
         if stop:
             return False
@@ -1647,16 +1647,15 @@ class Pace:
         self.run, self.events = run, []
         self.last_step, self.last_ms = trainer.step, trainer.clock.total_ms
 
-    def after_step(self, clock: Clock, termination: Termination) -> tuple[float, bool]:
-        """Milliseconds of training so far and whether to stop, the same on every rank."""
+    def after_step(self, *values: float) -> list[float]:
+        """Rank 0's numbers (time, whether to stop, whether to save), on every rank."""
         if self.run.device.type == "cuda":
             event = torch.cuda.Event()
             event.record()
             self.events.append(event)
             if len(self.events) > 2:
                 self.events.pop(0).synchronize()
-        elapsed_ms, stop = self.run.ranks.agree_numbers(clock.elapsed_ms(), termination.asked)
-        return elapsed_ms, bool(stop)
+        return self.run.ranks.agree_numbers(*values)
 
     def report(self, trainer: Trainer, loss: Tensor, frac: float, lr_scale: float) -> None:
         cfg, log, step = self.run.cfg, self.run.log, trainer.step
@@ -3189,6 +3188,22 @@ def global_sgd(run: Run, model: GPT, text: np.ndarray, phase: str) -> None:
                    loss=f"{total.item() / max(chunks - 1, 1):.4f}", time_ms=int(1e3 * (time.perf_counter() - began)))
 
 
+def warm_up_global_sgd(run: Run, model: GPT) -> None:
+    """Compile forward and backward of the global SGD on random tokens, with few segments and with many; weights stay."""
+    cfg, rng = run.cfg, np.random.default_rng(run.cfg.seed)
+    forward, schedule = compiled(run, model), loop_schedule(cfg, cfg.eval_loop_depth)
+    for param in model.parameters():
+        param.requires_grad_(True)
+    for every in (cfg.eval_seq_len, 32):
+        tokens = rng.integers(4, cfg.vocab_size, cfg.global_ttt_chunk_tokens + 1).astype(np.uint16)
+        tokens[::every] = BOS_ID
+        for batch in global_sgd_batches(run, tokens):
+            forward(batch, schedule).sum().backward()
+    for param in model.parameters():
+        param.requires_grad_(False)
+        param.grad = None
+
+
 def global_sgd_batches(run: Run, entries: np.ndarray) -> Iterator[Batch]:
     """This rank's share of a chunk, whole sequences, GLOBAL_TTT_BATCH_SEQS at a time; `entries` has one token more."""
     cfg, ranks, count = run.cfg, run.ranks, len(entries) - 1
@@ -3210,9 +3225,11 @@ def score_with_ttt(run: Run, model: GPT, val: ValData) -> tuple[Score, float]:
     documents, adapter = Documents(val), Adapter(run, model)
     for param in model.parameters():
         param.requires_grad_(False)
-    adapter.warm_up(val)
-    began, progress = time.perf_counter(), Progress(run.log)
     parts = phase_parts(cfg, len(documents))
+    adapter.warm_up(val)
+    if run.compile and len(parts) > 1:
+        warm_up_global_sgd(run, model)
+    began, progress = time.perf_counter(), Progress(run.log)
     losses = np.full(len(val.tokens) - 1, np.nan, np.float32)
     nats = np.zeros(len(documents))  # float64, by place in the scoring order; a document is scored on one rank
     rounds_total = sum(-(-len(part) // (cfg.ttt_batch_size * ranks.world)) for part in parts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -157,3 +158,43 @@ def tg_import(folder: Path):
 
     return subprocess.run([sys.executable, "-c", "import train_gpt"], cwd=folder, capture_output=True, text=True,
                           env={**os.environ, "PYTHONPATH": str(tiny.ROOT), "PYTHONDONTWRITEBYTECODE": "1"})
+
+
+def interrupted(data: Path, out: Path, how: int, **changes: object) -> tuple[int, str]:
+    """A run that gets signal `how` after its checkpoint of step 8, and then goes on; exit status of the first, log of both."""
+    import subprocess
+    import sys
+    import time
+
+    env = tiny.environment(data, out, RUN_ID="run", TTT_ENABLED=0, **changes)
+    first = subprocess.Popen([sys.executable, str(tiny.ROOT / "train_gpt.py")], env=env, stdout=subprocess.DEVNULL)
+    for _ in range(1200):
+        if (out / "run.log").exists() and "train step:10/20" in (out / "run.log").read_text():
+            break
+        time.sleep(0.05)
+    first.send_signal(how)
+    status = first.wait(60)
+    assert tiny.run(env).returncode == 0
+    return status, (out / "run.log").read_text()
+
+
+def figures(log: str) -> list[str]:
+    return [r["loss"] for r in tiny.records(log, "train") if r["step"] in ("15/20", "20/20")] + [scores(log)["quantized"]["val_loss"]]
+
+
+def test_a_killed_run_resumes_with_the_losses_of_one_never_interrupted(one_rank, tmp_path: Path) -> None:
+    status, log = interrupted(one_rank.data, tmp_path, signal.SIGKILL, CHECKPOINT_EVERY=8)
+    assert status == -signal.SIGKILL and "resumed from step 8" in log
+    assert figures(log) == figures(one_rank.log)
+    assert not list(tmp_path.glob("*checkpoint*")), "nothing is left behind"
+
+
+def test_sigterm_writes_a_checkpoint_and_ends_cleanly(one_rank, tmp_path: Path) -> None:
+    status, log = interrupted(one_rank.data, tmp_path, signal.SIGTERM)
+    assert status == 0 and "stopped by SIGTERM" in log and "resumed from step 1" in log
+    assert figures(log) == figures(one_rank.log)
+
+
+def test_a_checkpoint_of_other_settings_is_refused(one_rank, tmp_path: Path) -> None:
+    (tmp_path / "run.checkpoint").write_text('{"step": 8, "ranks": 1, "settings": "other"}')
+    assert "choose another RUN_ID" in told(tiny.environment(one_rank.data, tmp_path, RUN_ID="run"))
