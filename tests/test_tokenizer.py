@@ -12,6 +12,7 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import caseops_tokenizer
 import data_tools
 import prepare_caseops_data as prepare
 from lossless_caps import OPERATORS
@@ -27,16 +28,16 @@ texts = st.lists(chunks | st.just(" ") | st.text(st.characters(codec="utf-8"), m
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def encoders(request: pytest.FixtureRequest) -> tuple[prepare.Encoder, prepare.FastEncoder, prepare.FastEncoder]:
+def encoders(request: pytest.FixtureRequest) -> tuple[caseops_tokenizer.Encoder, caseops_tokenizer.FastEncoder, caseops_tokenizer.FastEncoder]:
     """(SentencePiece itself, fast with charges, fast without)."""
     model = data_tools.tokenizer(request.param)
-    return prepare.Encoder(model), prepare.FastEncoder(model, True), prepare.FastEncoder(model, False)
+    return caseops_tokenizer.Encoder(model), caseops_tokenizer.FastEncoder(model, True), caseops_tokenizer.FastEncoder(model, False)
 
 
-def assert_equal(encoders: tuple[prepare.Encoder, prepare.FastEncoder, prepare.FastEncoder], documents: list[str]) -> None:
+def assert_equal(encoders: tuple[caseops_tokenizer.Encoder, caseops_tokenizer.FastEncoder, caseops_tokenizer.FastEncoder], documents: list[str]) -> None:
     plain, with_charges, without = encoders
     raw = [text.encode() for text in documents]
-    tokens, charges, lengths = prepare.encode_plainly(plain, documents, True)
+    tokens, charges, lengths = caseops_tokenizer.encode_plainly(plain, documents, True)
     for got, expected in zip(with_charges.encode(raw), (tokens, charges, lengths)):
         np.testing.assert_array_equal(got, expected)
     got_tokens, _, got_lengths = without.encode(raw)
@@ -56,17 +57,17 @@ def test_fast_encoder_equals_sentencepiece_on_documents(encoders: tuple) -> None
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_fast_encoder_with_a_full_table_is_still_exact(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare, "TABLE_ENTRIES", 100)
-    monkeypatch.setattr(prepare, "LONG_ENTRIES", 5)
+    monkeypatch.setattr(caseops_tokenizer, "TABLE_ENTRIES", 100)
+    monkeypatch.setattr(caseops_tokenizer, "LONG_ENTRIES", 5)
     model = data_tools.tokenizer(kind)
-    fast = prepare.FastEncoder(model, True)
+    fast = caseops_tokenizer.FastEncoder(model, True)
     for _ in range(2):
-        assert_equal((prepare.Encoder(model), fast, prepare.FastEncoder(model, False)), data_tools.texts()[:60])
+        assert_equal((caseops_tokenizer.Encoder(model), fast, caseops_tokenizer.FastEncoder(model, False)), data_tools.texts()[:60])
     assert fast.table.kept == 100 and len(fast.long_parts) <= 5
 
 
 def test_part_table_finds_what_it_keeps_while_it_grows() -> None:
-    table = prepare.PartTable()
+    table = caseops_tokenizer.PartTable()
     generator = np.random.default_rng(0)
     keys = np.unique(generator.integers(0, 50, (200_000, 2), dtype=np.uint64) * np.uint64(1 << 57), axis=0)
     keys = np.concatenate([keys, generator.integers(0, 1 << 62, (60_000, 2), dtype=np.uint64)])
@@ -82,7 +83,7 @@ def test_part_table_finds_what_it_keeps_while_it_grows() -> None:
 @given(text=texts)
 def test_lossless_tokenizer_gives_back_every_text_and_charges_every_byte(text: str) -> None:
     model = data_tools.tokenizer("lossless")
-    tokens, charges, _ = prepare.FastEncoder(model, True).encode([text.encode()])
+    tokens, charges, _ = caseops_tokenizer.FastEncoder(model, True).encode([text.encode()])
     assert model.decode(tokens.tolist()) == text
     assert charges.sum() == len(text.encode())
     assert not charges[np.isin(tokens, [model.names.index(operator) for operator in OPERATORS])].any() or \
@@ -93,7 +94,7 @@ def test_lossless_tokenizer_gives_back_every_text_and_charges_every_byte(text: s
 @given(text=texts)
 def test_normalising_tokenizer_charges_all_bytes_but_those_stripped_at_the_ends(text: str) -> None:
     """Between two characters that stay, every byte of the text is charged, whatever happened to it."""
-    _, charges, _ = prepare.FastEncoder(data_tools.tokenizer("nfkc"), True).encode([f"a{text}z".encode()])
+    _, charges, _ = caseops_tokenizer.FastEncoder(data_tools.tokenizer("nfkc"), True).encode([f"a{text}z".encode()])
     assert charges.sum() == len(text.encode()) + 2
 
 
@@ -105,12 +106,12 @@ CHARGED = [  # text, charges of the visible characters in it: white space goes t
 @pytest.mark.parametrize("text,expected", CHARGED)
 def test_surface_charges_of_known_cases(text: str, expected: list[int]) -> None:
     model = data_tools.tokenizer("nfkc")
-    tokens, charges, _ = prepare.FastEncoder(model, True).encode([text.encode()])
+    tokens, charges, _ = caseops_tokenizer.FastEncoder(model, True).encode([text.encode()])
     visible, waiting = [], 0
     for token, charge in zip(tokens[1:].tolist(), charges[1:].tolist()):
         waiting += charge
-        ends_character = model.kinds[token] != prepare.BYTE or charge
-        if ends_character and model.names[token] not in (prepare.SPACE, OPERATORS[3]) and waiting:
+        ends_character = model.kinds[token] != caseops_tokenizer.BYTE or charge
+        if ends_character and model.names[token] not in (caseops_tokenizer.SPACE, OPERATORS[3]) and waiting:
             visible.append(waiting)
             waiting = 0
     assert visible == expected
@@ -126,21 +127,21 @@ def test_a_tokenizer_that_does_not_work_by_word_goes_through_sentencepiece() -> 
         max_sentence_length=1 << 20, minloglevel=2)
     path = data_tools.tokenizer("lossless").path.with_name("crossing.model")
     path.write_bytes(model.getvalue())
-    crossing = prepare.Tokenizer(path)
+    crossing = caseops_tokenizer.Tokenizer(path)
     assert crossing.lossless and not crossing.by_word
     encoder = prepare.worker_encoder(str(path), crossing.sha256, True)
-    assert isinstance(encoder, prepare.Encoder)
+    assert isinstance(encoder, caseops_tokenizer.Encoder)
     for text in data_tools.texts()[:30]:
         assert crossing.decode(np.frombuffer(encoder.ids(text), dtype="<u2").tolist()) == text
 
 
 def test_our_tokenizer_is_what_its_readme_says() -> None:
-    ours = prepare.Tokenizer(prepare.OUR_TOKENIZER)
+    ours = caseops_tokenizer.Tokenizer(prepare.OUR_TOKENIZER)
     assert ours.lossless and ours.by_word and ours.vocab_size == 8192
     assert ours.names[:8] == ["<pad>", "<s>", "</s>", "<unk>", *OPERATORS]
-    assert ours.kinds[:4] == [3, 3, 3, 2] and ours.kinds[4:8] == [prepare.USER_DEFINED] * 4
+    assert ours.kinds[:4] == [3, 3, 3, 2] and ours.kinds[4:8] == [caseops_tokenizer.USER_DEFINED] * 4
     assert ours.names[8:264] == [f"<0x{byte:02X}>" for byte in range(256)]
-    assert set(ours.kinds[264:]) == {prepare.NORMAL}
+    assert set(ours.kinds[264:]) == {caseops_tokenizer.NORMAL}
     assert not [name for name in ours.names[264:] if any(char.isdigit() for char in name) and len(name) > 1]
     assert "\n" in ours.names
     readme = (prepare.OUR_TOKENIZER.parent / "README.md").read_text()
@@ -151,8 +152,8 @@ def test_our_tokenizer_is_what_its_readme_says() -> None:
 
 @pytest.mark.parametrize("text", data_tools.texts()[:26])
 def test_our_tokenizer_gives_back_documents(text: str) -> None:
-    ours = prepare.Tokenizer(prepare.OUR_TOKENIZER)
-    tokens, charges, _ = prepare.FastEncoder(ours, True).encode([text.encode()])
+    ours = caseops_tokenizer.Tokenizer(prepare.OUR_TOKENIZER)
+    tokens, charges, _ = caseops_tokenizer.FastEncoder(ours, True).encode([text.encode()])
     assert ours.decode(tokens.tolist()) == text and charges.sum() == len(text.encode())
     sentencepiece_text = ours.processor.decode(tokens.tolist())  # its own decoder agrees
     assert prepare.lossless_caps.decode(sentencepiece_text) == text
@@ -181,16 +182,16 @@ def test_too_little_text_for_a_tokenizer_is_said(tmp_path: Path) -> None:
 
 def test_unusable_tokenizers_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no tokenizer at"):
-        prepare.Tokenizer(tmp_path / "none.model")
+        caseops_tokenizer.Tokenizer(tmp_path / "none.model")
     (tmp_path / "noise.model").write_bytes(b"not a model")
     with pytest.raises(ValueError, match="not a SentencePiece model"):
-        prepare.Tokenizer(tmp_path / "noise.model")
+        caseops_tokenizer.Tokenizer(tmp_path / "noise.model")
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(data_tools.texts()[:20]), model_writer=model,
                                              vocab_size=400, model_type="bpe", minloglevel=2, byte_fallback=True)
     (tmp_path / "plain.model").write_bytes(model.getvalue())
     with pytest.raises(ValueError, match="lacks the CaseOps operator"):
-        prepare.Tokenizer(tmp_path / "plain.model")
+        caseops_tokenizer.Tokenizer(tmp_path / "plain.model")
 
 
 PUBLISHED, CASES = os.environ.get("CASEOPS_PUBLISHED_TOKENIZER"), os.environ.get("CASEOPS_CASES")
@@ -198,10 +199,10 @@ PUBLISHED, CASES = os.environ.get("CASEOPS_PUBLISHED_TOKENIZER"), os.environ.get
 
 @pytest.mark.skipif(not (PUBLISHED and CASES), reason="CASEOPS_PUBLISHED_TOKENIZER and CASEOPS_CASES name no files")
 def test_published_tokenizer_cases() -> None:
-    model = prepare.Tokenizer(PUBLISHED)
-    fast = prepare.FastEncoder(model, True)
+    model = caseops_tokenizer.Tokenizer(PUBLISHED)
+    fast = caseops_tokenizer.FastEncoder(model, True)
     for case in json.loads(Path(CASES).read_text()):
         tokens, charges, _ = fast.encode([case["text"].encode()])
         assert prepare.lossless_caps.encode(case["text"]) == case["transformed"]
         assert (tokens[1:].tolist(), charges[1:].tolist()) == (case["ids"], case["original_bytes"]), case["text"]
-    assert_equal((prepare.Encoder(model), fast, prepare.FastEncoder(model, False)), data_tools.texts())
+    assert_equal((caseops_tokenizer.Encoder(model), fast, caseops_tokenizer.FastEncoder(model, False)), data_tools.texts())
