@@ -90,8 +90,10 @@ def test_a_cut_off_log_is_named_and_left_out_of_the_mean(tmp_path: Path) -> None
 def test_a_resumed_run_counts_every_step_once(tmp_path: Path) -> None:
     lines = "".join(f"train step:{step}/9 frac:0.1 depth:1 loss:{loss} step_ms:5.0 elapsed_ms:{5 * step}\n"
                     for step, loss in ((1, 3.0), (2, 2.9), (3, 2.8), (2, 2.9), (3, 2.7), (4, 2.6)))
+    lines += "resumed from step 1, 0.0 s of training done\n"
     run = logs.read_log(our_log(tmp_path / "a.log", 1, 2.0, lines))
     assert [(p.step, p.loss) for p in run.train] == [(1, 3.0), (2, 2.9), (3, 2.7), (4, 2.6)]
+    assert run.problems == ["warning: resumed from step 1, 0.0 s of training done"]
 
 
 def test_what_is_no_log_is_refused_in_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import shutil
 import sys
 from functools import lru_cache
@@ -54,6 +55,7 @@ def copy_code(folder: Path) -> Path:
 def made() -> Made:
     """The runs of all seeds and their record folder on the other track, artifacts included."""
     root = Path(mkdtemp(prefix="tiny_record_"))
+    atexit.register(shutil.rmtree, root, ignore_errors=True)
     code = copy_code(root / "code")
     data = tiny.write_dataset(code / "data" / "shards", train_docs=60, val_docs=16)
     module, runs = verify.load_code(code / "train_gpt.py"), code / "runs"

@@ -218,6 +218,8 @@ def read_our_line(run: RunLog, line: str) -> None:
         return
     if match := TOKENIZER.match(line):
         run.tokenizer_sha256 = match[1]
+    if line.startswith("resumed from step"):
+        run.problems.append(f"warning: {line}")
     word = line.split(" ", 1)[0].rstrip(":")
     if word in ("warning", "error"):
         run.problems.append(line)
@@ -740,7 +742,7 @@ def style(axes: Any, curves: list[Curve]) -> None:
     if not drawn:
         axes.text(0.5, 0.5, "not in these logs", transform=axes.transAxes, ha="center", color="#678")
     elif len(curves) > 1:
-        axes.legend(fontsize="x-small", frameon=False)
+        axes.legend(fontsize="small", frameon=False)
 
 
 def pyplot() -> Any:
@@ -755,7 +757,7 @@ def pyplot() -> Any:
 def plot(groups: list[Group], path: Path) -> None:
     """All four plots on one picture."""
     plt, curves = pyplot(), curves_of(groups)
-    figure, grid = plt.subplots(2, 2, figsize=(11, 7), dpi=130)
+    figure, grid = plt.subplots(2, 2, figsize=(11, 7), dpi=110)
     for axes, draw in zip(grid.flat, PLOTS.values()):
         draw(axes, curves)
         style(axes, curves)
@@ -854,7 +856,7 @@ def settings_section(groups: list[Group]) -> str:
     if not runs:
         return ""
     names = [curve.label for curve in curves_of(groups) if curve.run.settings]
-    differing = differing_settings(runs, ignore=())
+    differing = differing_settings(runs, ignore=("RUN_ID", "ARTIFACT_DIR", "ARTIFACT_PATH"))
     parts = ["<h2>Settings that differ</h2>"]
     parts.append(as_html([["setting", *names], *([name, *values] for name, values in differing.items())])
                  if differing else '<p class="note">none: all runs have the same settings</p>')

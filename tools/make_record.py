@@ -73,9 +73,10 @@ def run_seeds(seeds: Sequence[int], environment: dict[str, str], options: argpar
     for seed in seeds:
         log = options.runs / f"train_seed{seed}.log"
         if log.exists():
-            if logs.read_log(log).final is None:
+            if logs.read_log(log).final is not None:
+                continue
+            if not log.with_suffix(".checkpoint").exists():  # with one, the run goes on from there
                 raise Refused(f"{log} has no end: the run was cut off. Move it away to run seed {seed} again")
-            continue
         environ = {**os.environ, **environment, "SEED": str(seed), "RUN_ID": f"train_seed{seed}", "ARTIFACT_DIR": str(artifact_dir)}
         print(f"seed {seed}: {shlex.join([*launcher, 'train_gpt.py'])}", flush=True)
         status = subprocess.run([*launcher, "train_gpt.py"], cwd=options.code, env=environ, check=False).returncode

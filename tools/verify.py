@@ -117,8 +117,11 @@ def check_one_configuration(record: Record) -> Result:
     return judged("one configuration, one kind of machine", problems, f"{len(record.runs[0].settings)} settings are the same")
 
 
+CODE_RULE = "the folder's code is the code that ran"
+
+
 def check_code(record: Record) -> Result:
-    rule, problems = "the folder's code is the code that ran", []
+    rule, problems = CODE_RULE, []
     for run in record.runs:
         if not run.code:
             return Result(UNKNOWN, rule, f"{run.path.name} names no code")
@@ -602,14 +605,15 @@ def check_normalised(auditor: Auditor, ttt: bool, limit_seconds: float) -> Resul
     rule = f"the distribution adds up to 1: {'test-time training' if ttt else 'evaluation'}"
     cfg, bos = auditor.cfg, auditor.code.BOS_ID
     chunk = min(cfg.ttt_chunk_size, 8)
-    changes = {"ttt_chunk_size": chunk, "phased_ttt_enabled": False} if ttt else {}
+    batch = max(cfg.ttt_batch_size, 64)
+    changes = {"ttt_chunk_size": chunk, "ttt_batch_size": batch, "phased_ttt_enabled": False} if ttt else {}
     text = auditor.sample(AUDIT_DOCUMENTS, cfg.eval_seq_len)[0]
     prefix = np.resize(text[text != bos], chunk + 3)
     documents = [np.array([bos, *prefix, token]) for token in range(cfg.vocab_size) if token != bos]
-    few = np.concatenate([*documents[:cfg.ttt_batch_size], [bos, prefix[0]]]).astype(text.dtype)
+    few = np.concatenate([*documents[:batch], [bos, prefix[0]]]).astype(text.dtype)
     began = time.perf_counter()
     auditor.losses(few, ttt, **changes)
-    estimate = (time.perf_counter() - began) * len(documents) / len(documents[:cfg.ttt_batch_size])
+    estimate = (time.perf_counter() - began) * len(documents) / len(documents[:batch])
     if estimate > limit_seconds:
         return Result(UNKNOWN, rule, f"scoring {cfg.vocab_size} documents would take about {estimate / 60:.0f} minutes here; allow "
                       "it with --minutes")
@@ -724,7 +728,7 @@ def verify(record: Record, options: argparse.Namespace) -> list[Result]:
     results = check_folder(record)
     if options.folder_only:
         return [*results, Result(UNKNOWN, "data, bytes, causality, normalisation, the score again", "left out by --folder-only")]
-    if any(result.status == FAIL and "code" in result.rule for result in results[2:3]):
+    if any(result.rule == CODE_RULE and result.status == FAIL for result in results):
         return [*results, Result(UNKNOWN, "what the code does", "it is not the code that ran")]
     results += check_with_code(record, options)
     results.append(Result(UNKNOWN, "training took place as logged, on that hardware", "only by running it again"))
