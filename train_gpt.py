@@ -192,7 +192,8 @@ class Config:
     ema_decay: float = setting(0.9965, "moving average of the weights, a step; these are exported", between(0, 1))
     # the artifact
     compressor: str = setting("brotli", "entropy coder of the artifact", one_of("brotli", "lzma", "rans"))
-    quantizer: str = setting("scalar", "rounding inside GPTQ: each weight alone, or a trellis down the rows", one_of("scalar", "trellis"))
+    quantizer: str = setting("scalar", "rounding inside GPTQ: 'trellis' takes fewer bytes", one_of("scalar", "trellis"))
+    artifact_target_bytes: int = setting(0, "bytes of artifact and code to fill by one factor on all clip sigmas; 0: no", at_least(0))
     matrix_bits: int = setting(6, "bits of a matrix weight", between(2, 8))
     embed_bits: int = setting(7, "bits of an embedding weight", between(2, 8))
     matrix_clip_sigmas: float = setting(12.85, "range of other matrices in standard deviations of a row", above(0))
@@ -1988,21 +1989,29 @@ def matrix_groups(cfg: Config) -> list[MatrixGroup]:
 
 
 @torch.no_grad()
-def quantize(run: Run, model: GPT, hessians: dict[str, Tensor]) -> dict[str, Tensor | Quantized]:
+def quantize(run: Run, model: GPT, hessians: dict[str, Tensor], clip_factor: float = 1.0) -> dict[str, Tensor | Quantized]:
     """Every parameter as the artifact stores it. The matrices of a group are shared out over the ranks.
 
-    GPTQ for the matrices, int8 for the gates, float16 for tensors of up to 65,536 elements.
+    GPTQ for the matrices, with their clip sigmas times clip_factor; int8 for the gates, float16 for tensors of up to
+    65,536 elements. Logs how large the error of each group's outputs is, relative to the outputs.
     """
     cfg, ranks = run.cfg, run.ranks
     state = {name: p.detach() for name, p in model.named_parameters()}
     parts: dict[str, list[Quantized]] = {}
     for group in matrix_groups(cfg):
+        clip_sigmas, energy = group.clip_sigmas * clip_factor, torch.zeros(2, dtype=torch.float64, device=run.device)
         weights = state[group.bank]
         weights = weights[None] if weights.dim() == 2 else weights[group.first: group.last]
         mine = slice(len(weights) * ranks.rank // ranks.world, len(weights) * (ranks.rank + 1) // ranks.world)
         part = None
         if mine.start < mine.stop:
-            part = gptq(weights[mine], hessians[group.hessian][mine], group.bits, group.clip_sigmas, run.log, cfg.quantizer)
+            hessian = hessians[group.hessian][mine]
+            part = gptq(weights[mine], hessian, group.bits, clip_sigmas, run.log, cfg.quantizer)
+            error = dequantize(part).to(run.device) - weights[mine]
+            energy += torch.stack([hessian_error(e.float(), hessian).double().sum() for e in (error, weights[mine])])
+        ranks.sum(energy)
+        run.log.record("gptq", tensor=group.bank, first=group.first, matrices=len(weights), clip_sigmas=f"{clip_sigmas:.4f}",
+                       relative_error=f"{(energy[0] / energy[1].clamp_min(1e-30)).item():.4e}")
         parts.setdefault(group.bank, []).extend(p for p in ranks.gather(part) if p is not None)
     tensors: dict[str, Tensor | Quantized] = {}
     for name, value in state.items():
@@ -2019,6 +2028,42 @@ def quantize(run: Run, model: GPT, hessians: dict[str, Tensor]) -> dict[str, Ten
                 raise ValueError(f"{name} is NaN or infinite: the training diverged; lower the learning rates")
             tensors[name] = value.to(torch.float16).cpu()
     return tensors
+
+
+TARGET_ROUNDS = 4
+TARGET_SLACK = 0.001
+CLIP_FACTORS = (0.4, 2.5)
+
+
+def quantize_and_pack(run: Run, model: GPT, hessians: dict[str, Tensor],
+                      code_bytes: int) -> tuple[dict[str, Tensor | Quantized], bytes]:
+    """The tensors and, on rank 0, the artifact. ARTIFACT_TARGET_BYTES, if set, is filled up to TARGET_SLACK.
+
+    Scaling every step by a factor takes log2(factor) bits off every weight, so two rounds are enough as a rule. The
+    last that fitted wins, else the smallest; CLIP_FACTORS bound it, because a small model cannot fill any number of bytes.
+    """
+    cfg, target, factor = run.cfg, run.cfg.artifact_target_bytes, 1.0
+    best, best_size = ({}, b""), math.inf
+    for attempt in range(TARGET_ROUNDS):
+        tensors = quantize(run, model, hessians, factor)
+        data = b""
+        if run.ranks.rank == 0:
+            data = pack_artifact(tensors, {name: getattr(cfg, name) for name in MODEL_SETTINGS}, cfg.compressor)
+        if not target:
+            return tensors, data
+        size = run.ranks.agree(len(data)) + code_bytes
+        run.log.record("fit", attempt=attempt + 1, clip_factor=f"{factor:.5f}", total_bytes=size, target_bytes=target)
+        if size <= max(target, best_size - 1):
+            best, best_size = (tensors, data), size
+        if (1 - TARGET_SLACK) * target <= size <= target:
+            break
+        weights = sum(t.codes.numel() for t in tensors.values() if isinstance(t, Quantized))
+        wanted = factor * 2 ** (8 * (size - (1 - TARGET_SLACK / 2) * target) / weights)
+        bounded = min(max(wanted, CLIP_FACTORS[0]), CLIP_FACTORS[1])
+        if bounded == factor:
+            break
+        factor = bounded
+    return best
 
 
 def model_from_tensors(cfg: Config, tensors: Mapping[str, Tensor | Quantized], run: Run) -> GPT:
@@ -3615,17 +3660,16 @@ def budget_problems(run: Run, what: str, time_ms: float, budget_seconds: float) 
 def export(run: Run, model: GPT, hessians: dict[str, Tensor]) -> bytes:
     """Quantize, pack and write the artifact; its bytes, on every rank."""
     cfg, began = run.cfg, time.perf_counter()
-    tensors = quantize(run, model, hessians)
-    quantize_ms = 1e3 * (time.perf_counter() - began)
-    data = b""
+    code_bytes = sum(p.stat().st_size for p in code_files())
+    tensors, data = quantize_and_pack(run, model, hessians, code_bytes)
     if run.ranks.rank == 0:
-        data = pack_artifact(tensors, {name: getattr(cfg, name) for name in MODEL_SETTINGS}, cfg.compressor)
+        for row in size_table(data, tensors):
+            run.log.record("size", **row)
         path = output_path(cfg, ".artifact")
         write_atomically(path, data)
-        code_bytes = sum(p.stat().st_size for p in code_files())
         run.log.record("artifact", model_bytes=len(data), code_bytes=code_bytes, total_bytes=len(data) + code_bytes,
-                       cap_bytes=ARTIFACT_CAP_BYTES, sha256=hashlib.sha256(data).hexdigest(), quantize_ms=int(quantize_ms),
-                       pack_ms=int(1e3 * (time.perf_counter() - began) - quantize_ms), path=path)
+                       cap_bytes=ARTIFACT_CAP_BYTES, sha256=hashlib.sha256(data).hexdigest(),
+                       quantize_and_pack_ms=int(1e3 * (time.perf_counter() - began)), path=path)
     return run.ranks.agree(data)
 
 

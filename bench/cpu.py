@@ -16,6 +16,7 @@ SMALL_MODEL = {
 }
 SMALL = gpu.Sizes(
     settings=SMALL_MODEL, steps=2, check_tokens=200, data_tokens=60_000, document_tokens=50.0, ttt_lengths=(24, 60), square=128,
+    ttt_cache_batches=(4, 8), ttt_cache_chunks=(4, 16),
     run_settings={"iterations": 6, "max_wallclock_seconds": 0, "warmup_steps": 1, "val_loss_every": 0, "train_log_every": 2,
                   "gptq_calibration_batches": 2, "phased_ttt_prefix_docs": 16})
 

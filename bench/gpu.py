@@ -9,6 +9,7 @@
     kernels   each attention backend, the fused MLP and the cross entropy beside what torch.compile makes of the plain
               form, and what the device can do at best (a large product, a large copy)
     ttt       documents a second of test-time training by document length, and the whole validation set estimated from it
+    ttt_cache (only when named) the same with kept keys and values: ms a step at batch 64, 128, 256 and chunk 8, 16, 48
     quantize  Hessians and GPTQ of the full-size model
     run       train_gpt.py from start to end on real shards (--data) or on a made-up language
 
@@ -17,6 +18,7 @@ table is printed; results.json, table.md and profile_*.txt are written. bench/cp
 """
 import argparse
 import functools
+import itertools
 import json
 import os
 import statistics
@@ -53,13 +55,16 @@ class Sizes:
     data_tokens: int = 12_000_000
     document_tokens: float = PUBLISHED_MEAN_LENGTH
     ttt_lengths: tuple[int, ...] = (240, 960, 2400)
+    ttt_cache_batches: tuple[int, ...] = (64, 128, 256)
+    ttt_cache_chunks: tuple[int, ...] = (16, 8, 48)
     mlp_tiles: tuple[tuple[int, int, int], ...] = ((128, 256, 64), (128, 128, 64), (256, 128, 64))
     square: int = 8192
     run_settings: dict[str, Any] = field(default_factory=lambda: {
         "iterations": 90, "max_wallclock_seconds": 0, "warmup_steps": 3, "val_loss_every": 0, "train_log_every": 10,
         "gptq_calibration_batches": 4, "phased_ttt_prefix_docs": 64, "train_batch_tokens": 98_304})
     limits: dict[str, int] = field(default_factory=lambda: {
-        "checks": 80, "steps": 260, "kernels": 80, "ttt": 120, "quantize": 60, "run": 200})
+        "checks": 80, "steps": 260, "kernels": 80, "ttt": 120, "quantize": 60, "run": 200,
+        "ttt_cache": 520})
     total_seconds: int = 530
 
 
@@ -474,6 +479,44 @@ def estimate_ttt(seconds: dict[int, float], slots: int, mean_length: float) -> f
     return float((np.interp(longest, known, took) + beyond).sum() / 8)
 
 
+def part_ttt_cache(bench: Bench) -> None:
+    """A step of TTT with kept keys and values (on a GPU one replayed graph): milliseconds, memory, the whole set estimated."""
+    for chunk, slots in itertools.product(bench.sizes.ttt_cache_chunks, bench.sizes.ttt_cache_batches):
+        run = bench.make_run(ttt_context="cache", ttt_chunk_size=chunk, ttt_batch_size=slots)
+        g.resolve_attention(run.cfg.attn_backend, bench.device)
+        adapter = g.Adapter(run, bench.make_model(run).requires_grad_(False))
+        began, name = time.perf_counter(), f"ttt cache, chunk {chunk}, batch {slots}"
+        try:
+            documents = g.Documents(equal_documents(run.cfg, slots, 2 * chunk))
+            adapter.score(documents, range(slots))
+        except torch.OutOfMemoryError:
+            bench.add(f"{name}: does not fit", float("nan"), "ms")
+            continue
+        bench.add(f"{name}: compiled and captured", time.perf_counter() - began, "s")
+        step, inputs = adapter.step, [table[0] for table in g.chunk_tables(run, documents, range(slots), slots)]
+        per_step = {}
+        for number in range(1 + run.cfg.ttt_eval_seq_len // chunk):
+            if (seen := step.places_in_sight(number)) not in per_step and (step.graphs or number < 2):
+                per_step[seen] = time_ms(lambda: step(*inputs, number, trains=True), bench.device)  # noqa: B023
+                bench.add(f"{name}: step with {seen} places in sight", per_step[seen], "ms")
+        bench.add(f"{name}: 50,000 documents on 8 such devices", estimate_cached(run, per_step), "s", "aim 120")
+        if bench.device.type == "cuda":
+            bench.add(f"{name}: memory", torch.cuda.max_memory_allocated() / 1e9, "GB")
+            torch.cuda.reset_peak_memory_stats()
+
+
+def estimate_cached(run: g.Run, per_step: dict[int, float]) -> float:
+    """Seconds for the published number of documents on eight devices, from the milliseconds of a step by places in sight."""
+    lengths = np.sort(np.random.default_rng(0).lognormal(np.log(PUBLISHED_MEAN_LENGTH) - 0.5, 1.0, PUBLISHED_VAL_DOCS))
+    longest = lengths[::-1][::run.cfg.ttt_batch_size]
+    sizes = np.array(sorted(per_step))
+    costs = np.array([per_step[size] for size in sizes])
+    begins = np.arange(0, int(longest.max()) + 1, run.cfg.ttt_chunk_size)
+    batches_there = len(longest) - np.searchsorted(np.sort(longest), begins, side="right")
+    of_step = costs[np.minimum(np.searchsorted(sizes, begins), len(sizes) - 1)]
+    return float((of_step * batches_there).sum() / 8e3)
+
+
 def part_quantize(bench: Bench) -> None:
     """Hessians from two steps' batches, GPTQ of all matrices, packing."""
     run = bench.make_run(gptq_calibration_batches=2)
@@ -544,8 +587,9 @@ def part_run(bench: Bench) -> None:
 
 PARTS: dict[str, Callable[[Bench], None]] = {
     "checks": part_checks, "steps": part_steps, "kernels": part_kernels, "ttt": part_ttt, "quantize": part_quantize,
-    "run": part_run,
+    "run": part_run, "ttt_cache": part_ttt_cache,
 }
+ONLY_BY_NAME = ("ttt_cache",)  # nearly as long as all others together
 
 
 def failed(result: Result) -> bool:
@@ -599,7 +643,7 @@ def main(sizes: Sizes, script: Path, arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder for the results")
     parser.add_argument("--data", type=Path, help="folder of shards; without it a made-up language is used")
-    parser.add_argument("--parts", default=",".join(PARTS), help="which parts, with commas between")
+    parser.add_argument("--parts", default=",".join(part for part in PARTS if part not in ONLY_BY_NAME), help="which parts, with commas between")
     parser.add_argument("--part", choices=list(PARTS), help="run this one here (used by the program itself)")
     options = parser.parse_args(arguments)
     options.script = [str(script)]
