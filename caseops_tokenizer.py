@@ -177,7 +177,9 @@ def study_rules(rules: bytes) -> RuleFacts:
 MARK = "_"  # stands for "another word" where a part is asked for in its context
 DOCUMENT = 0xFF  # a byte that UTF-8 never has: separates documents in a block, and is encoded as BOS
 KEY_BYTES = 15  # longer parts are too rare for the table
-TABLE_ENTRIES, LONG_ENTRIES = 1 << 20, 100_000  # what bounds the memory of an encoder: about 100 and 20 MB
+TABLE_ENTRIES = 1 << 20  # what bounds the memory of an encoder: about 100 bytes each
+SEPARATOR = "\ue005"  # stands between parts that go to SentencePiece in one text of at most
+PARTS_AT_ONCE = 500
 LETTER, DIGIT, OTHER, WHITE, WIDE = range(5)  # kinds of bytes; WIDE is what is not ASCII, or not left as it is
 DOCUMENT_CODE = -1  # what a `DOCUMENT` byte counts as among code points
 
@@ -235,7 +237,6 @@ class FastEncoder:
         self.cuts = self._cut_table()
         self.breakers = np.array(sorted(tokenizer.rules.breakers | {DOCUMENT_CODE}), dtype=np.int64)
         self.table = PartTable()
-        self.long_parts: dict[bytes, tuple[bytes, bytes]] = {}
 
     def encode(self, documents: list[bytes]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """UTF-8 of documents -> (tokens, charges (n,) uint16, lengths (documents,) int64); BOS before each document.
@@ -319,60 +320,64 @@ class FastEncoder:
 
     def _add(self, text: bytes, keys: np.ndarray, places: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """Entries for parts that the table lacks: short ones stay in it, long ones only for this block."""
-        numbers: dict[bytes, int] = {}
-        firsts, which = [], np.empty(len(places), dtype=np.int64)
-        for index, (place, length) in enumerate(zip(places.tolist(), lengths.tolist())):
-            part = text[place:place + length]
-            which[index] = numbers.setdefault(part, len(numbers))
-            if len(firsts) < len(numbers):
-                firsts.append(index)
-        parts = list(numbers)
-        known = self.long_parts
-        new = [part for part in parts if part not in known]
-        values = dict(zip(new, self._values(new)))
-        for part in new:
-            if KEY_BYTES < len(part) <= 4 * KEY_BYTES and len(known) < LONG_ENTRIES:
-                known[part] = values[part]
-        short = [number for number, part in enumerate(parts) if len(part) <= KEY_BYTES]
-        room = max(0, TABLE_ENTRIES - self.table.kept)
-        lasting = short[:room]
-        order = lasting + sorted(set(range(len(parts))).difference(lasting))
-        added = self.table.append([values.get(parts[number]) or known[parts[number]] for number in order])
-        self.table.keep(keys[[firsts[number] for number in lasting]])
-        entry_of = np.empty(len(parts), dtype=np.int64)
-        entry_of[order] = added
-        return entry_of[which]
+        parts = [text[place:place + length] for place, length in zip(places.tolist(), lengths.tolist())]
+        where = {part: index for index, part in enumerate(parts)}
+        entries: dict[bytes, int] = {}
+        for stays in (True, False):
+            group, ids, charges, counts = self._values([part for part in where if (len(part) <= KEY_BYTES) == stays])
+            entries.update(zip(group, self.table.append(ids, charges, counts).tolist()))
+            if stays:
+                self.table.keep(keys[[where[part] for part in group[:TABLE_ENTRIES - self.table.kept]]])
+        return np.array([entries[part] for part in parts])
 
-    def _values(self, parts: list[bytes]) -> list[tuple[bytes, bytes]]:
-        """(ids, charges) of parts from SentencePiece, each in its context; charges are empty if not asked for."""
-        texts = [part.lstrip(bytes([DOCUMENT])).decode() for part in parts]
-        asked = [MARK + text if part[:1] != bytes([DOCUMENT]) and text[0] in self.white else text
-                 for part, text in zip(parts, texts)]
-        values = []
-        for part, text, context, ids in zip(parts, texts, asked, self._ids(asked)):
-            skip = 2 * self.mark_ids if len(context) > len(text) else 0
-            charges = b""
-            if self.with_charges and part[0] != DOCUMENT and self.is_simple(text):
-                charges = self._simple_charges(text, ids[skip:])
-            elif self.with_charges:
-                charges = self.plain.charges(context)[skip:]
-            if part[0] == DOCUMENT:
-                ids = BOS.to_bytes(2, "little") + ids
-                charges = bytes(2) + charges if self.with_charges else b""
-            values.append((ids[skip:], charges))
-        return values
+    def _values(self, parts: list[bytes]) -> tuple[list[bytes], np.ndarray, np.ndarray, np.ndarray]:
+        """(the parts in another order, flat ids and charges, number of ids by part), each part in its context."""
+        simple, others = [], []
+        for part in parts:
+            is_simple = part.isascii() and (self.tokenizer.lossless or self.is_simple(part.decode()))
+            (simple if is_simple else others).append(part)
+        ids, counts = self._simple_ids(simple)
+        charges = self._simple_charges(simple, ids, counts) if self.with_charges else ids[:0]
+        values = list(map(self._value, others))
+        other_ids = np.frombuffer(b"".join(value[0] for value in values), dtype="<u2")
+        other_charges = np.frombuffer(b"".join(value[1] for value in values), dtype="<u2")
+        other_counts = np.array([len(value[0]) // 2 for value in values], dtype=np.int64)
+        return (simple + others, np.concatenate([ids, other_ids]), np.concatenate([charges, other_charges]),
+                np.concatenate([counts, other_counts]))
 
-    def _ids(self, texts: list[str]) -> Iterator[bytes]:
-        """The ids of texts, in one call of SentencePiece."""
-        encoded = self.tokenizer.processor.encode([lossless_caps.encode(text) for text in texts], num_threads=1)
-        for text, ids in zip(texts, encoded):
-            yield self.plain.ids(text) if SPACE in text else array("H", ids).tobytes()
+    def _simple_ids(self, parts: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
+        """(flat ids, number by part) of ASCII parts: many in one text, each after an operator, which joins nothing."""
+        separator = SEPARATOR.encode()
+        found = [np.zeros(0, dtype=np.uint16)]
+        for start in range(0, len(parts), PARTS_AT_ONCE):
+            text = (separator + separator.join(parts[start:start + PARTS_AT_ONCE])).decode()
+            transformed = lossless_caps.encode(text).replace(SEPARATOR, lossless_caps.ESC)
+            found.append(self.tokenizer.processor.encode(transformed, return_type="numpy").astype(np.uint16))
+        ids = np.concatenate(found)
+        is_separator = ids == self.tokenizer.names.index(lossless_caps.ESC)
+        counts = np.diff(np.flatnonzero(is_separator), append=len(ids)) - 1 if parts else np.zeros(0, dtype=np.int64)
+        assert len(counts) == len(parts)
+        return ids[~is_separator], counts
 
-    def _simple_charges(self, text: str, ids: bytes) -> bytes:
+    def _simple_charges(self, parts: list[bytes], ids: np.ndarray, counts: np.ndarray) -> np.ndarray:
         """The bytes of the pieces; the first has one space, and stands for all the white space before the part."""
-        charges = self.tokenizer.charges[np.frombuffer(ids, dtype="<u2")]
-        charges[0] += max(0, len(text) - len(text.lstrip(self.white)) - 1)
-        return charges.tobytes()
+        charges = self.tokenizer.charges[ids]
+        white = self.white.encode()
+        collapsed = [max(0, len(part) - len(part.lstrip(white)) - 1) for part in parts]
+        charges[np.cumsum(counts) - counts] += np.array(collapsed, dtype=np.uint16)
+        return charges
+
+    def _value(self, part: bytes) -> tuple[bytes, bytes]:
+        """(ids, charges) of any part; charges are empty if not asked for."""
+        begins_document = part[0] == DOCUMENT
+        text = part[begins_document:].decode()
+        after_word = not begins_document and text[0] in self.white
+        asked, skip = (MARK + text, 2 * self.mark_ids) if after_word else (text, 0)
+        ids = self.plain.ids(asked)[skip:]
+        charges = self.plain.charges(asked)[skip:] if self.with_charges else b""
+        if begins_document:
+            ids, charges = BOS.to_bytes(2, "little") + ids, bytes(2) + charges if self.with_charges else b""
+        return ids, charges
 
 
 class PartTable:
@@ -417,13 +422,10 @@ class PartTable:
         """For each slot, that a key sits in it which is not the one looked for."""
         return (entries >= 0) & ((self.slot_first[slots] != keys[:, 0]) | (self.slot_second[slots] != keys[:, 1]))
 
-    def append(self, values: list[tuple[bytes, bytes]]) -> np.ndarray:
-        """New entries, temporary until `keep`, with these (ids, charges); returns their numbers."""
-        ids = np.frombuffer(b"".join(value[0] for value in values), dtype="<u2")
-        charges = np.frombuffer(b"".join(value[1] for value in values), dtype="<u2")
-        counts = np.array([len(value[0]) // 2 for value in values], dtype=np.int64)
+    def append(self, ids: np.ndarray, charges: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """New entries, temporary until `keep`: flat ids and charges (or none), number by entry; returns their numbers."""
         first, first_id = self.used, self.used_ids
-        self.used, self.used_ids = first + len(values), first_id + len(ids)
+        self.used, self.used_ids = first + len(counts), first_id + len(ids)
         self.offsets, self.counts = _grown(self.offsets, self.used), _grown(self.counts, self.used)
         self.ids, self.charges = _grown(self.ids, self.used_ids), _grown(self.charges, self.used_ids)
         self.counts[first:self.used] = counts

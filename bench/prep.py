@@ -1,0 +1,156 @@
+#!/usr/bin/env python3
+"""How fast data is prepared, side by side with plain SentencePiece, and how much memory a build takes.
+
+    python bench/prep.py FILE.jsonl [--sp MODEL] [--mb 40] [--build WORKERS ...] [--val-docs N]
+
+rate     one process, the same documents in turns: SentencePiece on text that is transformed already, against the fast
+         encoder on raw text (transform included), for train documents and with the sidecar; both see every word for
+         the first time. Every document's tokens are compared.
+caseops  the transform against a loop over characters, and its inverse.
+build    the whole program on FILE: wall time, and the peak memory of the parent and of the largest worker.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import caseops_tokenizer  # noqa: E402
+import lossless_caps  # noqa: E402
+import prepare_caseops_data as prepare  # noqa: E402
+from test_lossless_caps import encode_by_characters  # noqa: E402
+
+GROUP_BYTES = 1 << 20  # text encoded at once, as in a build
+
+
+def groups(path: str, limit: int) -> Iterator[list[str]]:
+    """Documents of the file, about `GROUP_BYTES` at a time, up to `limit` bytes of text."""
+    group, size, total = [], 0, 0
+    with open(path, encoding="utf-8") as lines:
+        for line in lines:
+            group.append(json.loads(line)["text"])
+            size += len(group[-1].encode())
+            if size >= GROUP_BYTES:
+                yield group
+                total += size
+                group, size = [], 0
+                if total >= limit:
+                    return
+    if group:
+        yield group
+
+
+def timed(function: Callable[[], object], seconds: dict[str, list[float]], name: str) -> object:
+    """Call it, and add (wall, CPU) seconds under `name`."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    result = function()
+    spent = seconds.setdefault(name, [0.0, 0.0])
+    spent[0] += time.perf_counter() - wall
+    spent[1] += time.process_time() - cpu
+    return result
+
+
+def bench_rates(path: str, model: str, limit: int) -> None:
+    """Plain and fast, in turns on the same groups of documents."""
+    tokenizer = caseops_tokenizer.Tokenizer(model)
+    for_train = caseops_tokenizer.FastEncoder(tokenizer, with_charges=False)
+    with_sidecar = caseops_tokenizer.FastEncoder(tokenizer, with_charges=True)
+    seconds: dict[str, list[float]] = {}
+    total = documents = tokens = 0
+    for texts in groups(path, limit):
+        transformed = [lossless_caps.encode(text) for text in texts]
+        raw = [text.encode() for text in texts]
+        plain = timed(lambda: [tokenizer.processor.encode(text) for text in transformed], seconds, "plain")
+        fast = timed(lambda: for_train.encode(raw), seconds, "train")
+        charged = timed(lambda: with_sidecar.encode(raw), seconds, "sidecar")
+        expected = np.concatenate([[caseops_tokenizer.BOS, *ids] for ids in plain])
+        odd = tokenizer.lossless and any(caseops_tokenizer.SPACE in text for text in texts)  # SentencePiece loses those
+        assert odd or np.array_equal(expected, fast[0]), "tokens differ from SentencePiece"
+        assert np.array_equal(fast[0], charged[0])
+        total, documents, tokens = total + sum(map(len, raw)), documents + len(raw), tokens + len(fast[0])
+    print(f"rate tokenizer:{Path(model).name} documents:{documents} mb:{total / 1e6:.1f} tokens:{tokens}"
+          f" parts:{for_train.table.kept}")
+    for name, (wall, cpu) in seconds.items():
+        print(f"rate {name} mb_s:{total / 1e6 / wall:.1f} cpu_mb_s:{total / 1e6 / cpu:.1f}"
+              f" ratio:{seconds['plain'][0] / wall:.2f} cpu_ratio:{seconds['plain'][1] / cpu:.2f}")
+
+
+def bench_transform(path: str, limit: int) -> None:
+    """The transform, its inverse and the loop over characters on the same text."""
+    seconds: dict[str, list[float]] = {}
+    total = 0
+    for texts in groups(path, min(limit, 8_000_000)):
+        text = "\n".join(texts)
+        written = timed(lambda: lossless_caps.encode(text), seconds, "encode")
+        assert timed(lambda: lossless_caps.decode(written), seconds, "decode") == text
+        timed(lambda: lossless_caps.original_bytes(written), seconds, "bytes")
+        assert timed(lambda: encode_by_characters(text), seconds, "characters") == written
+        total += len(text)
+    for name, (wall, _) in seconds.items():
+        print(f"caseops {name} mb_s:{total / 1e6 / wall:.1f} ratio:{seconds['characters'][0] / wall:.1f}")
+
+
+MEASURED = """
+import resource, sys, time
+sys.path.insert(0, sys.argv[1])
+import prepare_caseops_data as prepare
+if __name__ == "__main__":
+    start = time.perf_counter()
+    code = prepare.main(sys.argv[2:])
+    own, child = (resource.getrusage(who).ru_maxrss / 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    print(f"seconds:{time.perf_counter() - start:.1f} parent_peak_mb:{own:.0f} worker_peak_mb:{child:.0f}")
+"""
+
+
+def bench_build(path: str, model: str, workers: int, val_docs: int) -> None:
+    """The program in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder) / "build.py"
+        script.write_text(MEASURED)
+        done = subprocess.run([sys.executable, str(script), str(ROOT), "--docs", path, "--out", f"{folder}/set", "--sp", model,
+                               "--val-docs", str(val_docs), "--workers", str(workers)], capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(done.stderr)
+        words = done.stdout.splitlines()[-1]
+        manifest = json.loads((Path(folder) / "set/manifest.json").read_bytes())
+    text = sum(split["bytes"] for split in manifest["splits"].values())
+    seconds = float(words.split()[0].removeprefix("seconds:"))
+    hashes = [entry["sha256"][:12] for split in manifest["splits"].values() for entry in split["files"]]
+    print(f"build workers:{workers} mb:{text / 1e6:.1f} mb_s:{text / 1e6 / seconds:.1f} {words} sha256:{','.join(hashes)}",
+          flush=True)
+
+
+def main() -> None:
+    """Run what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file")
+    parser.add_argument("--sp", nargs="+", default=[str(prepare.OUR_TOKENIZER)], help="models, one after the other")
+    parser.add_argument("--mb", type=float, default=40, help="text for the rates")
+    parser.add_argument("--build", type=int, nargs="*", default=[], metavar="WORKERS")
+    parser.add_argument("--val-docs", type=int, default=500)
+    options = parser.parse_args()
+    print(f"machine cores:{len(os.sched_getaffinity(0))} load:{os.getloadavg()[0]:.1f} python:{sys.version.split()[0]}"
+          f" sentencepiece:{caseops_tokenizer.sentencepiece.__version__} numpy:{np.__version__}", flush=True)
+    if options.mb:
+        bench_transform(options.file, int(options.mb * 1e6))
+    for model in options.sp:
+        if options.mb:
+            bench_rates(options.file, model, int(options.mb * 1e6))
+        for workers in options.build:
+            bench_build(options.file, model, workers, options.val_docs)
+    print(f"machine load:{os.getloadavg()[0]:.1f}")
+
+
+if __name__ == "__main__":
+    main()
