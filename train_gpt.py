@@ -37,11 +37,13 @@ import math
 import os
 import platform
 import re
+import shutil
 import signal
 import struct
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
@@ -387,6 +389,7 @@ class Ranks:
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo",
                                              device_id=device if device.type == "cuda" else None)
         host_group = torch.distributed.new_group(backend="gloo")
+        warnings.filterwarnings("ignore", ".*deprecated.*(reduce_scatter|all_gather)_single", FutureWarning)  # not in torch 2.11
         return cls(int(environ["RANK"]), world, device, host_group)
 
     def stop(self) -> None:
@@ -3055,7 +3058,7 @@ class ChunkStep:
                     self.work(seen, trains=True)
             torch.cuda.current_stream().wait_stream(stream)
             self.graphs[seen] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graphs[seen], pool=pool):
+            with torch.cuda.graph(self.graphs[seen], pool=pool, capture_error_mode="thread_local"):
                 self.work(seen, trains=True)
 
     def work(self, seen: int, trains: bool) -> None:
@@ -3573,6 +3576,11 @@ def open_log(cfg: Config, ranks: Ranks) -> Log:
         names = (output_path(cfg, f".eval{n}.log") for n in itertools.count(1))
         path = next(name for name in names if not name.exists()) if ranks.rank == 0 else path
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(path.parent).free
+        if free < 4 * ARTIFACT_CAP_BYTES:
+            raise ValueError(f"only {free / 1e6:.0f} MB free in {path.parent}: the log and the artifact need {4 * ARTIFACT_CAP_BYTES / 1e6:.0f}; "
+                             "free some space there or set ARTIFACT_DIR")
         return Log(path, speaks=ranks.rank == 0, goes_on=not cfg.eval_only and output_path(cfg, ".checkpoint").exists())
     except OSError as error:
         raise ValueError(f"cannot write to {path.parent}: {error.strerror}; set ARTIFACT_DIR to a folder you may write to") from error
@@ -3752,7 +3760,10 @@ def main(environ: Mapping[str, str] = os.environ) -> int:
     finally:
         if ranks is not None and sys.exc_info()[0] is None:
             ranks.stop()
-    (log or (lambda text: print(text, file=sys.stderr, flush=True)))(f"error: {message}")
+    if log is not None and log.speaks:
+        log(f"error: {message}")
+    else:
+        print(f"error: {message}" if ranks is None or ranks.world == 1 else f"rank {ranks.rank}: error: {message}", file=sys.stderr, flush=True)
     return EXIT_USER_ERROR
 
 

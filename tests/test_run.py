@@ -122,7 +122,12 @@ def test_a_folder_that_cannot_be_written_is_told_at_once(tiny_data: Path, tmp_pa
     assert done.returncode == tg.EXIT_USER_ERROR and "set ARTIFACT_DIR" in done.stderr
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_disk_with_no_room_for_the_artifact_is_told_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(tg.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10**6))
+    assert tg.main({"ARTIFACT_DIR": str(tmp_path / "out")}) == tg.EXIT_USER_ERROR
+    assert "only 1 MB free" in capsys.readouterr().err and not list((tmp_path / "out").iterdir())
+
+
 def test_a_full_disk_leaves_the_old_artifact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "x.artifact"
     path.write_bytes(b"old")
