@@ -50,6 +50,8 @@ def test_the_folder_runs_where_it_is_copied_to(tmp_path: Path) -> None:
     folder = tiny_record.copy_of(made().record, tmp_path / "elsewhere")
     environ = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
     environ |= {"PYTHON": sys.executable, "DATA_PATH": str(made().data)}
+    prepare = [sys.executable, "prepare_caseops_data.py", "--help"]
+    assert subprocess.run(prepare, cwd=folder, env=environ, capture_output=True, check=False).returncode == 0
     done = subprocess.run(["bash", str(folder / "run.sh"), "4"], cwd="/", env=environ, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     again, before = logs.read_log(folder / "runs" / "train_seed4.log"), logs.read_log(folder / "train_seed4.log")

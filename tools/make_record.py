@@ -34,7 +34,7 @@ import verify
 from logs import Group, RunLog
 
 ROOT = Path(__file__).resolve().parent.parent
-CODE = ("train_gpt.py", "prepare_caseops_data.py", "lossless_caps.py", "requirements.txt")
+CODE = ("train_gpt.py", "prepare_caseops_data.py", "caseops_tokenizer.py", "lossless_caps.py", "requirements.txt")
 PLACES = {"DATA_DIR", "DATA_PATH", "TOKENIZER_PATH"}  # settings that say where data is: run.sh has them as defaults
 NOT_IN_RUN_SH = logs.VARYING - PLACES | {"CHECKPOINT_EVERY", "EVAL_ONLY"}
 

@@ -414,9 +414,11 @@ def raw_texts(path: Path) -> Iterator[str]:
                 yield json.loads(line)["text"]
 
 
-def check_data(subject: Subject, documents_file: Path | None) -> list[Result]:
+def check_data(subject: Subject, documents_file: Path | None) -> Iterator[Result]:
     """All checks of the data."""
-    return [check_which_data(subject), check_bytes(subject, documents_file), check_disjoint(subject)]
+    yield check_which_data(subject)
+    yield check_bytes(subject, documents_file)
+    yield check_disjoint(subject)
 
 
 # ======================================================================================================================
@@ -428,22 +430,24 @@ def check_data(subject: Subject, documents_file: Path | None) -> list[Result]:
 
 AUDIT_DOCUMENTS = 12
 LONG_DOCUMENTS = 2
+AUDIT_SIZES = {"eval_seq_len": 128, "ttt_chunk_size": 16, "ttt_eval_seq_len": 64}  # at most; less work, the same code paths
 NORMALISED_TO = {"cpu": 1e-3, "cuda": 2e-2}  # of the sum of probabilities: float32 there, bfloat16 here
 
 
 class Auditor:
     """Scores small validation sets with the code and the artifact of a record, one process, one device, eagerly."""
 
-    def __init__(self, subject: Subject, artifact: Path, seed: int = 0) -> None:
+    def __init__(self, subject: Subject, artifact: Path, full_size: bool = False) -> None:
         import numpy as np
 
         self.subject, self.code = subject, subject.code
         stored, self.tensors = self.code.unpack_artifact(artifact.read_bytes())
-        self.cfg = replace(subject.cfg, **stored, val_doc_fraction=1.0)
+        sizes = {} if full_size else {name: min(getattr(subject.cfg, name), most) for name, most in AUDIT_SIZES.items()}
+        self.cfg = replace(subject.cfg, **stored, **sizes, val_doc_fraction=1.0)
         device = self.code.torch.device("cuda" if self.code.torch.cuda.is_available() else "cpu")
         self.code.resolve_attention("auto", device)
         self.ranks = self.code.Ranks(device=device)
-        self.rng = np.random.default_rng(seed)
+        self.rng = np.random.default_rng(0)
 
     @property
     def device(self) -> str:
@@ -551,8 +555,9 @@ def check_causal(auditor: Auditor, ttt: bool, cuts: int) -> Result:
 
     rule = f"causal: {'test-time training, phases included' if ttt else 'evaluation'}"
     cfg = auditor.cfg
-    longest = cfg.ttt_chunk_size * 4 + 3 if ttt else cfg.eval_seq_len
-    tokens, byte_counts = auditor.sample(AUDIT_DOCUMENTS, max(longest, cfg.ttt_eval_seq_len // 2 + 5 if ttt else 0))
+    # Two documents are twice as long as the others: longer than what a chunk or a segment sees.
+    longest = max(2 * cfg.ttt_chunk_size, cfg.ttt_eval_seq_len // 2) + 5 if ttt else cfg.eval_seq_len // 2 + 5
+    tokens, byte_counts = auditor.sample(AUDIT_DOCUMENTS, longest)
     layout, changes = Layout(tokens, longest_first=ttt), audit_settings(auditor, tokens) if ttt else {}
     before = auditor.losses(tokens, ttt, byte_counts, **changes)
     if not same_bits(before, auditor.losses(tokens, ttt, byte_counts, **changes)).all():
@@ -575,8 +580,12 @@ def check_causal(auditor: Auditor, ttt: bool, cuts: int) -> Result:
                             f"scoring order, first that of entry {layout.offset[at] + 1} of document {layout.rank[layout.document[at]] + 1}")
     if not moved:
         problems.append("no loss changed at all: the scores are not computed from these tokens")
-    phases = f", {changes['phased_ttt_num_phases']} phases" if ttt and changes["phased_ttt_prefix_docs"] and cfg.phased_ttt_enabled else ""
-    return judged(rule, problems, f"{len(ranks)} cuts in {len(layout.starts)} documents{phases}: {kept:,} earlier losses bit-identical")
+    sizes = f"segments of {cfg.eval_seq_len}"
+    if ttt:
+        sizes = f"chunks of {cfg.ttt_chunk_size}, windows of {cfg.ttt_eval_seq_len}"
+        sizes += f", {changes['phased_ttt_num_phases']} phases" if changes["phased_ttt_prefix_docs"] and cfg.phased_ttt_enabled else ""
+    where = f"{len(ranks)} cuts in {len(layout.starts)} documents, {sizes}"
+    return judged(rule, problems, f"{where}: {kept:,} earlier losses bit-identical")
 
 
 def check_isolated(auditor: Auditor, ttt: bool) -> Result:
@@ -627,25 +636,23 @@ def check_normalised(auditor: Auditor, ttt: bool, limit_seconds: float) -> Resul
     return judged(rule, problems, f"{cfg.vocab_size} tokens after one text: {total:.7f}")
 
 
-def audit(subject: Subject, artifact: Path, options: argparse.Namespace) -> list[Result]:
+def audit(subject: Subject, artifact: Path, options: argparse.Namespace) -> Iterator[Result]:
     """Every check of what depends on what; a check that the code fails by an exception of the audit is a FAIL."""
-    auditor = Auditor(subject, artifact)
-    modes = [False, True] if auditor.cfg.ttt_enabled else [False]
+    auditor = Auditor(subject, artifact, options.full_size)
     checks: list[tuple[str, Callable[[bool], Result]]] = [
         ("causal", lambda ttt: check_causal(auditor, ttt, options.cuts)), ("isolated", lambda ttt: check_isolated(auditor, ttt)),
         ("normalised", lambda ttt: check_normalised(auditor, ttt, 60 * options.minutes))]
-    results, complaints = [], []
+    complaints = []
     for name, check in checks:
-        for ttt in modes:
+        for ttt in (False, True) if auditor.cfg.ttt_enabled else (False,):
             where = "test-time training" if ttt else "evaluation"
             try:
-                results.append(check(ttt))
+                yield check(ttt)
             except AuditError as error:
                 complaints.append(f"{where}: {error}")
-                results.append(Result(UNKNOWN, f"{name}: {where}", "the losses are not complete, see the next row"))
-    results.append(judged("every target has exactly one loss, and the score is their sum", list(dict.fromkeys(complaints)),
-                          "in every score of this audit"))
-    return results
+                yield Result(UNKNOWN, f"{name}: {where}", "the losses are not complete, see below")
+    yield judged("every target has exactly one loss, and the score is their sum", list(dict.fromkeys(complaints)),
+                 "in every score of this audit")
 
 
 # ======================================================================================================================
@@ -704,43 +711,49 @@ def rescore(run: RunLog, subject: Subject, alone: Path) -> tuple[RunLog | None, 
 # ======================================================================================================================
 
 
-def check_with_code(record: Record, options: argparse.Namespace) -> list[Result]:
+def check_with_code(record: Record, options: argparse.Namespace) -> Iterator[Result]:
     """The checks that need data, and those that need an artifact too."""
     try:
         subject = open_subject(record, options.data, options.tokenizer)
     except (ValueError, OSError, ImportError) as error:
-        return [Result(UNKNOWN, "data, bytes, causality, normalisation, the score again", str(error))]
-    results = check_data(subject, options.docs)
+        yield Result(UNKNOWN, "data, bytes, causality, normalisation, the score again", str(error))
+        return
+    yield from check_data(subject, options.docs)
     runs = [run for run in record.runs if run.path in record.artifacts]
     if not runs:
-        return [*results, Result(UNKNOWN, "causality, normalisation, the score again", "no artifact here; name one with --artifact")]
+        yield Result(UNKNOWN, "causality, normalisation, the score again", "no artifact here; name one with --artifact")
+        return
     try:
-        results += audit(subject, record.artifacts[runs[0].path], options)
+        yield from audit(subject, record.artifacts[runs[0].path], options)
     except (AttributeError, ValueError, TypeError) as error:
-        results.append(Result(UNKNOWN, "causality and normalisation", f"this code cannot be audited: {type(error).__name__}: {error}"))
+        yield Result(UNKNOWN, "causality and normalisation", f"this code cannot be audited: {type(error).__name__}: {error}")
     if options.no_rescore:
-        return [*results, Result(UNKNOWN, "the artifact scores what the log says", "left out by --no-rescore")]
-    return results + [check_rescored(subject, run, record.artifacts[run.path], options.same_machine) for run in runs]
+        yield Result(UNKNOWN, "the artifact scores what the log says", "left out by --no-rescore")
+        return
+    for run in runs:
+        yield check_rescored(subject, run, record.artifacts[run.path], options.same_machine)
 
 
-def verify(record: Record, options: argparse.Namespace) -> list[Result]:
-    """Every check that the options ask for."""
+def verify(record: Record, options: argparse.Namespace) -> Iterator[Result]:
+    """Every check that the options ask for, each when it is done."""
     results = check_folder(record)
+    yield from results
     if options.folder_only:
-        return [*results, Result(UNKNOWN, "data, bytes, causality, normalisation, the score again", "left out by --folder-only")]
-    if any(result.rule == CODE_RULE and result.status == FAIL for result in results):
-        return [*results, Result(UNKNOWN, "what the code does", "it is not the code that ran")]
-    results += check_with_code(record, options)
-    results.append(Result(UNKNOWN, "training took place as logged, on that hardware", "only by running it again"))
-    return results
+        yield Result(UNKNOWN, "data, bytes, causality, normalisation, the score again", "left out by --folder-only")
+    elif any(result.rule == CODE_RULE and result.status == FAIL for result in results):
+        yield Result(UNKNOWN, "what the code does", "it is not the code that ran")
+    else:
+        yield from check_with_code(record, options)
+    yield Result(UNKNOWN, "training took place as logged, on that hardware", "only by running it again")
 
 
-def as_table(results: Sequence[Result]) -> str:
-    """Rows of status, rule, detail, and a last line that counts."""
-    width = max(len(result.rule) for result in results)
-    rows = [f"{result.status:<13}  {result.rule:<{width}}  {result.detail}" for result in results]
+def as_row(result: Result) -> str:
+    return f"{result.status:<13}  {result.rule:<69}  {result.detail}"
+
+
+def count_words(results: Sequence[Result]) -> str:
     counts = {status: sum(result.status == status for result in results) for status in (PASS, FAIL, UNKNOWN)}
-    return "\n".join([*rows, "", f"{counts[PASS]} pass, {counts[FAIL]} fail, {counts[UNKNOWN]} not checkable"])
+    return f"{counts[PASS]} pass, {counts[FAIL]} fail, {counts[UNKNOWN]} not checkable"
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -753,6 +766,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokenizer", type=Path, help="SentencePiece model (default: the folder's)")
     parser.add_argument("--docs", type=Path, help="raw validation documents (JSON lines), to compare the decoded shard with")
     parser.add_argument("--cuts", type=int, default=4, help="places at which causality is tried, in each of the two scores")
+    parser.add_argument("--full-size", action="store_true", help="audit with the chunks and windows of the log, not smaller ones")
     parser.add_argument("--minutes", type=float, default=5, help="most that one test of normalisation may take")
     parser.add_argument("--same-machine", action="store_true", help="the score again must be the log's to the last digit")
     parser.add_argument("--no-rescore", action="store_true", help="leave out scoring the whole validation set again")
@@ -782,11 +796,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    results = verify(record, options)
-    table = as_table(results)
-    print(table)
+    results = []
+    for result in verify(record, options):
+        print(as_row(result), flush=True)
+        results.append(result)
+    print("\n" + count_words(results))
     if options.save:
-        logs.write_atomically(record.folder / "verify.txt", (table + "\n").encode())
+        table = "\n".join([*map(as_row, results), "", count_words(results), ""])
+        logs.write_atomically(record.folder / "verify.txt", table.encode())
     bad = {FAIL, UNKNOWN} if options.strict else {FAIL}
     return int(any(result.status in bad for result in results))
 
