@@ -1779,11 +1779,14 @@ def collect_hessians(run: Run, model: GPT, loader: TrainLoader) -> dict[str, Ten
 def row_scales(weights: Tensor, bits: int, clip_sigmas: float, quantizer: str = "scalar") -> Tensor:
     """Step of every row, float16 (..., rows): clip_sigmas standard deviations over the largest code.
 
-    The trellis has finer steps; its codes take as many bytes as scalar ones and no range needs clipping.
+    The trellis has finer steps; its codes take as many bytes as scalar ones and no range needs clipping. Its scales keep
+    5 bits of mantissa: steps need not be more exact, and half the bytes of the scales are saved.
     """
     scales = clip_sigmas * weights.std(dim=-1) / (2 ** (bits - 1) - 1)
-    scales = scales * TRELLIS_STEP if quantizer == "trellis" else scales
-    return scales.clamp(2.0**-24, 65504.0).to(torch.float16)
+    if quantizer == "scalar":
+        return scales.clamp(2.0**-24, 65504.0).to(torch.float16)
+    mantissa, exponent = torch.frexp(scales * TRELLIS_STEP)
+    return torch.ldexp((mantissa * 64).round() / 64, exponent).clamp(2.0**-20, 65000.0).to(torch.float16)
 
 
 def round_to_codes(weights: Tensor, scales: Tensor, bits: int) -> Tensor:
