@@ -88,7 +88,8 @@ class Tokenizer:
         self.lossless = bool(not normalizer.get(2) and keeps_spaces and not normalizer.get(4, 1)
                              and self.kinds.count(BYTE) == 256)
         self.by_word = bool(keeps_spaces and trainer.get(3, 1) == 2 and not trainer.get(24, 0)
-                            and UNUSED not in self.kinds and not any(SPACE in name[1:] for name in self.names)
+                            and self.kinds.count(BYTE) == 256 and UNUSED not in self.kinds
+                            and not any(SPACE in name[1:] for name in self.names)
                             and not self.rules.reach_space)
 
     def _check_operators(self) -> None:
@@ -423,7 +424,7 @@ class PartTable:
         return (entries >= 0) & ((self.slot_first[slots] != keys[:, 0]) | (self.slot_second[slots] != keys[:, 1]))
 
     def append(self, ids: np.ndarray, charges: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        """New entries, temporary until `keep`: flat ids and charges (or none), number by entry; returns their numbers."""
+        """New entries, temporary until `keep`: flat ids and charges (or none), ids by entry; returns their numbers."""
         first, first_id = self.used, self.used_ids
         self.used, self.used_ids = first + len(counts), first_id + len(ids)
         self.offsets, self.counts = _grown(self.offsets, self.used), _grown(self.counts, self.used)

@@ -31,6 +31,7 @@ import sys
 import threading
 import time
 import zipfile
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -111,7 +112,7 @@ class Documents:
             with sys.stdin.buffer if path == "-" else open(path, "rb") as raw:
                 hashed = HashedFile(raw)
                 done, before = 0, self.bytes_read
-                for lines in _line_groups(_decompressed(path, hashed)):
+                for lines in _line_groups(_chunks(path, hashed)):
                     while lines:
                         ahead = [cut for cut in ahead if cut > total]
                         now = lines[:ahead[0] - total] if ahead else lines
@@ -126,21 +127,45 @@ class Documents:
                                   "documents": done, "sha256": hashed.sha256.hexdigest()})
 
 
-def _decompressed(path: str, raw: HashedFile) -> BinaryIO:
-    """A buffered reader of the JSON lines in `raw`, by the ending of its name."""
-    if path.endswith(".gz"):
-        return gzip.GzipFile(fileobj=io.BufferedReader(raw, 1 << 20))
-    if path.endswith(".zst"):
-        import zstandard  # the one source kind that needs it
-        return zstandard.ZstdDecompressor().stream_reader(raw, read_size=1 << 20, read_across_frames=True)
-    return io.BufferedReader(raw, 1 << 20)
+def _chunks(path: str, raw: HashedFile) -> Iterator[bytes]:
+    """What `raw` holds, decompressed by the ending of its name; ValueError if it is cut short or damaged."""
+    try:
+        if path.endswith(".gz"):
+            stream: Any = gzip.GzipFile(fileobj=io.BufferedReader(raw, 1 << 20))
+        elif path.endswith(".zst"):
+            yield from _zstd_chunks(raw)
+            return
+        else:
+            stream = raw
+        while data := stream.read(BLOCK_BYTES):
+            yield data
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path} is cut short or damaged: {error}; copy or download it again") from None
 
 
-def _line_groups(stream: BinaryIO) -> Iterator[list[bytes]]:
-    """Yield the lines of `stream` that are not blank, about `BLOCK_BYTES` at a time."""
+def _zstd_chunks(raw: HashedFile) -> Iterator[bytes]:
+    """Decompress Zstandard frames, one after the other; EOFError where the last one is cut short."""
+    import zstandard  # the one kind of source that needs it
+    frame = None
+    while data := raw.read(BLOCK_BYTES // 8):
+        while data:
+            frame = frame or zstandard.ZstdDecompressor().decompressobj()
+            try:
+                yield frame.decompress(data)
+            except zstandard.ZstdError as error:
+                raise EOFError(str(error)) from None
+            data = b""
+            if frame.eof:
+                data, frame = frame.unused_data, None
+    if frame:
+        raise EOFError("the last frame has no end")
+
+
+def _line_groups(chunks: Iterable[bytes]) -> Iterator[list[bytes]]:
+    """Yield the lines in a stream of bytes that are not blank, a chunk's worth at a time."""
     rest = b""
-    while data := stream.read(BLOCK_BYTES):
-        *whole, rest = (rest + data).split(b"\n")
+    for chunk in chunks:
+        *whole, rest = (rest + chunk).split(b"\n")
         lines = [line for line in whole if line.strip()]
         if lines:
             yield lines
@@ -717,8 +742,8 @@ class Hub:
         first_line = (str(error).strip() or type(error).__name__).split("\n")[0]
         return ValueError(f"could not get {what} from the hub repository {self.repo}: {first_line}. Check the network"
                           " (and HF_ENDPOINT, HF_HUB_OFFLINE, HF_TOKEN, MATCHED_FINEWEB_REPO_ID if they are set) and"
-                          " run the same command again: it goes on where it stopped. Without a network copy the files from"
-                          " another machine, or use --sample, or build from documents with --docs")
+                          " run the same command again: it goes on where it stopped. Without a network copy the files"
+                          " from another machine, or use --sample, or build from documents with --docs")
 
     def sizes(self, names: list[str]) -> dict[str, tuple[int, str | None]]:
         """(size, SHA-256 or None) of files under the root; ValueError names those that the repository lacks."""
@@ -1231,6 +1256,9 @@ def main(arguments: list[str]) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
-    except ValueError as problem:
+    except (ValueError, OSError) as problem:  # of the user's making, or a full disk, no permission and the like
         print(f"error {problem}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("error interrupted; the same command goes on from the last finished shard or file", file=sys.stderr)
+        sys.exit(130)

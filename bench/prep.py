@@ -118,8 +118,9 @@ def bench_build(path: str, model: str, workers: int, val_docs: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder) / "build.py"
         script.write_text(MEASURED)
-        done = subprocess.run([sys.executable, str(script), str(ROOT), "--docs", path, "--out", f"{folder}/set", "--sp", model,
-                               "--val-docs", str(val_docs), "--workers", str(workers)], capture_output=True, text=True)
+        command = [sys.executable, str(script), str(ROOT), "--docs", path, "--out", f"{folder}/set", "--sp", model,
+                   "--val-docs", str(val_docs), "--workers", str(workers)]
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             sys.exit(done.stderr)
         words = done.stdout.splitlines()[-1]
@@ -127,8 +128,8 @@ def bench_build(path: str, model: str, workers: int, val_docs: int) -> None:
     text = sum(split["bytes"] for split in manifest["splits"].values())
     seconds = float(words.split()[0].removeprefix("seconds:"))
     hashes = [entry["sha256"][:12] for split in manifest["splits"].values() for entry in split["files"]]
-    print(f"build workers:{workers} mb:{text / 1e6:.1f} mb_s:{text / 1e6 / seconds:.1f} {words} sha256:{','.join(hashes)}",
-          flush=True)
+    print(f"build workers:{workers} mb:{text / 1e6:.1f} mb_s:{text / 1e6 / seconds:.1f} {words}"
+          f" sha256:{','.join(hashes)}", flush=True)
 
 
 def main() -> None:

@@ -1,4 +1,5 @@
 """Documents and small tokenizers for the tests of the data path: no network, nothing but Python's own help texts."""
+
 from __future__ import annotations
 
 import atexit
@@ -18,9 +19,21 @@ import prepare_caseops_data as prepare
 def texts() -> list[str]:
     """About 200 documents of English with code, capitals, indentation and newlines, and some oddities."""
     plain = [topics[name][:6000] for name in sorted(topics)]
-    odd = ["", " ", "A", "  leading and trailing  ", "caf\u00e9 na\u00efve \u201cquoted\u201d \u2014 dash", "\u2581 is U+2581, \u2581twice",
-           "nul\x00 and tab\t.", f"literal {prepare.lossless_caps.OPERATORS} operators", "1234567890 12,345.67",
-           "\u65e5\u672c\u8a9e Tokyo \u6771\u4eac", "no-space" * 40, "line\r\nline\n\n\n  indented", "ﬁ ½ Å Å ＦＵＬＬ"]
+    odd = [
+        "",
+        " ",
+        "A",
+        "  leading and trailing  ",
+        "caf\u00e9 na\u00efve \u201cquoted\u201d \u2014 dash",
+        "\u2581 is U+2581, \u2581twice",
+        "nul\x00 and tab\t.",
+        f"literal {prepare.lossless_caps.OPERATORS} operators",
+        "1234567890 12,345.67",
+        "\u65e5\u672c\u8a9e Tokyo \u6771\u4eac",
+        "no-space" * 40,
+        "line\r\nline\n\n\n  indented",
+        "ﬁ ½ Å Å ＦＵＬＬ",
+    ]
     return [text for pair in zip(plain, odd * (len(plain) // len(odd) + 1)) for text in pair]
 
 
@@ -36,8 +49,9 @@ def tokenizer(kind: str) -> prepare.Tokenizer:
     folder = Path(tempfile.mkdtemp(prefix="caseops-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     docs = write_documents(folder / "docs.jsonl", texts())
-    request = prepare.TokenizerRequest(folder / kind, (str(docs),), val_docs=0, vocab_size=1000,
-                                       lossless=kind == "lossless")
+    request = prepare.TokenizerRequest(
+        folder / kind, (str(docs),), val_docs=0, vocab_size=1000, lossless=kind == "lossless"
+    )
     return prepare.Tokenizer(prepare.train_tokenizer(request))
 
 
@@ -53,5 +67,5 @@ def shard(path: Path) -> np.ndarray:
 def damage(path: Path, entry: int, value: int) -> None:
     """Overwrite one entry of a shard."""
     data = bytearray(path.read_bytes())
-    data[1024 + 2 * entry:1026 + 2 * entry] = value.to_bytes(2, "little")
+    data[1024 + 2 * entry : 1026 + 2 * entry] = value.to_bytes(2, "little")
     path.write_bytes(data)

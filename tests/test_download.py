@@ -1,4 +1,5 @@
-"""Downloads with the real hub client against a local server: whole, cut in the middle, of a wrong size, and not at all."""
+"""Downloads with the real hub client against a local server: whole, cut off, of a wrong size, and not at all."""
+
 from __future__ import annotations
 
 import hashlib
@@ -32,14 +33,24 @@ def shard_bytes(entries: int, seed: int) -> bytes:
 def published_files() -> dict[str, bytes]:
     """A small repository in the form of the published one."""
     manifest = {
-        "datasets": [{"name": "another", "tokenizer_name": "t0", "stats": {"files_train": 1, "files_val": 1}},
-                     {"name": NAME, "tokenizer_name": "t1", "stats": {"files_train": 3, "files_val": 1},
-                      "val_bytes_glob": f"datasets/{NAME}/fineweb_val_bytes_*.bin"}],
-        "tokenizers": [{"name": "t1", "model_path": MODEL, "vocab_path": MODEL.replace(".model", ".vocab")}]}
-    files = {"datasets/manifest.json": json.dumps(manifest).encode(), f"datasets/{MODEL}": b"model",
-             f"datasets/{MODEL}".replace(".model", ".vocab"): b"vocab",
-             "datasets/docs_selected.jsonl": b'{"text": "one"}\n' * 1000,
-             "datasets/docs_selected.source_manifest.json": b"{}"}
+        "datasets": [
+            {"name": "another", "tokenizer_name": "t0", "stats": {"files_train": 1, "files_val": 1}},
+            {
+                "name": NAME,
+                "tokenizer_name": "t1",
+                "stats": {"files_train": 3, "files_val": 1},
+                "val_bytes_glob": f"datasets/{NAME}/fineweb_val_bytes_*.bin",
+            },
+        ],
+        "tokenizers": [{"name": "t1", "model_path": MODEL, "vocab_path": MODEL.replace(".model", ".vocab")}],
+    }
+    files = {
+        "datasets/manifest.json": json.dumps(manifest).encode(),
+        f"datasets/{MODEL}": b"model",
+        f"datasets/{MODEL}".replace(".model", ".vocab"): b"vocab",
+        "datasets/docs_selected.jsonl": b'{"text": "one"}\n' * 1000,
+        "datasets/docs_selected.source_manifest.json": b"{}",
+    }
     for number, kind in enumerate(("train_000000", "train_000001", "train_000002", "val_000000", "val_bytes_000000")):
         entries = 6_000_000 if kind == "train_000000" else 40_000 + number  # the client writes in steps of 10 MB
         files[f"datasets/datasets/{NAME}/fineweb_{kind}.bin"] = shard_bytes(entries, number)
@@ -53,7 +64,7 @@ class HubServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.files = files
         self.cuts: dict[str, list[int]] = {}  # file -> after how many bytes each of the next answers breaks off
-        self.wrong: dict[str, int] = {}       # file -> a size that the listing claims for it
+        self.wrong: dict[str, int] = {}  # file -> a size that the listing claims for it
         self.asked: list[tuple[str, str, str | None]] = []
 
     @property
@@ -63,6 +74,7 @@ class HubServer(ThreadingHTTPServer):
 
 class Handler(BaseHTTPRequestHandler):
     """The listing of paths (POST) and the files themselves (HEAD and GET, with ranges)."""
+
     protocol_version = "HTTP/1.1"
     server: HubServer
 
@@ -76,8 +88,15 @@ class Handler(BaseHTTPRequestHandler):
             if path in self.server.files:
                 data = self.server.files[path]
                 size = self.server.wrong.get(path, len(data))
-                listed.append({"type": "file", "path": path, "size": size, "oid": "1" * 40, "lfs": {
-                    "oid": hashlib.sha256(data).hexdigest(), "size": size, "pointerSize": 100}})
+                listed.append(
+                    {
+                        "type": "file",
+                        "path": path,
+                        "size": size,
+                        "oid": "1" * 40,
+                        "lfs": {"oid": hashlib.sha256(data).hexdigest(), "size": size, "pointerSize": 100},
+                    }
+                )
         self._answer(200, json.dumps(listed).encode())
 
     def do_HEAD(self) -> None:
@@ -99,14 +118,17 @@ class Handler(BaseHTTPRequestHandler):
 
     def _answer(self, status: int, body: bytes, headers: dict[str, str] | None = None, path: str = "") -> None:
         self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), "Content-Type": "application/octet-stream",
-                            **(headers or {})}.items():
+        for name, value in {
+            "Content-Length": str(len(body)),
+            "Content-Type": "application/octet-stream",
+            **(headers or {}),
+        }.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command == "HEAD":
             return
         if self.server.cuts.get(path):
-            self.wfile.write(body[:self.server.cuts[path].pop(0)])
+            self.wfile.write(body[: self.server.cuts[path].pop(0)])
             self.wfile.flush()
             self.close_connection = True
             self.connection.shutdown(2)
@@ -124,11 +146,24 @@ def hub() -> Iterator[HubServer]:
 
 def download(endpoint: str, folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """The program in a process of its own, because the client reads its environment when it is imported."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "MATCHED_"))
-                   and name.lower() not in ("http_proxy", "https_proxy", "all_proxy")}
-    environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "home"), "HF_HUB_DISABLE_PROGRESS_BARS": "1", **variables}
-    return subprocess.run([sys.executable, str(PROGRAM), "--data-dir", str(folder), *arguments], env=environment,
-                          capture_output=True, text=True, timeout=100)
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("HF_", "MATCHED_")) and name.lower() not in ("http_proxy", "https_proxy", "all_proxy")
+    }
+    environment |= {
+        "HF_ENDPOINT": endpoint,
+        "HF_HOME": str(folder / "home"),
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        **variables,
+    }
+    return subprocess.run(
+        [sys.executable, str(PROGRAM), "--data-dir", str(folder), *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
 
 
 def base(folder: Path) -> Path:
@@ -187,8 +222,13 @@ def test_a_file_that_is_no_shard_is_named(hub: HubServer, tmp_path: Path) -> Non
 
 def test_documents_and_another_repository(hub: HubServer, tmp_path: Path) -> None:
     hub.files = {path.replace("datasets/", "mirror/", 1): data for path, data in hub.files.items()}
-    done = download(hub.endpoint, tmp_path, "--download-docs", MATCHED_FINEWEB_REPO_ID="me/mine",
-                    MATCHED_FINEWEB_REMOTE_ROOT_PREFIX="mirror")
+    done = download(
+        hub.endpoint,
+        tmp_path,
+        "--download-docs",
+        MATCHED_FINEWEB_REPO_ID="me/mine",
+        MATCHED_FINEWEB_REMOTE_ROOT_PREFIX="mirror",
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"docs path:{tmp_path / 'datasets/docs_selected.jsonl'}\n"
     assert (tmp_path / "datasets/docs_selected.jsonl").read_bytes() == hub.files["mirror/docs_selected.jsonl"]
@@ -207,4 +247,6 @@ def test_without_a_network_the_error_says_what_to_do(tmp_path: Path) -> None:
     for variables in ({}, {"HF_HUB_OFFLINE": "1"}):
         done = download("http://127.0.0.1:9", tmp_path, "--download", **variables)
         assert done.returncode == 2, done.stderr
-        assert "Check the network" in done.stderr and "or use --sample" in done.stderr and "Traceback" not in done.stderr
+        assert (
+            "Check the network" in done.stderr and "or use --sample" in done.stderr and "Traceback" not in done.stderr
+        )

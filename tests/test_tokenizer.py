@@ -1,4 +1,5 @@
-"""Tokenizers: ours is what it claims to be; the fast encoder equals SentencePiece for any text; every byte is charged."""
+"""Tokenizers: ours is what it claims to be; the fast encoder equals SentencePiece; every byte is charged."""
+
 from __future__ import annotations
 
 import io
@@ -15,29 +16,82 @@ from hypothesis import strategies as st
 import caseops_tokenizer
 import data_tools
 import prepare_caseops_data as prepare
+from caseops_tokenizer import Encoder, FastEncoder, PartTable, Tokenizer, encode_plainly
 from lossless_caps import OPERATORS
 
 KINDS = ["lossless", "nfkc"]
 # Words and what lies between them: plain, odd white space, what normalisation joins, removes or makes a space.
-chunks = st.sampled_from([
-    "the", "The", "NASA", "iPhone", "a", "def ", "print(", "class", " ", "  ", "\n", "\n\n", "\t", "\r\n", "\x00", "\x01",
-    "\x7f", "\x85", "\u00a0", "\u3000", "\u200b", "\u2028", "\ufeff", "\u2581", "\u0301", "\u0338", "=", "\u00e9", "\ufb01",
-    "\u00bd", "\u00a8", "\u00af", "\u1680", "\u0149", "\u0660", "\ud55c", "\u11a8", "\U0001f600", "\u201cHello", "\u2019s", "1", "42",
-    ".", "...", "--------------------", "internationalisation", "_", "<0x41>", "<s>", *OPERATORS])
+chunks = st.sampled_from(
+    [
+        "the",
+        "The",
+        "NASA",
+        "iPhone",
+        "a",
+        "def ",
+        "print(",
+        "class",
+        " ",
+        "  ",
+        "\n",
+        "\n\n",
+        "\t",
+        "\r\n",
+        "\x00",
+        "\x01",
+        "\x7f",
+        "\x85",
+        "\u00a0",
+        "\u3000",
+        "\u200b",
+        "\u2028",
+        "\ufeff",
+        "\u2581",
+        "\u0301",
+        "\u0338",
+        "=",
+        "\u00e9",
+        "\ufb01",
+        "\u00bd",
+        "\u00a8",
+        "\u00af",
+        "\u1680",
+        "\u0149",
+        "\u0660",
+        "\ud55c",
+        "\u11a8",
+        "\U0001f600",
+        "\u201cHello",
+        "\u2019s",
+        "1",
+        "42",
+        ".",
+        "...",
+        "--------------------",
+        "internationalisation",
+        "_",
+        "<0x41>",
+        "<s>",
+        *OPERATORS,
+    ]
+)
 texts = st.lists(chunks | st.just(" ") | st.text(st.characters(codec="utf-8"), max_size=3), max_size=14).map("".join)
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def encoders(request: pytest.FixtureRequest) -> tuple[caseops_tokenizer.Encoder, caseops_tokenizer.FastEncoder, caseops_tokenizer.FastEncoder]:
+def encoders(request: pytest.FixtureRequest) -> tuple[Encoder, FastEncoder, FastEncoder]:
     """(SentencePiece itself, fast with charges, fast without)."""
     model = data_tools.tokenizer(request.param)
-    return caseops_tokenizer.Encoder(model), caseops_tokenizer.FastEncoder(model, True), caseops_tokenizer.FastEncoder(model, False)
+    return Encoder(model), FastEncoder(model, True), FastEncoder(model, False)
 
 
-def assert_equal(encoders: tuple[caseops_tokenizer.Encoder, caseops_tokenizer.FastEncoder, caseops_tokenizer.FastEncoder], documents: list[str]) -> None:
+Encoders = tuple[Encoder, FastEncoder, FastEncoder]
+
+
+def assert_equal(encoders: Encoders, documents: list[str]) -> None:
     plain, with_charges, without = encoders
     raw = [text.encode() for text in documents]
-    tokens, charges, lengths = caseops_tokenizer.encode_plainly(plain, documents, True)
+    tokens, charges, lengths = encode_plainly(plain, documents, True)
     for got, expected in zip(with_charges.encode(raw), (tokens, charges, lengths)):
         np.testing.assert_array_equal(got, expected)
     got_tokens, _, got_lengths = without.encode(raw)
@@ -45,7 +99,7 @@ def assert_equal(encoders: tuple[caseops_tokenizer.Encoder, caseops_tokenizer.Fa
     np.testing.assert_array_equal(got_lengths, lengths)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(documents=st.lists(texts, min_size=1, max_size=4))
 def test_fast_encoder_equals_sentencepiece_for_any_text(encoders: tuple, documents: list[str]) -> None:
     assert_equal(encoders, documents)
@@ -59,53 +113,64 @@ def test_fast_encoder_equals_sentencepiece_on_documents(encoders: tuple) -> None
 def test_fast_encoder_with_a_full_table_is_still_exact(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(caseops_tokenizer, "TABLE_ENTRIES", 100)
     model = data_tools.tokenizer(kind)
-    fast = caseops_tokenizer.FastEncoder(model, True)
+    fast = FastEncoder(model, True)
     for _ in range(2):
-        assert_equal((caseops_tokenizer.Encoder(model), fast, caseops_tokenizer.FastEncoder(model, False)), data_tools.texts()[:60])
+        assert_equal((Encoder(model), fast, FastEncoder(model, False)), data_tools.texts()[:60])
     assert fast.table.kept == 100
 
 
 def test_part_table_finds_what_it_keeps_while_it_grows() -> None:
-    table = caseops_tokenizer.PartTable()
+    table = PartTable()
     generator = np.random.default_rng(0)
     keys = np.unique(generator.integers(0, 50, (200_000, 2), dtype=np.uint64) * np.uint64(1 << 57), axis=0)
     keys = np.concatenate([keys, generator.integers(0, 1 << 62, (60_000, 2), dtype=np.uint64)])
     for start in range(0, len(keys), 7000):
-        part = keys[start:start + 7000]
+        part = keys[start : start + 7000]
         assert (table.find(part) == -1).all()
         table.append(np.zeros(len(part), dtype=np.uint16), np.zeros(0), np.ones(len(part), dtype=np.int64))
         table.keep(part)
-        np.testing.assert_array_equal(table.find(keys[:start + 7000]), np.arange(min(start + 7000, len(keys))))
+        np.testing.assert_array_equal(table.find(keys[: start + 7000]), np.arange(min(start + 7000, len(keys))))
 
 
 @settings(max_examples=250, deadline=None)
 @given(text=texts)
 def test_lossless_tokenizer_gives_back_every_text_and_charges_every_byte(text: str) -> None:
     model = data_tools.tokenizer("lossless")
-    tokens, charges, _ = caseops_tokenizer.FastEncoder(model, True).encode([text.encode()])
+    tokens, charges, _ = FastEncoder(model, True).encode([text.encode()])
     assert model.decode(tokens.tolist()) == text
     assert charges.sum() == len(text.encode())
-    assert not charges[np.isin(tokens, [model.names.index(operator) for operator in OPERATORS])].any() or \
-        any(operator in text for operator in OPERATORS)
+    assert not charges[np.isin(tokens, [model.names.index(operator) for operator in OPERATORS])].any() or any(
+        operator in text for operator in OPERATORS
+    )
 
 
 @settings(max_examples=250, deadline=None)
 @given(text=texts)
 def test_normalising_tokenizer_charges_all_bytes_but_those_stripped_at_the_ends(text: str) -> None:
     """Between two characters that stay, every byte of the text is charged, whatever happened to it."""
-    _, charges, _ = caseops_tokenizer.FastEncoder(data_tools.tokenizer("nfkc"), True).encode([f"a{text}z".encode()])
+    _, charges, _ = FastEncoder(data_tools.tokenizer("nfkc"), True).encode([f"a{text}z".encode()])
     assert charges.sum() == len(text.encode()) + 2
 
 
-CHARGED = [  # text, charges of the visible characters in it: white space goes to what follows it, or at the ends to nobody
-    ("a  b", [1, 3]), ("a \n\t b", [1, 5]), ("  a", [1]), ("a  ", [1]), ("A", [1]), ("a \u3042", [1, 4]),
-    (f"a{OPERATORS[0]}", [1, 3]), (f"a {OPERATORS[3]}A", [1, 4, 1]), ("a\u00a0\u3000 b", [1, 7]), ("a\x01-", [2, 1])]
+# Text, charges of the visible characters in it: white space goes to what follows it, or at the ends to nobody.
+CHARGED = [
+    ("a  b", [1, 3]),
+    ("a \n\t b", [1, 5]),
+    ("  a", [1]),
+    ("a  ", [1]),
+    ("A", [1]),
+    ("a \u3042", [1, 4]),
+    (f"a{OPERATORS[0]}", [1, 3]),
+    (f"a {OPERATORS[3]}A", [1, 4, 1]),
+    ("a\u00a0\u3000 b", [1, 7]),
+    ("a\x01-", [2, 1]),
+]
 
 
 @pytest.mark.parametrize("text,expected", CHARGED)
 def test_surface_charges_of_known_cases(text: str, expected: list[int]) -> None:
     model = data_tools.tokenizer("nfkc")
-    tokens, charges, _ = caseops_tokenizer.FastEncoder(model, True).encode([text.encode()])
+    tokens, charges, _ = FastEncoder(model, True).encode([text.encode()])
     visible, waiting = [], 0
     for token, charge in zip(tokens[1:].tolist(), charges[1:].tolist()):
         waiting += charge
@@ -120,22 +185,35 @@ def test_a_tokenizer_that_does_not_work_by_word_goes_through_sentencepiece() -> 
     """One whose pieces cross spaces is not cut at spaces."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(data_tools.texts()[:40]), model_writer=model, model_type="bpe", vocab_size=700,
-        byte_fallback=True, split_by_whitespace=False, add_dummy_prefix=False, remove_extra_whitespaces=False,
-        normalization_rule_name="identity", user_defined_symbols=list(OPERATORS), pad_id=0, bos_id=1, eos_id=2, unk_id=3,
-        max_sentence_length=1 << 20, minloglevel=2)
+        sentence_iterator=iter(data_tools.texts()[:40]),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=700,
+        byte_fallback=True,
+        split_by_whitespace=False,
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        normalization_rule_name="identity",
+        user_defined_symbols=list(OPERATORS),
+        pad_id=0,
+        bos_id=1,
+        eos_id=2,
+        unk_id=3,
+        max_sentence_length=1 << 20,
+        minloglevel=2,
+    )
     path = data_tools.tokenizer("lossless").path.with_name("crossing.model")
     path.write_bytes(model.getvalue())
-    crossing = caseops_tokenizer.Tokenizer(path)
+    crossing = Tokenizer(path)
     assert crossing.lossless and not crossing.by_word
     encoder = prepare.worker_encoder(str(path), crossing.sha256, True)
-    assert isinstance(encoder, caseops_tokenizer.Encoder)
+    assert isinstance(encoder, Encoder)
     for text in data_tools.texts()[:30]:
         assert crossing.decode(np.frombuffer(encoder.ids(text), dtype="<u2").tolist()) == text
 
 
 def test_our_tokenizer_is_what_its_readme_says() -> None:
-    ours = caseops_tokenizer.Tokenizer(prepare.OUR_TOKENIZER)
+    ours = Tokenizer(prepare.OUR_TOKENIZER)
     assert ours.lossless and ours.by_word and ours.vocab_size == 8192
     assert ours.names[:8] == ["<pad>", "<s>", "</s>", "<unk>", *OPERATORS]
     assert ours.kinds[:4] == [3, 3, 3, 2] and ours.kinds[4:8] == [caseops_tokenizer.USER_DEFINED] * 4
@@ -151,8 +229,8 @@ def test_our_tokenizer_is_what_its_readme_says() -> None:
 
 @pytest.mark.parametrize("text", data_tools.texts()[:26])
 def test_our_tokenizer_gives_back_documents(text: str) -> None:
-    ours = caseops_tokenizer.Tokenizer(prepare.OUR_TOKENIZER)
-    tokens, charges, _ = caseops_tokenizer.FastEncoder(ours, True).encode([text.encode()])
+    ours = Tokenizer(prepare.OUR_TOKENIZER)
+    tokens, charges, _ = FastEncoder(ours, True).encode([text.encode()])
     assert ours.decode(tokens.tolist()) == text and charges.sum() == len(text.encode())
     sentencepiece_text = ours.processor.decode(tokens.tolist())  # its own decoder agrees
     assert prepare.lossless_caps.decode(sentencepiece_text) == text
@@ -160,8 +238,10 @@ def test_our_tokenizer_gives_back_documents(text: str) -> None:
 
 def test_training_is_deterministic(tmp_path: Path) -> None:
     docs = (str(data_tools.write_documents(tmp_path / "docs.jsonl", data_tools.texts()[:60])),)
-    models = [prepare.train_tokenizer(prepare.TokenizerRequest(tmp_path / name, docs, 2, vocab_size=600)).read_bytes()
-              for name in ("one", "two")]
+    models = [
+        prepare.train_tokenizer(prepare.TokenizerRequest(tmp_path / name, docs, 2, vocab_size=600)).read_bytes()
+        for name in ("one", "two")
+    ]
     assert models[0] == models[1]
     assert str(tmp_path).encode() not in models[0]
 
@@ -170,7 +250,10 @@ def test_tokenizer_training_leaves_validation_documents_out(tmp_path: Path) -> N
     docs = (str(data_tools.write_documents(tmp_path / "docs.jsonl", ["secret", "first one", "second two"])),)
     request = prepare.TokenizerRequest(tmp_path / "t", docs, val_docs=1)
     assert "".join(prepare.training_sentences(request)) == "first onesecond two"
-    assert "".join(prepare.training_sentences(prepare.TokenizerRequest(tmp_path / "t", docs, 0, sample_bytes=3))) == "secret"
+    assert (
+        "".join(prepare.training_sentences(prepare.TokenizerRequest(tmp_path / "t", docs, 0, sample_bytes=3)))
+        == "secret"
+    )
 
 
 def test_too_little_text_for_a_tokenizer_is_said(tmp_path: Path) -> None:
@@ -181,16 +264,22 @@ def test_too_little_text_for_a_tokenizer_is_said(tmp_path: Path) -> None:
 
 def test_unusable_tokenizers_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no tokenizer at"):
-        caseops_tokenizer.Tokenizer(tmp_path / "none.model")
+        Tokenizer(tmp_path / "none.model")
     (tmp_path / "noise.model").write_bytes(b"not a model")
     with pytest.raises(ValueError, match="not a SentencePiece model"):
-        caseops_tokenizer.Tokenizer(tmp_path / "noise.model")
+        Tokenizer(tmp_path / "noise.model")
     model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(data_tools.texts()[:20]), model_writer=model,
-                                             vocab_size=400, model_type="bpe", minloglevel=2, byte_fallback=True)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(data_tools.texts()[:20]),
+        model_writer=model,
+        vocab_size=400,
+        model_type="bpe",
+        minloglevel=2,
+        byte_fallback=True,
+    )
     (tmp_path / "plain.model").write_bytes(model.getvalue())
     with pytest.raises(ValueError, match="lacks the CaseOps operator"):
-        caseops_tokenizer.Tokenizer(tmp_path / "plain.model")
+        Tokenizer(tmp_path / "plain.model")
 
 
 PUBLISHED, CASES = os.environ.get("CASEOPS_PUBLISHED_TOKENIZER"), os.environ.get("CASEOPS_CASES")
@@ -198,10 +287,10 @@ PUBLISHED, CASES = os.environ.get("CASEOPS_PUBLISHED_TOKENIZER"), os.environ.get
 
 @pytest.mark.skipif(not (PUBLISHED and CASES), reason="CASEOPS_PUBLISHED_TOKENIZER and CASEOPS_CASES name no files")
 def test_published_tokenizer_cases() -> None:
-    model = caseops_tokenizer.Tokenizer(PUBLISHED)
-    fast = caseops_tokenizer.FastEncoder(model, True)
+    model = Tokenizer(PUBLISHED)
+    fast = FastEncoder(model, True)
     for case in json.loads(Path(CASES).read_text()):
         tokens, charges, _ = fast.encode([case["text"].encode()])
         assert prepare.lossless_caps.encode(case["text"]) == case["transformed"]
         assert (tokens[1:].tolist(), charges[1:].tolist()) == (case["ids"], case["original_bytes"]), case["text"]
-    assert_equal((caseops_tokenizer.Encoder(model), fast, caseops_tokenizer.FastEncoder(model, False)), data_tools.texts())
+    assert_equal((Encoder(model), fast, FastEncoder(model, False)), data_tools.texts())

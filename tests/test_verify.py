@@ -1,4 +1,5 @@
 """--verify: a good data set passes with nothing off, and every kind of damage is named with its file and position."""
+
 from __future__ import annotations
 
 import json
@@ -18,8 +19,11 @@ VAL_DOCS = 20
 
 def build(folder: Path, kind: str) -> Path:
     docs = data_tools.write_documents(folder / "docs.jsonl", data_tools.texts())
-    prepare.build(prepare.BuildRequest((str(docs),), folder / "set", data_tools.tokenizer(kind).path, VAL_DOCS,
-                                       shard_entries=3000))
+    prepare.build(
+        prepare.BuildRequest(
+            (str(docs),), folder / "set", data_tools.tokenizer(kind).path, VAL_DOCS, shard_entries=3000
+        )
+    )
     return folder
 
 
@@ -33,10 +37,13 @@ def nfkc(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(tmp_path_factory.mktemp("nfkc"), "nfkc")
 
 
-def verify(folder: Path, capsys: pytest.CaptureFixture[str], kind: str = "lossless", **options: object) -> tuple[int, str]:
+def verify(
+    folder: Path, capsys: pytest.CaptureFixture[str], kind: str = "lossless", **options: object
+) -> tuple[int, str]:
     """(exit code, printed table)."""
-    request = prepare.VerifyRequest(**{"folder": folder / "set", "docs": (), "model": data_tools.tokenizer(kind).path,
-                                       "round_trips": 50} | options)
+    request = prepare.VerifyRequest(
+        **{"folder": folder / "set", "docs": (), "model": data_tools.tokenizer(kind).path, "round_trips": 50} | options
+    )
     code = prepare.verify(request)
     return code, capsys.readouterr().out
 
@@ -45,31 +52,43 @@ def test_a_good_data_set_passes_every_check(lossless: Path, capsys: pytest.Captu
     code, table = verify(lossless, capsys, round_trips=10_000)
     assert code == 0 and "FAULT" not in table and " - " not in table, table
     kept = int(re.search(r"round trip +ok +(\d+) of (\d+) documents come back$", table, re.MULTILINE)[1])
-    assert kept == sum(prepare.text_hash(text) not in {prepare.text_hash(val) for val in data_tools.texts()[:VAL_DOCS]}
-                       for text in data_tools.texts()[VAL_DOCS:]) + VAL_DOCS
+    assert (
+        kept
+        == sum(
+            prepare.text_hash(text) not in {prepare.text_hash(val) for val in data_tools.texts()[:VAL_DOCS]}
+            for text in data_tools.texts()[VAL_DOCS:]
+        )
+        + VAL_DOCS
+    )
 
 
-def test_without_the_text_it_decodes_and_encodes_again(lossless: Path, tmp_path: Path,
-                                                       capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_the_text_it_decodes_and_encodes_again(
+    lossless: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.copytree(lossless / "set", tmp_path / "set")
     code, table = verify(tmp_path, capsys)
     assert code == 0 and re.search(r"decode and encode +ok", table), table
 
 
-def test_a_normalising_tokenizer_passes_and_its_losses_are_counted(nfkc: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_normalising_tokenizer_passes_and_its_losses_are_counted(
+    nfkc: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     code, table = verify(nfkc, capsys, "nfkc", round_trips=10_000)
     assert code == 0 and re.search(r"round trip +ok .*come back; lost: .*newlines or spaces", table), table
     assert "characters normalised" in table and "no longer CaseOps" in table
 
 
 def first_bos_after(shard: np.ndarray, entry: int) -> int:
-    return entry + 1 + int(np.flatnonzero(shard[entry + 1:] == 1)[0])
+    return entry + 1 + int(np.flatnonzero(shard[entry + 1 :] == 1)[0])
 
 
 def flip_val_token(folder: Path) -> str:
-    data_tools.damage(folder / "fineweb_val_000000.bin", 10, 300 if
-                      data_tools.shard(folder / "fineweb_val_000000.bin")[10] != 300 else 301)
-    return r"fineweb_val_000000.bin: not the file.*|val_bytes_000000.bin entry 10|fineweb_val_000000.bin entry 0: the tokens"
+    data_tools.damage(
+        folder / "fineweb_val_000000.bin",
+        10,
+        300 if data_tools.shard(folder / "fineweb_val_000000.bin")[10] != 300 else 301,
+    )
+    return r"fineweb_val_000000.bin: not the file.*|val_bytes_000000.bin entry 10|entry 0: the tokens are not"
 
 
 def charge_an_operator(folder: Path) -> str:
@@ -134,22 +153,42 @@ def extra_shard(folder: Path) -> str:
 
 def val_document_in_train(folder: Path) -> str:
     """A whole validation document over the beginning of a train shard's first whole document."""
-    val, train = data_tools.shard(folder / "fineweb_val_000000.bin"), data_tools.shard(folder / "fineweb_train_000000.bin")
-    document = val[:first_bos_after(val, 0)]
+    val, train = (
+        data_tools.shard(folder / "fineweb_val_000000.bin"),
+        data_tools.shard(folder / "fineweb_train_000000.bin"),
+    )
+    document = val[: first_bos_after(val, 0)]
     path = folder / "fineweb_train_000000.bin"
     data = bytearray(path.read_bytes())
-    data[1024:1024 + 2 * len(document)] = document.tobytes()
-    data[1024 + 2 * len(document):1026 + 2 * len(document)] = b"\x01\x00"
+    data[1024 : 1024 + 2 * len(document)] = document.tobytes()
+    data[1024 + 2 * len(document) : 1026 + 2 * len(document)] = b"\x01\x00"
     path.write_bytes(data)
     assert len(train) > len(document) + 1
     return r"fineweb_train_000000.bin entry 0: the document that begins there is a validation document"
 
 
-@pytest.mark.parametrize("harm", [flip_val_token, charge_an_operator, charge_bos, id_out_of_range, padding_id, lost_bos,
-                                  no_bos_first, cut_short, wrong_magic, no_sidecar, missing_shard, extra_shard,
-                                  val_document_in_train], ids=lambda harm: harm.__name__)
-def test_damage_is_named(harm: Callable[[Path], str], lossless: Path, tmp_path: Path,
-                         capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "harm",
+    [
+        flip_val_token,
+        charge_an_operator,
+        charge_bos,
+        id_out_of_range,
+        padding_id,
+        lost_bos,
+        no_bos_first,
+        cut_short,
+        wrong_magic,
+        no_sidecar,
+        missing_shard,
+        extra_shard,
+        val_document_in_train,
+    ],
+    ids=lambda harm: harm.__name__,
+)
+def test_damage_is_named(
+    harm: Callable[[Path], str], lossless: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.copytree(lossless, tmp_path / "copy")
     words = harm(tmp_path / "copy/set")
     code, table = verify(tmp_path / "copy", capsys)
@@ -157,8 +196,9 @@ def test_damage_is_named(harm: Callable[[Path], str], lossless: Path, tmp_path: 
     assert any(re.search(words, line) for line in table.splitlines() if line.startswith("fault ")), table
 
 
-def test_wrong_charge_of_a_normalising_tokenizer_is_found_by_the_text(nfkc: Path, tmp_path: Path,
-                                                                      capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_charge_of_a_normalising_tokenizer_is_found_by_the_text(
+    nfkc: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.copytree(nfkc, tmp_path / "copy")
     charges = data_tools.shard(tmp_path / "copy/set/fineweb_val_bytes_000000.bin")
     at = int(np.flatnonzero(charges > 1)[-1])
@@ -167,8 +207,9 @@ def test_wrong_charge_of_a_normalising_tokenizer_is_found_by_the_text(nfkc: Path
     assert code == 1 and "the charges are not those of the text" in table
 
 
-def test_another_source_and_another_tokenizer_are_noticed(lossless: Path, tmp_path: Path,
-                                                          capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_source_and_another_tokenizer_are_noticed(
+    lossless: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     other = data_tools.write_documents(tmp_path / "other.jsonl", [*data_tools.texts()[:-1], "another end"])
     code, table = verify(lossless, capsys, docs=(str(other),), round_trips=10_000)
     assert code == 1 and "SHA-256 differs from the source" in table and "tokens are not those of the text" in table
@@ -176,8 +217,9 @@ def test_another_source_and_another_tokenizer_are_noticed(lossless: Path, tmp_pa
     assert code == 1 and "not the tokenizer of this data set" in table
 
 
-def test_published_constants_are_checked_by_the_folder_name(lossless: Path, tmp_path: Path,
-                                                            capsys: pytest.CaptureFixture[str]) -> None:
+def test_published_constants_are_checked_by_the_folder_name(
+    lossless: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / prepare.PUBLISHED
     shutil.copytree(lossless / "set", folder)
     (folder / "manifest.json").unlink()  # the hub has none beside the shards
