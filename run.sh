@@ -25,7 +25,8 @@ install() { # install FILE: its packages into .venv, once for each content of th
 if [ "${1:-}" = test ]; then
     shift
     install requirements-test.txt
-    exec .venv/bin/python -m pytest -q "$@" tests
+    export OMP_NUM_THREADS=1 # a test a core
+    exec .venv/bin/python -m pytest -q -n auto --dist loadfile "$@" tests
 fi
 [ $# = 0 ] || { echo "usage: bash run.sh [test [pytest arguments]]" >&2; exit 2; }
 
