@@ -772,7 +772,9 @@ class TrainLoader:
 
     def __init__(self, stream: TokenStream, layout: SpanLayout, cfg: Config, ranks: Ranks) -> None:
         self.stream, self.layout, self.cfg, self.ranks = stream, layout, cfg, ranks
-        self.pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
+        device = ranks.device  # a thread starts on GPU 0, and pinning memory there would cost every rank a context on it
+        choose = (torch.cuda.set_device, (device,)) if device.type == "cuda" else (None, ())
+        self.pool = ThreadPoolExecutor(1, "loader", *choose)
         self.wait_ms = 0.0
         self.seek(0)
 
@@ -1114,17 +1116,17 @@ class Block(nn.Module):
 
 
 class Pass(NamedTuple):
-    """What all visits of one forward share. Weights are in the dtype of the activations, cast once."""
+    """What all visits of one forward share. Banks are cast to the dtype of the activations and taken apart, once."""
 
     batch: Batch
     linear: Linear
     attend: Attend
     cos: Tensor
     sin: Tensor
-    qo: Tensor
-    kv: Tensor
-    up: Tensor
-    down: Tensor
+    qo: tuple[Tensor, ...]
+    kv: tuple[Tensor, ...]
+    up: tuple[Tensor, ...]
+    down: tuple[Tensor, ...]
 
 
 class GPT(nn.Module):
@@ -1179,16 +1181,22 @@ class GPT(nn.Module):
             if cfg.gated_attn_enabled:
                 block.attn.attn_gate_w.normal_(std=cfg.gated_attn_init_std, generator=generator)
 
-    def forward(self, batch: Batch, schedule: Schedule, linear: Linear = plain_linear, attend: Attend | None = None) -> Tensor:
-        """Negative log likelihood in nats of every target, (T,) float32; without `attend`, segments see themselves."""
-        x = self.hidden_states(batch, schedule, linear, attend or partial(attend_segments, batch))
+    def forward(self, batch: Batch, schedule: Schedule, linear: Linear = plain_linear, attend: Attend | None = None,
+                rows: Tensor | None = None) -> Tensor:
+        """Negative log likelihood in nats of every target, or of those at `rows`, (T,) float32.
+
+        Without `attend`, segments see themselves.
+        """
+        x, targets = self.hidden_states(batch, schedule, linear, attend or partial(attend_segments, batch)), batch.targets
+        if rows is not None:
+            x, targets = x[rows], targets[rows]
         logits = linear(HEAD_SITE, x, self.tok_emb.weight.to(self.dtype))
-        return softcapped_cross_entropy(logits, batch.targets, self.cfg.logit_softcap)
+        return softcapped_cross_entropy(logits, targets, self.cfg.logit_softcap)
 
     def hidden_states(self, batch: Batch, schedule: Schedule, linear: Linear, attend: Attend) -> Tensor:
         """What the output head reads, (T, d)."""
         cfg = self.cfg
-        banks = (bank.to(self.dtype) for bank in (self.qo_bank, self.kv_bank, self.mlp_up_bank, self.mlp_down_bank))
+        banks = (bank.to(self.dtype).unbind() for bank in (self.qo_bank, self.kv_bank, self.mlp_up_bank, self.mlp_down_bank))
         shared = Pass(batch, linear, attend, *self._rotary(batch.positions), *banks)
         x = x0 = rms_norm(F.embedding(batch.tokens, self.tok_emb.weight).to(self.dtype))
         skips = []
@@ -1455,11 +1463,30 @@ def learning_rate_scale(cfg: Config, frac: float) -> float:
 
 
 def compiled(run: Run, function: Callable[..., Any], dynamic: bool = False) -> Callable[..., Any]:
-    """`function` through torch.compile without graph breaks, or as it is where compilation is off."""
+    """`function(batch, ...)` through torch.compile without graph breaks, or as it is where compilation is off.
+
+    Sizes are all dynamic or, but for the number of segments, all static: left to guess, the compiler would take the first
+    packing for a constant and compile again in the middle of the run.
+    """
     if not run.compile:
         return function
-    torch._dynamo.config.cache_size_limit = 64  # one entry a depth and use; a full cache would fall back to eager
-    return torch.compile(function, fullgraph=True, dynamic=dynamic or None)
+    torch._dynamo.config.cache_size_limit = 64  # one entry a depth and use; a full cache would be an error
+    graph = torch.compile(function, fullgraph=True, dynamic=dynamic)
+
+    def call(batch: Batch, *rest: Any, **named: Any) -> Any:
+        torch._dynamo.mark_dynamic(batch.cu_seqlens, 0)
+        return graph(batch, *rest, **named)
+
+    return call
+
+
+def graphs_made(run: Run) -> int:
+    """How many graphs torch.compile has made in this process: what grows in a timed phase was not warmed up."""
+    if not run.compile:
+        return 0
+    from torch._dynamo.utils import counters
+
+    return counters["stats"]["unique_graphs"]
 
 
 class Trainer:
@@ -1473,11 +1500,12 @@ class Trainer:
         self.forward = compiled(run, model)
         self.step = 0
         self.depth = 0
+        self.late_graphs = 0  # made after the warm-up, on the clock: there should be none
         self.clock = Clock(run.device)
 
     def train_step(self, depth: int, lr_scale: float) -> Tensor:
         """One step; the mean loss of this rank's tokens as a 0-d tensor, so that nothing waits for the device."""
-        schedule = loop_schedule(self.cfg, depth)
+        schedule, graphs = loop_schedule(self.cfg, depth), graphs_made(self.run)
         batches = self.loader.next()
         self.optimizers.zero_grad()
         total = torch.zeros((), device=self.run.device)
@@ -1485,6 +1513,7 @@ class Trainer:
             loss = self.forward(batch, schedule).mean() / len(batches)
             loss.backward()
             total += loss.detach()
+        self.late_graphs += graphs_made(self.run) - graphs
         self.optimizers.step(lr_scale, self.step)
         torch._foreach_lerp_(self.ema, self.params, 1 - self.cfg.ema_decay)
         self.step += 1
@@ -1517,7 +1546,7 @@ class Trainer:
             synchronize(self.run.device)
             self.run.log(f"warm-up: depth {depth} after {time.perf_counter() - began:.1f} s")
         self.restore(before)
-        self.loader.wait_ms = 0.0
+        self.loader.wait_ms, self.late_graphs = 0.0, 0
 
     def load_averaged_weights(self) -> None:
         """From here on the model holds the moving average, which is what is exported."""
@@ -1672,7 +1701,7 @@ class Pace:
         log.record("train", step=f"{step}/{cfg.iterations}", frac=f"{frac:.3f}", depth=trainer.depth, loss=f"{mean:.4f}",
                    lr_scale=f"{lr_scale:.4f}", step_ms=f"{step_ms:.1f}", tok_s=int(1e3 * cfg.train_batch_tokens / step_ms),
                    elapsed_ms=int(elapsed_ms), left_ms=int(elapsed_ms * (1 - frac) / max(frac, 1e-9)),
-                   wait_ms=f"{trainer.loader.wait_ms:.0f}")
+                   wait_ms=f"{trainer.loader.wait_ms:.0f}", late_graphs=trainer.late_graphs)
         if not math.isfinite(mean):
             raise ValueError(f"the loss is {mean} at step {step}; lower MATRIX_LR, TIED_EMBED_LR or SCALAR_LR")
         if step == 3 and cfg.max_wallclock_seconds:
@@ -2940,12 +2969,15 @@ class Documents:
 
 
 class Window(NamedTuple):
-    """One chunk of every document of a batch with what it may look at; documents padded to W tokens, W a row."""
+    """One chunk of every document of a batch with what it may look at; documents padded to W tokens, W a row.
+
+    Only the rows of the chunks go through the output head, the same number a document; those that are no target fill up.
+    """
 
     batch: Batch
-    rows: Tensor  # rows (of documents * W) that are scored
-    slots: Tensor  # where their losses go: document * longest + position
-    weights: Tensor  # (documents * W,): a row's share in the training loss; 0 in a document's last chunk
+    rows: Tensor  # (documents * chunk size,): rows (of documents * W) that are scored
+    slots: Tensor  # where their losses go: document * longest + position, or behind all of them
+    weights: Tensor  # a row's share in the training loss; 0 in a document's last chunk
     trains: bool
 
 
@@ -2963,15 +2995,19 @@ def chunk_window(run: Run, documents: Documents, members: range, slots: int, chu
     for i, document in enumerate(members):
         at, n = int(documents.starts[document] + first[i]), int(end[i] - first[i])
         tokens[i, :n], targets[i, :n] = documents.tokens[at: at + n], documents.tokens[at + 1: at + 1 + n]
-    place = np.arange(width) + first[:, None]  # position in the document
-    scored = (place >= begin[:, None]) & (place < end[:, None])
-    trains = end < lengths
+    place = begin[:, None] + np.arange(size)  # position in the document
+    scored, trains = place < end[:, None], end < lengths
+    document, longest = np.arange(slots)[:, None], int(lengths.max())
+    rows = document * width + np.minimum(place - first[:, None], width - 1)
+    places = np.where(scored, document * longest + place, slots * longest)
     weights = scored * (trains / np.maximum(end - begin, 1))[:, None]
-    rows = np.flatnonzero(scored)
-    targets_of_rows = (np.arange(slots)[:, None] * int(lengths.max()) + place)[scored]
     batch = make_batch(tokens.ravel(), targets.ravel(), np.arange(slots) * width, width, run.device)
-    put = lambda array: torch.from_numpy(array).to(run.device, non_blocking=True)  # noqa: E731
-    return Window(batch, put(rows), put(targets_of_rows), put(weights.ravel().astype(np.float32)), bool(trains.any()))
+
+    def put(array: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(array.ravel())
+        return tensor if run.device.type == "cpu" else tensor.pin_memory().to(run.device, non_blocking=True)
+
+    return Window(batch, put(rows), put(places), put(weights.astype(np.float32)), bool(trains.any()))
 
 
 class Cache:
@@ -3118,10 +3154,11 @@ class Adapter:
         self.steps = self.forwarded = 0  # steps, and tokens that went through the model
         schedule = self.schedule
 
-        def losses_of(batch: Batch, adapters: Adapters, cache: Cache | None = None, seen: int = 0) -> tuple[Tensor, list]:
+        def losses_of(batch: Batch, adapters: Adapters, cache: Cache | None = None, seen: int = 0,
+                      rows: Tensor | None = None) -> tuple[Tensor, list]:
             fresh: list[tuple[Tensor, Tensor]] = []
             attend = None if cache is None else cache.bind(seen, fresh)
-            return model(batch, schedule, adapters.bind(), attend), fresh
+            return model(batch, schedule, adapters.bind(), attend, rows), fresh
 
         self.losses_of = compiled(run, losses_of, dynamic=True)
 
@@ -3139,19 +3176,19 @@ class Adapter:
         """Losses (slots, longest), each chunk with its window computed again."""
         cfg, adapters = self.run.cfg, self.sets[slots]
         adapters.reset()
-        result = torch.zeros(slots * longest, device=self.run.device)
+        result = torch.zeros(slots * longest + 1, device=self.run.device)
         for chunk in range(-(-longest // cfg.ttt_chunk_size)):
             window = chunk_window(self.run, documents, members, slots, chunk)
             updates = cfg.ttt_grad_steps if window.trains else 0
             with torch.set_grad_enabled(window.trains):
-                losses, _ = self.losses_of(window.batch, adapters)
-                result[window.slots] = losses.detach()[window.rows].float()
+                losses, _ = self.losses_of(window.batch, adapters, rows=window.rows)
+                result[window.slots] = losses.detach()
                 for again in range(updates):
                     if again:
-                        losses, _ = self.losses_of(window.batch, adapters)
+                        losses, _ = self.losses_of(window.batch, adapters, rows=window.rows)
                     adapters.learn((losses * window.weights).sum())
             self._count(1, max(1, updates) * len(window.batch.tokens))
-        return result.cpu().numpy().reshape(slots, longest)
+        return result[:-1].cpu().numpy().reshape(slots, longest)
 
     def _score_cached(self, documents: Documents, members: range, slots: int, longest: int) -> np.ndarray:
         """Losses (slots, chunks * chunk size), each chunk looking at keys and values kept from the earlier ones."""
