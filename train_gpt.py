@@ -2227,7 +2227,7 @@ def unpack_artifact(data: bytes) -> tuple[dict, dict[str, Tensor | Quantized]]:
 
 
 def size_table(data: bytes, tensors: dict[str, Tensor | Quantized]) -> list[dict[str, str | int]]:
-    """Where the bytes of an artifact with these tensors are: one row for every quantized tensor, one for all the rest.
+    """Where the bytes of an artifact with these tensors are: one row for every large quantized tensor, one for the rest.
 
     Columns: tensor, weights, bytes, bits_per_weight (scales included) and entropy: bits a weight, scales not included,
     of the best code that knows nothing but the tensor (and the quantizer of a trellis).
@@ -2248,7 +2248,7 @@ def size_table(data: bytes, tensors: dict[str, Tensor | Quantized]) -> list[dict
     table = []
     for name, size in rows.items():
         weights = tensors[name].codes.numel()
-        if weights <= 65536:
+        if weights <= 8192:
             continue
         listed += size
         table.append({"tensor": name, "weights": weights, "bytes": size, "bits_per_weight": f"{8 * size / weights:.4f}",
