@@ -293,6 +293,14 @@ def test_code_that_breaks_a_rule_is_found(patch: str, check: Callable[[verify.Au
     assert result.status == verify.FAIL, result.detail
 
 
+def test_the_other_way_to_keep_context_passes_the_same_audit() -> None:
+    record = verify.open_folder(made().record)
+    auditor = verify.Auditor(verify.open_subject(record, made().data, None), record.artifacts[record.runs[0].path])
+    auditor.cfg = verify.replace(auditor.cfg, ttt_context="cache")
+    for result in (verify.check_causal(auditor, True, 3), verify.check_isolated(auditor, True), verify.check_normalised(auditor, True, 60)):
+        assert result.status == verify.PASS, result.detail
+
+
 @pytest.mark.parametrize("patch", [DROPS_THE_TAIL, COUNTS_EASY_TARGETS_TWICE], ids=["drops the tail", "counts twice"])
 def test_a_target_that_is_not_scored_once_is_found(patch: str, tmp_path: Path) -> None:
     auditor = audited(patch, tmp_path / "code")

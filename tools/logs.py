@@ -762,8 +762,7 @@ def plot(groups: list[Group], path: Path) -> None:
         draw(axes, curves)
         style(axes, curves)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format=path.suffix.lstrip(".") or "png", metadata={} if path.suffix == ".pdf" else {"Date": None}
-                   if path.suffix == ".svg" else None)
+    figure.savefig(buffer, format=path.suffix.lstrip(".") or "png")
     plt.close(figure)
     write_atomically(path, buffer.getvalue())
 
@@ -794,9 +793,11 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 PAGE_STYLE = """
 :root { color-scheme: light }
-body { font: 16px/1.45 system-ui, sans-serif; color: #1c2733; background: #f6f7f9; margin: 0 auto; padding: 14px; max-width: 1080px }
+body { font: 16px/1.45 system-ui, sans-serif; color: #1c2733; background: #f6f7f9 }
+body { margin: 0 auto; padding: 14px; max-width: 1080px }
 h1 { font-size: 1.3rem; margin: .3rem 0; overflow-wrap: anywhere } h2 { font-size: 1.05rem; margin: 1.6rem 0 .5rem }
-.big { font-size: 2.3rem; font-weight: 700; margin: .2rem 0 0 } .note { color: #566472; margin: 0 0 .3rem; overflow-wrap: anywhere }
+.big { font-size: 2.3rem; font-weight: 700; margin: .2rem 0 0 }
+.note { color: #566472; margin: 0 0 .3rem; overflow-wrap: anywhere }
 .card { background: #fff; border: 1px solid #e1e5ea; border-radius: 8px; padding: 12px; margin: 12px 0 }
 .scroll { overflow-x: auto; -webkit-overflow-scrolling: touch }
 table { border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabular-nums }
@@ -805,7 +806,8 @@ th:first-child, td:first-child { text-align: left; padding-left: 0; position: st
 tr.stat td { font-weight: 600 }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); gap: 12px }
 .plots img { width: 100%; display: block } .plots .card { margin: 0; padding: 6px }
-ul { padding-left: 1.2rem; margin: .4rem 0 } li { overflow-wrap: anywhere } pre { font-size: .82rem; white-space: pre-wrap; overflow-wrap: anywhere; margin: 0 }
+ul { padding-left: 1.2rem; margin: .4rem 0 } li { overflow-wrap: anywhere }
+pre { font-size: .82rem; white-space: pre-wrap; overflow-wrap: anywhere; margin: 0 }
 details summary { cursor: pointer; padding: 6px 0 }
 """
 PLOT_WORDS = {"loss": "training loss by step with the depth phases", "stages": "bits a byte after each stage",

@@ -77,7 +77,8 @@ def run_seeds(seeds: Sequence[int], environment: dict[str, str], options: argpar
                 continue
             if not log.with_suffix(".checkpoint").exists():  # with one, the run goes on from there
                 raise Refused(f"{log} has no end: the run was cut off. Move it away to run seed {seed} again")
-        environ = {**os.environ, **environment, "SEED": str(seed), "RUN_ID": f"train_seed{seed}", "ARTIFACT_DIR": str(artifact_dir)}
+        names = {"SEED": str(seed), "RUN_ID": f"train_seed{seed}", "ARTIFACT_DIR": str(artifact_dir)}
+        environ = {**os.environ, **environment, **names}
         print(f"seed {seed}: {shlex.join([*launcher, 'train_gpt.py'])}", flush=True)
         status = subprocess.run([*launcher, "train_gpt.py"], cwd=options.code, env=environ, check=False).returncode
         if status != 0 and not (status == 3 and options.non_record):
@@ -96,8 +97,9 @@ def collect(seeds: Sequence[int], folder: Path) -> list[RunLog]:
         raise Refused(f"no log of seed {', '.join(map(str, missing))} in {folder} (there are: {sorted(found) or 'none'})")
     for seed in seeds:
         if len(found[seed]) > 1:
-            raise Refused(f"seed {seed} has several logs: {', '.join(run.path.name for run in found[seed])}. Choosing among runs "
-                          "is not allowed; keep in one folder only the runs of this configuration")
+            names = ", ".join(run.path.name for run in found[seed])
+            raise Refused(f"seed {seed} has several logs: {names}. Choosing among runs is not allowed; keep in one folder only the "
+                          "runs of this configuration")
     return [found[seed][0] for seed in seeds]
 
 
@@ -132,7 +134,7 @@ def submission(group: Group, options: argparse.Namespace) -> dict[str, Any]:
         "val_loss_std": loss_std if several else None, "val_bpb_std": bpb_std if several else None,
         "seeds": [run.seed for run in group.runs], "seed_results": results,
         "artifact_bytes_max": max(group.values("total_bytes"), default=None),
-        "hardware": hardware(first), "versions": {word: first.run[word] for word in ("torch", "python", "attention") if word in first.run},
+        "hardware": hardware(first), "versions": versions(first),
         "code": {file: row["sha256"] for file, row in first.code.items()},
     }
 
@@ -150,8 +152,13 @@ def date_of(group: Group) -> str:
 
 
 def hardware(run: RunLog) -> str:
-    ranks = int(run.run.get("ranks", "1"))
-    return f"{ranks} x {run.run.get('device', 'unknown device')}" + (f", {run.run['threads']} threads" if "threads" in run.run else "")
+    device, threads = run.run.get("device", "unknown device"), run.run.get("threads")
+    cpu = "" if "NVIDIA" in device or threads is None else f" CPU, {threads} thread{'s' if threads != '1' else ''}"
+    return f"{run.run.get('ranks', '1')} x {device}{cpu}"
+
+
+def versions(run: RunLog) -> dict[str, str]:
+    return {word: run.run[word] for word in ("torch", "python", "attention") if word in run.run}
 
 
 def run_environment(run: RunLog, environment: dict[str, str]) -> dict[str, str]:
@@ -170,11 +177,12 @@ def run_script(group: Group, environment: dict[str, str], options: argparse.Name
     places = [f': "${{{name}:={portable(value)}}}"; export {name}' for name, value in sorted(values.items()) if name in PLACES]
     seeds = " ".join(str(run.seed) for run in group.runs)
     launcher = launch_words(options) if options.launcher else '"${PYTHON:-python3}"'
-    prepare = [f"[ -d {shlex.quote(portable(values['DATA_PATH']))} ] || {options.prepare}"] if options.prepare and "DATA_PATH" in values else []
+    prepare = [f'[ -d "$DATA_PATH" ] || {options.prepare}'] if options.prepare and "DATA_PATH" in values else []
     return "\n".join([
         "#!/usr/bin/env bash", f"# Runs the seeds of this record ({seeds}), or those given: bash run.sh [SEED...]",
         "# Logs and artifacts go to $ARTIFACT_DIR (./runs). DATA_PATH and TOKENIZER_PATH may say where data is.",
-        "set -euo pipefail", 'cd "$(dirname "$0")"', "", *exports, *places, ': "${ARTIFACT_DIR:=./runs}"; export ARTIFACT_DIR', "",
+        "set -euo pipefail", 'cd "$(dirname "$0")"', "",
+        *exports, *places, ': "${ARTIFACT_DIR:=./runs}"; export ARTIFACT_DIR', "",
         *prepare, f"[ $# -gt 0 ] || set -- {seeds}", 'for seed in "$@"; do',
         f'    SEED=$seed RUN_ID=train_seed$seed {launcher} train_gpt.py', "done", ""])
 
@@ -219,10 +227,10 @@ def where_words(run: RunLog) -> list[str]:
         "**not the published validation set**, so these scores compare with no record"
     count = {name: f"{int(data.get(name, 0)):,}" for name in ("val_docs", "val_tokens", "val_bytes", "train_tokens")}
     code = ", ".join(f"`{file}` sha256 `{row['sha256']}` ({int(row['bytes']):,} bytes)" for file, row in run.code.items())
-    versions = ", ".join(f"{word} {run.run[word]}" for word in ("torch", "python", "attention") if word in run.run)
+    with_versions = ", ".join(f"{word} {value}" for word, value in versions(run).items())
     return [f"{count['val_docs']} documents, {count['val_tokens']} entries, {count['val_bytes']} bytes: {which}. "
             f"{count['train_tokens']} entries of training data in {data.get('train_shards', '?')} shard(s).",
-            f"{code}.", f"{hardware(run)}; {versions}."]
+            f"{code}.", f"{hardware(run)}; {with_versions}."]
 
 
 def claim(group: Group) -> str:
@@ -231,7 +239,7 @@ def claim(group: Group) -> str:
     count = len(group.finished)
     if count == 1:
         return f"**val_bpb {bpb:.5f}**, val_loss {loss:.5f} nats a token; one seed, so nothing is said about its spread."
-    return (f"**val_bpb {bpb:.5f}** (mean of {count} seeds, std {std:.5f}), val_loss {loss:.5f} nats a token (std {loss_std:.5f}).")
+    return f"**val_bpb {bpb:.5f}** (mean of {count} seeds, std {std:.5f}), val_loss {loss:.5f} nats a token (std {loss_std:.5f})."
 
 
 def track_words(group: Group, options: argparse.Namespace) -> list[str]:
@@ -249,7 +257,8 @@ def track_words(group: Group, options: argparse.Namespace) -> list[str]:
         reasons.append(f"it has {len(group.finished)} of {verify.SEEDS_OF_A_RECORD} seeds")
     if "H100" not in hardware(group.runs[0]):
         reasons.append(f"it ran on {hardware(group.runs[0])}, not on 8 x H100")
-    return ["**This is no record**, and was made with `--non-record`: " + ("; ".join(reasons) or "its author entered it so") + "."]
+    why = "; ".join(reasons) or "its author entered it so"
+    return [f"**This is no record**, and was made with `--non-record`: {why}."]
 
 
 def run_words(run: RunLog, environment: dict[str, str], options: argparse.Namespace) -> str:
@@ -280,8 +289,9 @@ def check_code_here(runs: Sequence[RunLog], code: Path) -> None:
             path = code / file
             have = verify.sha256_of(path) if path.is_file() else "missing"
             if have != row["sha256"]:
-                raise Refused(f"{path} is not the code of {run.path.name} (sha256 {have[:12]}, in the log {row['sha256'][:12]}): name "
-                              "the folder that has it with --code, or run the seeds again")
+                hashes = f"sha256 {have[:12]}, in the log {row['sha256'][:12]}"
+                raise Refused(f"{path} is not the code of {run.path.name} ({hashes}): name the folder that has it with --code, or "
+                              "run the seeds again")
 
 
 def fill(folder: Path, group: Group, environment: dict[str, str], options: argparse.Namespace) -> None:
@@ -324,7 +334,8 @@ def make_record(options: argparse.Namespace) -> Path:
     environment = read_environment(options.env)
     seeds = [int(seed) for seed in options.seeds.split(",")]
     if not options.non_record and len(set(seeds)) < verify.SEEDS_OF_A_RECORD:
-        raise Refused(f"a record needs {verify.SEEDS_OF_A_RECORD} seeds, here are {sorted(set(seeds))}; --non-record makes no record")
+        raise Refused(f"a record needs {verify.SEEDS_OF_A_RECORD} seeds, here are {sorted(set(seeds))}; --non-record makes a folder "
+                      "that is no record")
     if options.env is not None:
         run_seeds(seeds, environment, options)
     group = Group(options.slug, collect(seeds, options.runs))
@@ -355,7 +366,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", default="0,42,1234", help="default 0,42,1234")
     parser.add_argument("--env", type=Path, help="file of NAME=VALUE lines; runs the seeds that are not in --runs yet")
     parser.add_argument("--runs", type=Path, help="folder of logs and artifacts (default runs/SLUG)")
-    parser.add_argument("--non-record", action="store_true", help="the other track: no limits of time, any data, any number of seeds")
+    parser.add_argument("--non-record", action="store_true", help="the other track: no limits of time, data or seeds")
     parser.add_argument("--with-artifacts", action="store_true", help="put the artifacts into the folder too")
     parser.add_argument("--base", type=Path, help="record folder to compare with")
     parser.add_argument("--name", default="", help="title (default: the slug)")

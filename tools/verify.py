@@ -93,7 +93,8 @@ def open_folder(folder: Path) -> Record:
 
 
 def check_complete(record: Record) -> Result:
-    problems = [f"{run.path.name}: {problem}" for run in record.runs for problem in run.problems if "warning" not in problem[:8]]
+    problems = [f"{run.path.name}: {problem}" for run in record.runs for problem in run.problems
+                if not problem.startswith("warning")]
     problems += [f"{run.path.name} is of a mere evaluation" for run in record.runs if run.settings.get("EVAL_ONLY") == "1"]
     seeds = [run.seed for run in record.runs]
     if len(set(seeds)) < len(seeds):
@@ -177,13 +178,14 @@ def check_time(record: Record, what: str, name: str) -> Result:
     longest = f"{max(times) / 1e3:.1f} s at most"
     problems = []
     if name == "train_ms":
-        problems = [f"{run.path.name}: {run.final.train_ms / 1e3:.1f} s at the end, but {run.train[-1].elapsed_ms / 1e3:.1f} s "
-                    "in the last training line" for run in record.runs
-                    if run.train and run.train[-1].elapsed_ms and run.final and run.final.train_ms < run.train[-1].elapsed_ms - 1]
+        last = [(run, run.train[-1].elapsed_ms) for run in record.runs if run.train and run.train[-1].elapsed_ms and run.final]
+        problems = [f"{run.path.name}: {run.final.train_ms / 1e3:.1f} s at the end, {last_ms / 1e3:.1f} s in the last training line"
+                    for run, last_ms in last if run.final.train_ms < last_ms - 1]
     if max(times) > limit_ms and record.is_record:
         problems.append(longest)
-    note = "" if record.is_record else "; no limit on this track, but " + ("above" if max(times) > limit_ms else "within") + " it"
-    return judged(rule, problems, f"{longest}{note}; measured by the run itself")
+    if not record.is_record:
+        longest += ", above it, but this track has no limit" if max(times) > limit_ms else ""
+    return judged(rule, problems, f"{longest}; measured by the run itself")
 
 
 def check_targets(record: Record) -> Result:
@@ -198,7 +200,8 @@ def check_targets(record: Record) -> Result:
                 problems.append(f"{run.path.name}, {name}: {score.tokens} targets and {score.num_bytes} bytes of {expected}")
         if float(run.settings.get("VAL_DOC_FRACTION", 1)) < 1:
             problems.append(f"{run.path.name}: VAL_DOC_FRACTION={run.settings['VAL_DOC_FRACTION']}, no full score")
-    return judged(rule, problems, f"{record.runs[0].data['val_tokens']} entries less the first, {record.runs[0].data['val_bytes']} bytes")
+    data = record.runs[0].data
+    return judged(rule, problems, f"{data['val_tokens']} entries less the first, {data['val_bytes']} bytes")
 
 
 def check_arithmetic(record: Record) -> Result:
@@ -279,7 +282,8 @@ def settings_for_here(run: RunLog, shards: Path | None, tokenizer: Path | None) 
     for name in ("DATA_DIR", "DATA_PATH", "TOKENIZER_PATH"):
         if run.settings.get(name):
             environ[name] = run.settings[name]
-    return environ | ({"DATA_PATH": str(shards)} if shards else {}) | ({"TOKENIZER_PATH": str(tokenizer)} if tokenizer else {})
+    here = {"DATA_PATH": shards, "TOKENIZER_PATH": tokenizer}
+    return environ | {name: str(path) for name, path in here.items() if path}
 
 
 def open_subject(record: Record, shards: Path | None, tokenizer: Path | None) -> Subject:
@@ -300,13 +304,14 @@ def check_which_data(subject: Subject) -> Result:
     published = found == code.PUBLISHED_VAL
     digest = hashlib.sha256(val.tokens.tobytes()).hexdigest()
     for run in subject.record.runs:
-        told = {"documents": run.data.get("val_docs"), "tokens": run.data.get("val_tokens"), "bytes": run.data.get("val_bytes")}
+        told = {key: run.data.get(name) for key, name in zip(found, ("val_docs", "val_tokens", "val_bytes"))}
         if told != {key: str(value) for key, value in found.items()}:
             problems.append(f"{run.path.name} scored {told}, here is {found}")
     if subject.record.is_record and not published:
         problems.append(f"a record scores the published validation set {code.PUBLISHED_VAL}, here is {found}")
     which = "the published one" if published else f"not the published one: {subject.shards.name}"
-    return judged(rule, problems, f"{which}; {val.documents:,} documents, {val.num_bytes:,} bytes, sha256 of the tokens {digest[:16]}")
+    size = f"{val.documents:,} documents, {val.num_bytes:,} bytes"
+    return judged(rule, problems, f"{which}; {size}, sha256 of the tokens {digest[:16]}")
 
 
 def split_documents(tokens: Any, bos: int = 1) -> Iterator[bytes]:
@@ -338,12 +343,12 @@ def check_disjoint(subject: Subject) -> Result:
             documents += 1
             equal += len(text) in lengths and hashlib.blake2b(text, digest_size=16).digest() in forbidden
         rest = stream[cut:]
-    problems = [f"{equal} of {documents} training documents are equal to one of the {subject.val.documents} validation documents"]
-    note = f"{documents:,} training documents in {len(paths)} shards, equal to none of {subject.val.documents:,}"
+    some = f"{equal} of {documents:,}" if equal else f"none of {documents:,}"
+    note = f"{some} training documents in {len(paths)} shard(s) equal one of the {subject.val.documents:,} validation documents"
     if told.get("train_shards", str(len(paths))) != str(len(paths)):
-        return Result(FAIL if equal else UNKNOWN, rule, f"{len(paths)} of the {told['train_shards']} train shards are here; "
-                      + (problems[0] if equal else note))
-    return judged(rule, problems if equal else [], note)
+        note = f"only {len(paths)} of the {told['train_shards']} train shards are here; {note}"
+        return Result(FAIL if equal else UNKNOWN, rule, note)
+    return judged(rule, [note] if equal else [], note)
 
 
 def check_bytes(subject: Subject, documents_file: Path | None) -> Result:
@@ -374,9 +379,10 @@ def check_bytes(subject: Subject, documents_file: Path | None) -> Result:
             problems.append(f"document {number} is charged {charged} bytes, its text has {len(text.encode())}")
         if originals is not None and next(originals, None) != text:
             problems.append(f"document {number} is not the text in {documents_file}")
-    more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
     compared = f" and equal to {documents_file.name}" if documents_file else ""
-    return judged(rule, [*problems[:3], *([more[2:]] if more else [])], f"{len(starts) - 1:,} documents decoded{compared}")
+    if len(problems) > 3:
+        problems = [*problems[:3], f"and {len(problems) - 3} more"]
+    return judged(rule, problems, f"{len(starts) - 1:,} documents decoded{compared}")
 
 
 def tokenizer_pieces(path: Path) -> tuple[list[bytes], bool]:
@@ -390,7 +396,8 @@ def tokenizer_pieces(path: Path) -> tuple[list[bytes], bool]:
     for i in range(model.vocab_size()):
         name = model.id_to_piece(i)
         control = model.is_control(i) or model.is_unknown(i)
-        pieces.append(b"" if control else bytes([int(name[3:5], 16)]) if model.is_byte(i) else name.replace("\u2581", " ").encode())
+        plain = bytes([int(name[3:5], 16)]) if model.is_byte(i) else name.replace("\u2581", " ").encode()
+        pieces.append(b"" if control else plain)
     sample = "a  b\n\n c\u00a0\ufb01 \t"
     return pieces, b"".join(pieces[i] for i in model.encode(sample)).decode() == sample
 
@@ -468,7 +475,10 @@ class Auditor:
         val = code.ValData(tokens, byte_counts, int((tokens == code.BOS_ID).sum()))
         run = code.Run(cfg, self.ranks, code.Log(None, speaks=False))
         model = code.model_from_tensors(cfg, self.tensors, run)
-        score = code.score_with_ttt(run, model, val)[0] if ttt else code.evaluate(run, model, val, "audit", cfg.eval_loop_depth)
+        if ttt:
+            score = code.score_with_ttt(run, model, val)[0]
+        else:
+            score = code.evaluate(run, model, val, "audit", cfg.eval_loop_depth)
         losses = np.asarray(score.losses)
         if losses.shape != (len(tokens) - 1,) or not np.isfinite(losses).all():
             raise AuditError(f"{int(np.isfinite(losses).sum())} of {len(tokens) - 1} targets have a score")
@@ -576,14 +586,16 @@ def check_causal(auditor: Auditor, ttt: bool, cuts: int) -> Result:
         moved += int((before[~early] != after[~early]).sum()) if (other != tokens).any() else 1
         if wrong.any():
             at = int(np.flatnonzero(wrong)[0])
+            first = f"entry {layout.offset[at] + 1} of document {layout.rank[layout.document[at]] + 1}"
             problems.append(f"{int(wrong.sum())} earlier losses know what comes after entry {offset} of document {rank + 1} in "
-                            f"scoring order, first that of entry {layout.offset[at] + 1} of document {layout.rank[layout.document[at]] + 1}")
+                            f"scoring order, first that of {first}")
     if not moved:
         problems.append("no loss changed at all: the scores are not computed from these tokens")
     sizes = f"segments of {cfg.eval_seq_len}"
     if ttt:
         sizes = f"chunks of {cfg.ttt_chunk_size}, windows of {cfg.ttt_eval_seq_len}"
-        sizes += f", {changes['phased_ttt_num_phases']} phases" if changes["phased_ttt_prefix_docs"] and cfg.phased_ttt_enabled else ""
+        if changes["phased_ttt_prefix_docs"] and cfg.phased_ttt_enabled:
+            sizes += f", {changes['phased_ttt_num_phases']} phases"
     where = f"{len(ranks)} cuts in {len(layout.starts)} documents, {sizes}"
     return judged(rule, problems, f"{where}: {kept:,} earlier losses bit-identical")
 
@@ -600,7 +612,8 @@ def check_isolated(auditor: Auditor, ttt: bool) -> Result:
     problems = []
     for document in {0, len(layout.starts) // 2, len(layout.starts) - 1}:
         others = layout.document != document
-        after = auditor.losses(auditor.replaced(tokens, others), ttt, np.where(others, byte_counts[::-1], byte_counts), **changes)
+        other_counts = np.where(others, byte_counts[::-1], byte_counts)
+        after = auditor.losses(auditor.replaced(tokens, others), ttt, other_counts, **changes)
         wrong = (layout.document[:-1] == document) & ~same_bits(before, after)
         if wrong.any():
             problems.append(f"{int(wrong.sum())} losses of document {document + 1} depend on other documents")
