@@ -4,7 +4,8 @@
 
 Every line of ROWS is a name and settings (`cache16 TTT_CONTEXT=cache TTT_CHUNK_SIZE=16`); settings for all rows come from
 the environment. A row is scored by train_gpt's own score_with_ttt; its losses, one a target, go to OUT/NAME.npz, and a row that
-is there already is only read. Words in small letters are experiments that are no settings of the program:
+is there already is only read (also one of more documents: without global SGD and meta, documents do not depend on each other, and
+the first ones are compared). Words in small letters are experiments that are no settings of the program:
 
     sites=k,o,mlp,head     adapters on these sites only
     lr_power=-0.5          update number n of a document has the learning rate times n ** power
@@ -162,7 +163,10 @@ def main() -> None:
                 losses, seconds, forwards = run_row(words, artifact, str(options.data), (options.first, options.last))
                 np.savez(path, losses=losses, seconds=seconds, forwards=forwards)
             saved = np.load(path)
-            rows[name] = Row(name, saved["losses"], float(saved["seconds"]), float(saved["forwards"]))
+            targets = len(val.tokens) - 1
+            if len(saved["losses"]) < targets:
+                raise SystemExit(f"{path} holds {len(saved['losses'])} targets, {targets} are asked for: use another --out")
+            rows[name] = Row(name, saved["losses"][:targets], float(saved["seconds"]), float(saved["forwards"]))
         base = rows[options.base or lines[0][0]] if (options.base or lines[0][0]) in rows else rows[name]
         print(table_line(rows[name], base, starts, val.num_bytes), flush=True)
 
