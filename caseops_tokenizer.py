@@ -178,6 +178,7 @@ def study_rules(rules: bytes) -> RuleFacts:
 MARK = "_"  # stands for "another word" where a part is asked for in its context
 DOCUMENT = 0xFF  # a byte that UTF-8 never has: separates documents in a block, and is encoded as BOS
 KEY_BYTES = 15  # longer parts are too rare for the table
+LARGEST_CHARGE = (1 << 16) - 1
 TABLE_ENTRIES = 1 << 20  # what bounds the memory of an encoder: about 100 bytes each
 SEPARATOR = "\ue005"  # stands between parts that go to SentencePiece in one text of at most
 PARTS_AT_ONCE = 500
@@ -210,6 +211,9 @@ class Encoder:
         mapping = self.processor.encode(transformed, return_type="offset_mapping")
         counter = lossless_caps.ByteCounter()
         counts = [counter.feed(transformed[start:end].decode()) for start, end in mapping["offsets"]]
+        if max(counts, default=0) > LARGEST_CHARGE:
+            raise ValueError(f"a token stands for {max(counts)} bytes (a long run of white space?), the sidecar holds"
+                             f" at most {LARGEST_CHARGE}")
         return array("H", counts).tobytes()
 
 
@@ -335,7 +339,8 @@ class FastEncoder:
         """(the parts in another order, flat ids and charges, number of ids by part), each part in its context."""
         simple, others = [], []
         for part in parts:
-            is_simple = part.isascii() and (self.tokenizer.lossless or self.is_simple(part.decode()))
+            is_simple = part.isascii() and (self.tokenizer.lossless or len(part) <= LARGEST_CHARGE
+                                            and self.is_simple(part.decode()))
             (simple if is_simple else others).append(part)
         ids, counts = self._simple_ids(simple)
         charges = self._simple_charges(simple, ids, counts) if self.with_charges else ids[:0]

@@ -348,7 +348,8 @@ def train_tokenizer(request: TokenizerRequest) -> Path:
             add_dummy_prefix=False, pad_id=0, bos_id=1, eos_id=2, unk_id=3, max_sentence_length=1 << 20,
             user_defined_symbols=list(lossless_caps.OPERATORS), num_threads=1, minloglevel=1, **rules)
     except RuntimeError as error:
-        raise ValueError(f"SentencePiece could not train on this text (more documents, or a smaller --vocab-size?):"
+        raise ValueError(f"SentencePiece could not train on this text (more documents, a smaller --vocab-size or"
+                         " --val-docs, which are left out?):"
                          f" {error}") from None
     path = request.prefix.with_name(request.prefix.name + ".model")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -490,10 +491,14 @@ def encode_block(request: BuildRequest, sha256: str, block: Block, with_charges:
     encoder = worker_encoder(str(request.model), sha256, with_charges)
     texts = [document_text(block, index, request.replace_surrogates) for index in range(len(block.lines))]
     raw = [text.encode() for text in texts]
-    if isinstance(encoder, FastEncoder):
-        tokens, charges, lengths = encoder.encode(raw)
-    else:
-        tokens, charges, lengths = encode_plainly(encoder, texts, with_charges)
+    try:
+        if isinstance(encoder, FastEncoder):
+            tokens, charges, lengths = encoder.encode(raw)
+        else:
+            tokens, charges, lengths = encode_plainly(encoder, texts, with_charges)
+    except ValueError as error:
+        last = block.first + len(texts)
+        raise ValueError(f"one of documents {block.first + 1} to {last} of {block.source}: {error}") from None
     hashes = [hashlib.blake2b(data, digest_size=16).digest() for data in raw]
     return Encoded(tokens, charges, lengths, np.array([len(data) for data in raw], dtype=np.int64), hashes)
 

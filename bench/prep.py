@@ -1,17 +1,19 @@
 #!/usr/bin/env python3
 """How fast data is prepared, side by side with plain SentencePiece, and how much memory a build takes.
 
-    python bench/prep.py FILE.jsonl [--sp MODEL] [--mb 40] [--build WORKERS ...] [--val-docs N]
+    python bench/prep.py FILE.jsonl [--sp MODEL ...] [--mb 40] [--build WORKERS ...] [--kill] [--shard-entries N]
 
 rate     one process, the same documents in turns: SentencePiece on text that is transformed already, against the fast
          encoder on raw text (transform included), for train documents and with the sidecar; both see every word for
          the first time. Every document's tokens are compared.
 caseops  the transform against a loop over characters, and its inverse.
 build    the whole program on FILE: wall time, and the peak memory of the parent and of the largest worker.
+kill     the program killed with SIGKILL in the middle and started again: the same hashes as without.
 """
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import subprocess
@@ -113,23 +115,49 @@ if __name__ == "__main__":
 """
 
 
-def bench_build(path: str, model: str, workers: int, val_docs: int) -> None:
-    """The program in a process of its own."""
+def build_command(script: Path, options: argparse.Namespace, model: str, workers: int, out: str) -> list[str]:
+    """The program in a process of its own, with its peak memory in the last line of its output."""
+    script.write_text(MEASURED)
+    return [sys.executable, str(script), str(ROOT), "--docs", options.file, "--out", out, "--sp", model, "--val-docs",
+            str(options.val_docs), "--workers", str(workers), "--shard-entries", str(options.shard_entries)]
+
+
+def hashes(folder: str) -> str:
+    """One short hash for all shards of a data set."""
+    manifest = json.loads((Path(folder) / "manifest.json").read_bytes())
+    files = [(entry["file"], entry["sha256"]) for split in manifest["splits"].values() for entry in split["files"]]
+    return f"shards:{len(files)} sha256_of_all:{hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]}"
+
+
+def bench_build(options: argparse.Namespace, model: str, workers: int) -> None:
+    """One uninterrupted build."""
     with tempfile.TemporaryDirectory() as folder:
-        script = Path(folder) / "build.py"
-        script.write_text(MEASURED)
-        command = [sys.executable, str(script), str(ROOT), "--docs", path, "--out", f"{folder}/set", "--sp", model,
-                   "--val-docs", str(val_docs), "--workers", str(workers)]
+        command = build_command(Path(folder) / "build.py", options, model, workers, f"{folder}/set")
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             sys.exit(done.stderr)
         words = done.stdout.splitlines()[-1]
         manifest = json.loads((Path(folder) / "set/manifest.json").read_bytes())
-    text = sum(split["bytes"] for split in manifest["splits"].values())
-    seconds = float(words.split()[0].removeprefix("seconds:"))
-    hashes = [entry["sha256"][:12] for split in manifest["splits"].values() for entry in split["files"]]
-    print(f"build workers:{workers} mb:{text / 1e6:.1f} mb_s:{text / 1e6 / seconds:.1f} {words}"
-          f" sha256:{','.join(hashes)}", flush=True)
+        text = sum(split["bytes"] for split in manifest["splits"].values())
+        seconds = float(words.split()[0].removeprefix("seconds:"))
+        print(f"build workers:{workers} mb:{text / 1e6:.1f} mb_s:{text / 1e6 / seconds:.1f} {words}"
+              f" {hashes(f'{folder}/set')} load:{os.getloadavg()[0]:.1f}", flush=True)
+
+
+def bench_kill(options: argparse.Namespace, model: str, workers: int) -> None:
+    """SIGKILL as soon as two train shards are there, then the same command again."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = build_command(Path(folder) / "build.py", options, model, workers, f"{folder}/set")
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            while not (Path(folder) / "set/fineweb_train_000001.bin").exists() and process.poll() is None:
+                time.sleep(0.1)
+            time.sleep(1)
+            process.kill()
+        left = sorted(path.name for path in Path(folder, "set").iterdir())
+        done = subprocess.run(command, capture_output=True, text=True)
+        resumed = [line for line in done.stderr.splitlines() if line.startswith("build resume")]
+        print(f"kill left:{','.join(left)}\nkill {resumed[0] if resumed else 'not resumed'} {hashes(f'{folder}/set')}",
+              flush=True)
 
 
 def main() -> None:
@@ -139,7 +167,9 @@ def main() -> None:
     parser.add_argument("--sp", nargs="+", default=[str(prepare.OUR_TOKENIZER)], help="models, one after the other")
     parser.add_argument("--mb", type=float, default=40, help="text for the rates")
     parser.add_argument("--build", type=int, nargs="*", default=[], metavar="WORKERS")
+    parser.add_argument("--kill", action="store_true", help="kill a build of two workers and resume it")
     parser.add_argument("--val-docs", type=int, default=500)
+    parser.add_argument("--shard-entries", type=int, default=prepare.SHARD_ENTRIES)
     options = parser.parse_args()
     print(f"machine cores:{len(os.sched_getaffinity(0))} load:{os.getloadavg()[0]:.1f} python:{sys.version.split()[0]}"
           f" sentencepiece:{caseops_tokenizer.sentencepiece.__version__} numpy:{np.__version__}", flush=True)
@@ -149,7 +179,9 @@ def main() -> None:
         if options.mb:
             bench_rates(options.file, model, int(options.mb * 1e6))
         for workers in options.build:
-            bench_build(options.file, model, workers, options.val_docs)
+            bench_build(options, model, workers)
+        if options.kill:
+            bench_kill(options, model, 2)
     print(f"machine load:{os.getloadavg()[0]:.1f}")
 
 

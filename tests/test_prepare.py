@@ -315,6 +315,14 @@ def test_all_documents_for_validation_leave_none_to_train_on(tmp_path: Path) -> 
         prepare.build(request(docs, tmp_path / "set", val_docs=2))
 
 
+def test_more_white_space_than_a_sidecar_entry_can_hold_is_said(tmp_path: Path) -> None:
+    docs = data_tools.write_documents(tmp_path / "docs.jsonl", ["ok", "a" + " " * 70_000 + "b", "train"])
+    nfkc = data_tools.tokenizer("nfkc").path
+    with pytest.raises(ValueError, match="one of documents 1 to 2 of .*: a token stands for 7000"):
+        prepare.build(request(docs, tmp_path / "set", val_docs=2, model=nfkc))
+    assert prepare.build(request(docs, tmp_path / "lossless", val_docs=2))["splits"]["val"]["bytes"] == 70_004
+
+
 def test_surrogates_are_replaced_when_asked(tmp_path: Path) -> None:
     docs = data_tools.write_documents(tmp_path / "docs.jsonl", ["a\ud83d b", "pair \U0001f600", "c\udc00"])
     prepare.build(request(docs, tmp_path / "set", val_docs=1, replace_surrogates=True))
