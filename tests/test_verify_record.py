@@ -50,6 +50,17 @@ def test_what_cannot_be_checked_is_said_and_strict_counts_it() -> None:
     assert verify.main([str(made().record / "tokenizers")]) == 2
 
 
+def test_an_artifact_without_a_log_is_audited_and_scored(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {**tiny_record.settings(), "SEED": "3"}.items():
+        monkeypatch.setenv(name, value)
+    artifact = made().record / "train_seed3.artifact"
+    assert verify.main(["--artifact", str(artifact), "--data", str(made().data), "--code", str(made().code), "--cuts", "1"]) == 0
+    table = capsys.readouterr().out
+    score = verify.logs.read_log(made().record / "train_seed3.log").final.val_bpb
+    assert re.search(r"^pass +causal: test-time training", table, re.MULTILINE) and f"quantized_ttt {score:.8f}" in table
+    assert verify.main(["--artifact", str(artifact.with_name("none"))]) == 2
+
+
 # ---------------------------------------------------------------------------------------------------------- the folder
 
 

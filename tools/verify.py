@@ -1,7 +1,7 @@
 """Prove what can be proved about a run, and say what cannot.
 
     python tools/verify.py RECORD_FOLDER [--data SHARDS]
-    python tools/verify.py --artifact FILE --log FILE --data SHARDS [--code FOLDER]
+    python tools/verify.py --artifact FILE [--log FILE] --data SHARDS [--code FOLDER]
 
 One table comes out: rule by rule pass, FAIL or not checkable, with the reason. The exit status is 0 if nothing failed, 1
 if something did (with --strict also if something could not be checked), 2 for a mistake on the command line.
@@ -278,8 +278,7 @@ def load_code(path: Path) -> ModuleType:
 def settings_for_here(run: RunLog, shards: Path | None, tokenizer: Path | None) -> dict[str, str]:
     """The settings of a log as an environment, with the places of this machine."""
     environ = {name: value for name, value in run.settings.items() if name not in logs.VARYING and value != ""}
-    environ["SEED"] = run.settings.get("SEED", "0")
-    for name in ("DATA_DIR", "DATA_PATH", "TOKENIZER_PATH"):
+    for name in ("SEED", "DATA_DIR", "DATA_PATH", "TOKENIZER_PATH"):
         if run.settings.get(name):
             environ[name] = run.settings[name]
     here = {"DATA_PATH": shards, "TOKENIZER_PATH": tokenizer}
@@ -303,7 +302,7 @@ def check_which_data(subject: Subject) -> Result:
     found = {"documents": val.documents, "tokens": len(val.tokens), "bytes": val.num_bytes}
     published = found == code.PUBLISHED_VAL
     digest = hashlib.sha256(val.tokens.tobytes()).hexdigest()
-    for run in subject.record.runs:
+    for run in (run for run in subject.record.runs if run.data):
         told = {key: run.data.get(name) for key, name in zip(found, ("val_docs", "val_tokens", "val_bytes"))}
         if told != {key: str(value) for key, value in found.items()}:
             problems.append(f"{run.path.name} scored {told}, here is {found}")
@@ -686,6 +685,9 @@ def check_rescored(subject: Subject, run: RunLog, artifact: Path, exact: bool) -
         again, problem = rescore(run, subject, alone)
     if again is None or again.final is None:
         return Result(FAIL, rule, f"the evaluation did not end: {problem}")
+    if not run.evals:
+        scored = ", ".join(f"{stage} {score.val_bpb:.8f}" for stage, score in again.evals.items())
+        return Result(UNKNOWN, rule, f"there is no log; it scores {scored}")
     differences = {stage: abs(again.evals[stage].val_bpb - run.evals[stage].val_bpb)
                    for stage in ("quantized", "quantized_ttt") if stage in run.evals and stage in again.evals}
     if set(run.evals) & {"quantized", "quantized_ttt"} != set(differences):
@@ -749,7 +751,8 @@ def check_with_code(record: Record, options: argparse.Namespace) -> Iterator[Res
 
 def verify(record: Record, options: argparse.Namespace) -> Iterator[Result]:
     """Every check that the options ask for, each when it is done."""
-    results = check_folder(record)
+    has_log = record.runs[0].final is not None or options.log is not None or options.folder is not None
+    results = check_folder(record) if has_log else [check_loose_size(record)]
     yield from results
     if options.folder_only:
         yield Result(UNKNOWN, "data, bytes, causality, normalisation, the score again", "left out by --folder-only")
@@ -772,8 +775,8 @@ def count_words(results: Sequence[Result]) -> str:
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", type=Path, metavar="RECORD_FOLDER")
-    parser.add_argument("--artifact", type=Path, help="an artifact outside a record folder; needs --log")
-    parser.add_argument("--log", type=Path, help="the log of the run that made it")
+    parser.add_argument("--artifact", type=Path, help="an artifact outside a record folder")
+    parser.add_argument("--log", type=Path, help="the log of the run that made it (without: settings from the environment)")
     parser.add_argument("--code", type=Path, default=Path(__file__).resolve().parent.parent, help="folder of its train_gpt.py")
     parser.add_argument("--data", type=Path, help="folder of the shards (default: where the log says, if it is here)")
     parser.add_argument("--tokenizer", type=Path, help="SentencePiece model (default: the folder's)")
@@ -787,18 +790,36 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--strict", action="store_true", help="what is not checkable counts as failed")
     parser.add_argument("--save", action="store_true", help="keep the table as verify.txt in the folder")
     options = parser.parse_args(arguments)
-    if (options.folder is None) == (options.artifact is None) or (options.artifact is None) != (options.log is None):
-        parser.error("give either a RECORD_FOLDER, or --artifact and --log")
+    if (options.folder is None) == (options.artifact is None) or (options.log is not None and options.artifact is None):
+        parser.error("give either a RECORD_FOLDER, or --artifact (and --log, if there is one)")
     return options
 
 
 def open_record(options: argparse.Namespace) -> Record:
+    """What the command line names; ValueError if it is not there."""
     if options.folder is not None:
         return open_folder(options.folder)
     for path in (options.artifact, options.log):
-        if not path.is_file():
+        if path is not None and not path.is_file():
             raise ValueError(f"no file {path}")
-    return Record(options.code, [logs.read_log(options.log)], {options.log: options.artifact})
+    run = logs.read_log(options.log) if options.log is not None else settings_without_log(options.artifact, options.code)
+    return Record(options.code, [run], {run.path: options.artifact})
+
+
+def settings_without_log(artifact: Path, folder: Path) -> RunLog:
+    """A run that says nothing but its settings: the model's from the artifact, all others from the environment."""
+    code = load_code(folder / CODE_FILE)
+    stored, _ = code.unpack_artifact(artifact.read_bytes())
+    known = {f.name.upper() for f in code.fields(code.Config)}
+    values = {name: value for name, value in os.environ.items() if name in known}
+    return RunLog(artifact, settings=values | {name.upper(): code.format_setting(value) for name, value in stored.items()})
+
+
+def check_loose_size(record: Record) -> Result:
+    """The size of an artifact that has no log, with the code beside which it was put."""
+    total = sum(path.stat().st_size for path in [*record.artifacts.values(), record.folder / CODE_FILE])
+    problems = [f"{total:,} bytes, over the cap of {CAP_BYTES:,}"] if total > CAP_BYTES else []
+    return judged("artifact and code within the cap", problems, f"{total:,} of {CAP_BYTES:,} bytes")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
