@@ -7,7 +7,7 @@ rate     one process, the same documents in turns: SentencePiece on text that is
          encoder on raw text (transform included), for train documents and with the sidecar; both see every word for
          the first time. Every document's tokens are compared.
 caseops  the transform against a loop over characters, and its inverse.
-build    the whole program on FILE: wall time, and the peak memory of the parent and of the largest worker.
+build    the whole program on FILE: wall and CPU time, and the peak memory of the parent and of the largest worker.
 kill     the program killed with SIGKILL in the middle and started again: the same hashes as without.
 """
 from __future__ import annotations
@@ -104,14 +104,16 @@ def bench_transform(path: str, limit: int) -> None:
 
 
 MEASURED = """
-import resource, sys, time
+import os, resource, sys, time
 sys.path.insert(0, sys.argv[1])
 import prepare_caseops_data as prepare
 if __name__ == "__main__":
     start = time.perf_counter()
     code = prepare.main(sys.argv[2:])
     own, child = (resource.getrusage(who).ru_maxrss / 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    print(f"seconds:{time.perf_counter() - start:.1f} parent_peak_mb:{own:.0f} worker_peak_mb:{child:.0f}")
+    cpu = os.times()
+    print(f"seconds:{time.perf_counter() - start:.1f} parent_cpu_s:{cpu.user + cpu.system:.1f}"
+          f" workers_cpu_s:{cpu.children_user + cpu.children_system:.1f} parent_peak_mb:{own:.0f} worker_peak_mb:{child:.0f}")
 """
 
 
