@@ -113,7 +113,8 @@ if __name__ == "__main__":
     own, child = (resource.getrusage(who).ru_maxrss / 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     cpu = os.times()
     print(f"seconds:{time.perf_counter() - start:.1f} parent_cpu_s:{cpu.user + cpu.system:.1f}"
-          f" workers_cpu_s:{cpu.children_user + cpu.children_system:.1f} parent_peak_mb:{own:.0f} worker_peak_mb:{child:.0f}")
+          f" workers_cpu_s:{cpu.children_user + cpu.children_system:.1f} parent_peak_mb:{own:.0f}"
+          f" worker_peak_mb:{child:.0f}")
 """
 
 
