@@ -96,6 +96,20 @@ def test_a_resumed_run_counts_every_step_once(tmp_path: Path) -> None:
     assert run.problems == ["warning: resumed from step 1, 0.0 s of training done"]
 
 
+def test_a_score_by_a_later_process_joins_its_run(tmp_path: Path) -> None:
+    """As run.sh makes them: NAME.log trains, NAME.eval1.log scores with test-time training."""
+    trained = our_log(tmp_path / "small.log", 1, 2.5)
+    trained.write_text(trained.read_text().replace("quantized_ttt", "quantized") + "setting *TTT_ENABLED value:0 default:1\n")
+    our_log(tmp_path / "small.eval1.log", 1, 2.25, "setting TTT_ENABLED value:1\nsetting *EVAL_ONLY value:1 default:0\n")
+    for path in (tmp_path, trained):
+        (run,) = logs.read_group(str(path)).runs
+        assert (run.final.val_loss, run.evals["quantized"].val_loss, run.evals["quantized_ttt"].val_loss) == (2.25, 2.5, 2.25)
+        assert run.final.steps == 9 and run.problems[-1].endswith("small.eval1.log")
+    other = tmp_path / "small.eval1.log"
+    other.write_text(other.read_text().replace("MATRIX_LR value:0.026", "MATRIX_LR value:0.03"))
+    assert logs.read_group(str(trained)).runs[0].final.val_loss == 2.5
+
+
 def test_what_is_no_log_is_refused_in_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "x.log").write_text("hello\n")
     for path in ("x.log", "nothing", "."):

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import glob
 import html
 import io
 import json
@@ -25,7 +26,7 @@ import re
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -367,6 +368,25 @@ def logs_in(folder: Path) -> list[Path]:
     return sorted(records or found, key=lambda path: [int(t) if t.isdigit() else t for t in re.split(r"(\d+)", path.name)])
 
 
+def with_later_score(run: RunLog) -> RunLog:
+    """A run that was scored with test-time training by a later process (as run.sh does): that score joins the log.
+
+    Only a log NAME.evalN.log of the same code and the same settings, but for EVAL_ONLY and TTT_ENABLED, is taken.
+    """
+    if run.final is None or "quantized_ttt" in run.evals:
+        return run
+    for path in sorted(run.path.parent.glob(f"{glob.escape(run.path.stem)}.eval*.log")):
+        later = read_log(path)
+        same = later.code == run.code and not differing_settings([run, later], VARYING | {"EVAL_ONLY", "TTT_ENABLED"})
+        if same and later.final is not None and "quantized_ttt" in later.evals:
+            run.evals["quantized_ttt"], run.ttt = later.evals["quantized_ttt"], later.ttt
+            run.final = replace(run.final, val_loss=later.final.val_loss, val_bpb=later.final.val_bpb, eval_ms=later.final.eval_ms,
+                                pre_ttt_bpb=later.final.pre_ttt_bpb)
+            run.problems.append(f"warning: test-time training was run by a later process, {path.name}")
+            break
+    return run
+
+
 def read_group(text: str) -> Group:
     """The runs that a PATH of the command line stands for; ValueError if there are none."""
     runs: list[RunLog] = []
@@ -379,7 +399,7 @@ def read_group(text: str) -> Group:
             if len(names) > 1:
                 raise ValueError(f"{path} holds published figures, no logs: it cannot be joined to others")
             return read_published(path)
-        runs += [read_log(log) for log in (logs_in(path) if path.is_dir() else [path])]
+        runs += [with_later_score(read_log(log)) for log in (logs_in(path) if path.is_dir() else [path])]
     if not runs:
         raise ValueError(f"{text}: no logs (*.log) there")
     first = Path(names[0])
