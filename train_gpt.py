@@ -3633,6 +3633,8 @@ def log_start(run: Run, environ: Mapping[str, str]) -> None:
     log.record("run", id=cfg.run_id, seed=cfg.seed, ranks=run.ranks.world, device=f'"{name}"', torch=torch.__version__,
                python=platform.python_version(), threads=torch.get_num_threads(), attention=attention_backend_name(),
                compile=int(run.compile), date=f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ}")
+    if attention_backend.skipped:
+        log(f"faster attention was passed over: {attention_backend.skipped}")
     for path in code_files():
         data = path.read_bytes()
         log.record("code", file=path.name, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
