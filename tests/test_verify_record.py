@@ -233,6 +233,12 @@ def evaluate(run, model, val, name, depth):
     score = _evaluate(run, model, val, name, depth)
     return score._replace(nats=score.nats + float(score.losses[:5].sum()), tokens=score.tokens)
 """
+CHARGES_MORE_BYTES = """
+_evaluate = evaluate
+def evaluate(run, model, val, name, depth):
+    score = _evaluate(run, model, val, name, depth)
+    return score._replace(num_bytes=score.num_bytes + 3)
+"""
 LEARNS_BEFORE_IT_SCORES = """
 _score = Adapter.score
 def score(self, documents, members):
@@ -312,7 +318,8 @@ def test_the_other_way_to_keep_context_passes_the_same_audit() -> None:
         assert result.status == verify.PASS, result.detail
 
 
-@pytest.mark.parametrize("patch", [DROPS_THE_TAIL, COUNTS_EASY_TARGETS_TWICE], ids=["drops the tail", "counts twice"])
+@pytest.mark.parametrize("patch", [DROPS_THE_TAIL, COUNTS_EASY_TARGETS_TWICE, CHARGES_MORE_BYTES],
+                         ids=["drops the tail", "counts twice", "charges more bytes"])
 def test_a_target_that_is_not_scored_once_is_found(patch: str, tmp_path: Path) -> None:
     auditor = audited(patch, tmp_path / "code")
     tokens, byte_counts = auditor.sample(6, 30)
