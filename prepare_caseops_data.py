@@ -526,7 +526,7 @@ class Build:
         self.shard: ShardFile | None = None
         self.started = time.perf_counter()
         self.said = self.started
-        self.text_bytes_now = 0
+        self.documents_now = self.text_bytes_now = 0  # of this run, for the progress line
 
     def run(self) -> dict[str, Any]:
         """Build everything that is not there yet; returns the manifest."""
@@ -604,6 +604,7 @@ class Build:
         totals.dropped += int((~kept).sum())
         totals.tokens += int(block.lengths[which].sum())
         totals.bytes += int(block.text_bytes[which][kept].sum())
+        self.documents_now += len(kept)
         self.text_bytes_now += int(block.text_bytes[which].sum())
 
     def _append_train(self, block: Encoded) -> None:
@@ -660,7 +661,7 @@ class Build:
         elapsed = now - self.started
         share = self.documents.bytes_read / self.documents.bytes_total if self.documents.bytes_total else 0
         left = f"{elapsed / share - elapsed:.0f}" if share else "unknown"
-        say(f"build documents:{self.journal.documents} mb:{self.text_bytes_now / 1e6:.0f}"
+        say(f"build documents:{self.resume_at + self.documents_now} mb:{self.text_bytes_now / 1e6:.0f}"
             f" mb_s:{self.text_bytes_now / 1e6 / elapsed:.1f} done:{100 * share:.0f}% left_s:{left}")
 
     def _manifest(self) -> dict[str, Any]:
