@@ -3492,10 +3492,15 @@ class FusedMLP(torch.autograd.Function):
         return grad_before @ w_up, grad_before.t() @ x, grad.t() @ hidden
 
 
+@torch.compiler.assume_constant_result
+def has_tma() -> bool:
+    """Whether this process's GPU has Hopper's copy engine. The compiler asks once; it cannot trace the question itself."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9
+
+
 def kernels_take(x: Tensor) -> bool:
     """Whether the Triton kernels run on x: it is half precision and on a CUDA device that has TMA, and Triton is there."""
-    return (triton is not None and x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
-            and torch.cuda.get_device_capability(x.device)[0] >= 9)
+    return triton is not None and x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and has_tma()
 
 
 def fused_mlp(x: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
