@@ -1018,7 +1018,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: i
     q (T, H, D); k, v (T, Hkv, D) with H a multiple of Hkv; cu_seqlens (N+1,) int32 from 0 to T, non-decreasing (equal
     neighbours are empty segments, for padding); max_seqlen >= every segment's length. Returns (T, H, D).
     """
-    if attention_backend.name == "sdpa" or not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16):
+    if attention_backend.name == "sdpa" or q.device.type == "cpu" or q.dtype not in (torch.bfloat16, torch.float16):
         if torch.compiler.is_compiling():
             return segment_attention_op(q, k, v, cu_seqlens)
         return segment_attention(q, k, v, cu_seqlens)
@@ -3500,7 +3500,7 @@ def has_tma() -> bool:
 
 def kernels_take(x: Tensor) -> bool:
     """Whether the Triton kernels run on x: it is half precision and on a CUDA device that has TMA, and Triton is there."""
-    return triton is not None and x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and has_tma()
+    return triton is not None and x.device.type != "cpu" and x.dtype in (torch.bfloat16, torch.float16) and has_tma()
 
 
 def fused_mlp(x: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
