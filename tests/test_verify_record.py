@@ -118,6 +118,11 @@ def test_a_spoilt_folder_is_found(spoil: Callable[[Path], None], rule: str, tmp_
     assert any(found.startswith(rule) for found in failed_rules(folder))
 
 
+def test_a_folder_that_lies_in_another_track_than_it_says_is_found(tmp_path: Path) -> None:
+    folder = tiny_record.copy_of(made().record, tmp_path / verify.RECORD_TRACK / "record")
+    assert status_of(folder_checks(folder), "submission.json") == verify.FAIL
+
+
 def test_over_the_cap_is_found(tmp_path: Path) -> None:
     """An artifact of 16,000,000 bytes whose log counts right: with the code it is too much."""
     folder = tiny_record.copy_of(made().record, tmp_path / "record")

@@ -231,6 +231,9 @@ def check_claims(record: Record) -> Result:
             claim = math.nan if told.get(key) is None else told[key]
             if not (math.isclose(claim, value, abs_tol=1e-7) or math.isnan(claim) and math.isnan(value)):
                 problems.append(f"{key} is {told.get(key)}, by the logs {value:.8f}")
+    track = record.folder.resolve().parent.name
+    if track.startswith("track_") and track != told.get("track"):
+        problems.append(f"it says track {told.get('track')} and lies in {track}")
     if sorted(told.get("seeds", [])) != sorted(run.seed for run in record.runs):
         problems.append(f"seeds {told.get('seeds')}, logs of {[run.seed for run in record.runs]}")
     for run in record.runs:
