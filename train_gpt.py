@@ -1534,7 +1534,7 @@ class Trainer:
         self.loader.seek(state["position"])
         self.step, self.depth = state["step"], state["depth"]
         self.clock.total_ms = state["elapsed_ms"]
-        torch.set_rng_state(state["rng"])
+        torch.set_rng_state(state["rng"].cpu())  # a checkpoint is read onto the device; this state lives on the host
 
     def warm_up(self) -> None:
         """Run WARMUP_STEPS steps at the first depth and at each prewarmed one, then put everything back."""
