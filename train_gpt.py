@@ -211,6 +211,7 @@ class Config:
                                one_of("window", "cache"))
     ttt_lora_rank: int = setting(96, "rank of the adapters", at_least(1))
     ttt_lora_lr: float = setting(1e-4, "learning rate of the adapters", at_least(0))
+    ttt_lora_lr_power: float = setting(0.0, "update n of a document has the learning rate times n to this power", between(-1, 0))
     ttt_chunk_size: int = setting(48, "tokens scored between two updates", at_least(1))
     ttt_eval_seq_len: int = setting(2048, "tokens that a chunk sees at most, itself included (a cache: whole chunks)", at_least(2))
     ttt_batch_size: int = setting(64, "documents adapted side by side", at_least(1))
@@ -2909,7 +2910,9 @@ class Adapters:
         self.b = {name: torch.zeros(n, documents, o, rank, device=run.device, requires_grad=True)
                   for name, (n, _, o) in sorted(shapes.items())}
         self.params = [*self.a.values(), *self.b.values()]
-        self.adamw = torch.optim.AdamW(self.params, lr=cfg.ttt_lora_lr, betas=(cfg.ttt_beta1, cfg.ttt_beta2), eps=1e-10,
+        self.cfg, self.updates = cfg, torch.zeros((), device=run.device)
+        lr = torch.tensor(cfg.ttt_lora_lr, device=run.device) if cfg.ttt_lora_lr_power else cfg.ttt_lora_lr
+        self.adamw = torch.optim.AdamW(self.params, lr=lr, betas=(cfg.ttt_beta1, cfg.ttt_beta2), eps=1e-10,
                                        weight_decay=cfg.ttt_weight_decay, fused=True, capturable=run.device.type == "cuda")
 
     @torch.no_grad()
@@ -2921,6 +2924,7 @@ class Adapters:
         for state in self.adamw.state.values():
             for value in state.values():
                 value.zero_()
+        self.updates.zero_()
 
     def bind(self) -> Linear:
         """`linear` for one forward: each visit's slice is taken here, once, so that its gradient is gathered once."""
@@ -2943,6 +2947,9 @@ class Adapters:
         """One AdamW step on `loss`. The gradients are never accumulated: a captured graph writes them anew each time."""
         for param, grad in zip(self.params, torch.autograd.grad(loss, self.params)):
             param.grad = grad
+        if isinstance(lr := self.adamw.param_groups[0]["lr"], Tensor):
+            self.updates += 1
+            lr.copy_(self.cfg.ttt_lora_lr * self.updates**self.cfg.ttt_lora_lr_power)
         self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
 

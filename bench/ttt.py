@@ -8,7 +8,6 @@ is there already is only read (also one of more documents: without global SGD an
 the first ones are compared). Words in small letters are experiments that are no settings of the program:
 
     sites=k,o,mlp,head     adapters on these sites only
-    lr_power=-0.5          update number n of a document has the learning rate times n ** power
     meta=0.5               after each batch of documents the initial A and B move by this share to where the batch ended
     mix=ROW1,ROW2          no run: the mean of the probabilities that two rows gave to each target
     positions=64:ROW1,ROW2 no run: each document's first 64 targets from the one row, the rest from the other (an estimate
@@ -56,9 +55,8 @@ class ExperimentalAdapters(g.Adapters):
                 for name in set(table) - set(sites.split(",")):
                     del table[name]
             self.params = [*self.a.values(), *self.b.values()]
-            self.adamw = torch.optim.AdamW(self.params, lr=run.cfg.ttt_lora_lr, betas=(run.cfg.ttt_beta1, run.cfg.ttt_beta2),
+            self.adamw = torch.optim.AdamW(self.params, lr=self.adamw.param_groups[0]["lr"], betas=(run.cfg.ttt_beta1, run.cfg.ttt_beta2),
                                            eps=1e-10, weight_decay=run.cfg.ttt_weight_decay, fused=True)
-        self.base_lr, self.updates = run.cfg.ttt_lora_lr, 0
 
     @torch.no_grad()
     def reset(self) -> None:
@@ -70,14 +68,7 @@ class ExperimentalAdapters(g.Adapters):
         super().reset()
         for name, initial in self.initial_b.items():
             self.b[name].copy_(initial.expand_as(self.b[name]))
-        self.updates, self.used = 0, True
-
-    def learn(self, loss: torch.Tensor) -> None:
-        self.updates += 1
-        if power := float(self.options.get("lr_power", 0)):
-            for group in self.adamw.param_groups:
-                group["lr"] = self.base_lr * self.updates**power
-        super().learn(loss)
+        self.used = True
 
 
 def part_of(val: g.ValData, first: int, last: int) -> g.ValData:
