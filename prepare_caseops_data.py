@@ -855,7 +855,6 @@ def download_documents(data_dir: Path) -> Path:
 
 
 # -------------------------------------------------------------------------------------------------------------- verify
-PUBLISHED_VAL = {"documents": 50_000, "tokens": 47_853_344, "bytes": 151_080_645}
 FAULTS_SHOWN = 5  # of each check
 
 
@@ -1038,6 +1037,7 @@ class Verification:
         """The constants of the published validation set."""
         if self.folder.name != PUBLISHED:
             return
+        from train_gpt import PUBLISHED_VAL
         tokens, charges = self.shards[VAL_TOKENS], self.shards[VAL_BYTES]
         found = {"documents": int((tokens == BOS).sum()), "tokens": len(tokens),
                  "bytes": int(charges.sum(dtype=np.int64))}
@@ -1193,6 +1193,13 @@ def say_result(manifest: dict[str, Any], out: Path) -> None:
           f" val_bytes:{val['bytes']} dropped:{train['dropped']}")
 
 
+def cores() -> int:
+    """Processor cores that this process may use."""
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog="\n".join(__doc__.split("\n")[2:9]),
@@ -1212,7 +1219,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
                         f" {VAL_DOCS}, for the sample {SAMPLE_VAL_DOCS})")
     parser.add_argument("--train-shards", type=int, help="of --download: only the first so many (default: all)")
     parser.add_argument("--round-trips", type=int, default=1000, help="documents that --verify decodes (default: 1000)")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: all)")
+    parser.add_argument("--workers", type=int, default=cores(), help="processes (default: one a core)")
     parser.add_argument("--shard-entries", type=int, default=SHARD_ENTRIES, help="entries of a train shard")
     parser.add_argument("--replace-surrogates", action="store_true", help="put U+FFFD for lone surrogates")
     parser.add_argument("--data-dir", type=Path, default=Path(os.environ.get("DATA_DIR", "./data")),
