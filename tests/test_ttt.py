@@ -371,6 +371,17 @@ def test_the_cached_forward_compiles_without_a_break() -> None:
     assert len(fresh) == 2 and all(not t.requires_grad for pair in fresh for t in pair)
 
 
+def test_places_that_hold_nothing_yet_are_out_of_sight(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(ttt_context="cache", ttt_chunk_size=8, ttt_eval_seq_len=32)
+    model, documents = make_model(run), g.Documents(make_val(tiny.documents(2, seed=17, shortest=50, longest=60)))
+    exact = g.Adapter(run, model).score(documents, range(2))
+    monkeypatch.setattr(g.ChunkStep, "places_in_sight", lambda self, chunk: self.cache.places)  # a GPU rounds up
+    rounded = g.Adapter(run, model)
+    for _ in range(2):  # the second time the places hold what the first left there
+        for one, other in zip(exact, rounded.score(documents, range(2))):
+            np.testing.assert_allclose(one, other, atol=1e-5)
+
+
 def test_the_cache_is_a_ring_that_never_holds_more_than_the_limit() -> None:
     run = make_run(ttt_context="cache", ttt_chunk_size=8, ttt_eval_seq_len=24)
     schedule = g.loop_schedule(run.cfg, 1)
