@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
 """How fast data is prepared, side by side with plain SentencePiece, and how much memory a build takes.
 
-    python bench/prep.py FILE.jsonl [--sp MODEL ...] [--mb 40] [--build WORKERS ...] [--kill] [--shard-entries N]
+    python bench/prep.py FILE.jsonl [--sp MODEL ...] [--mb 40] [--build WORKERS ...] [--kill] [--full-table] [--shard-entries N]
 
 rate     one process, the same documents in turns: SentencePiece on text that is transformed already, against the fast
          encoder on raw text (transform included), for train documents and with the sidecar; both see every word for
          the first time. Every document's tokens are compared.
 caseops  the transform against a loop over characters, and its inverse.
 build    the whole program on FILE: wall and CPU time, and the peak memory of the parent and of the largest worker.
+full     an encoder fed with random words until its table is full: the most memory that a worker can come to.
 kill     the program killed with SIGKILL in the middle and started again: the same hashes as without.
 """
 from __future__ import annotations
@@ -16,6 +17,7 @@ import argparse
 import hashlib
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -163,6 +165,18 @@ def bench_kill(options: argparse.Namespace, model: str, workers: int) -> None:
               flush=True)
 
 
+def bench_full_table(model: str) -> None:
+    """Peak memory of this process after random words have filled the table of parts."""
+    encoder = caseops_tokenizer.FastEncoder(caseops_tokenizer.Tokenizer(model), with_charges=True)
+    generator = np.random.default_rng(0)
+    while encoder.table.kept < caseops_tokenizer.TABLE_ENTRIES:
+        letters = generator.integers(ord("a"), ord("z") + 1, (100_000, 9), dtype=np.uint8)
+        letters[:, 0] = ord(" ")
+        encoder.encode([letters.tobytes()])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(f"full parts:{encoder.table.kept} peak_mb:{peak:.0f}")
+
+
 def main() -> None:
     """Run what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -171,6 +185,7 @@ def main() -> None:
     parser.add_argument("--mb", type=float, default=40, help="text for the rates")
     parser.add_argument("--build", type=int, nargs="*", default=[], metavar="WORKERS")
     parser.add_argument("--kill", action="store_true", help="kill a build of two workers and resume it")
+    parser.add_argument("--full-table", action="store_true")
     parser.add_argument("--val-docs", type=int, default=500)
     parser.add_argument("--shard-entries", type=int, default=prepare.SHARD_ENTRIES)
     options = parser.parse_args()
@@ -179,6 +194,8 @@ def main() -> None:
     if options.mb:
         bench_transform(options.file, int(options.mb * 1e6))
     for model in options.sp:
+        if options.full_table:
+            bench_full_table(model)
         if options.mb:
             bench_rates(options.file, model, int(options.mb * 1e6))
         for workers in options.build:
