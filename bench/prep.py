@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How fast data is prepared, side by side with plain SentencePiece, and how much memory a build takes.
 
-    python bench/prep.py FILE.jsonl [--sp MODEL ...] [--mb 40] [--build WORKERS ...] [--kill] [--full-table] [--shard-entries N]
+    python bench/prep.py FILE.jsonl [--sp MODEL ...] [--mb 40] [--build WORKERS ...] [--kill] [--full-table]
 
 rate     one process, the same documents in turns: SentencePiece on text that is transformed already, against the fast
          encoder on raw text (transform included), for train documents and with the sidecar; both see every word for
