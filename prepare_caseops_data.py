@@ -59,7 +59,8 @@ VAL_TOKENS, VAL_BYTES = "fineweb_val_000000.bin", "fineweb_val_bytes_000000.bin"
 HERE = Path(__file__).resolve().parent
 OUR_TOKENIZER = HERE / "tokenizers" / "caseops_8192_lossless.model"
 SAMPLE_NAME = "sample_sp8192_lossless_caps_caseops_v1"
-SAMPLE_VAL_DOCS = 500
+SAMPLE_VAL_DOCS = 200
+SAMPLE_HELD_OUT_DOCS = 500  # that our tokenizer has not seen: room for a larger validation set
 
 
 # ----------------------------------------------------------------------------------------------------------- documents
@@ -1216,7 +1217,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--sp", type=Path, help="SentencePiece model (default: ours; to verify the published set,"
                         " the one that was downloaded with it)")
     parser.add_argument("--val-docs", type=int, help=f"the first so many documents are for validation (default:"
-                        f" {VAL_DOCS}, for the sample {SAMPLE_VAL_DOCS})")
+                        f" {VAL_DOCS}, for the sample {SAMPLE_VAL_DOCS};"
+                        f" left out of a tokenizer's text: the same, of the sample {SAMPLE_HELD_OUT_DOCS})")
     parser.add_argument("--train-shards", type=int, help="of --download: only the first so many (default: all)")
     parser.add_argument("--round-trips", type=int, default=1000, help="documents that --verify decodes (default: 1000)")
     parser.add_argument("--workers", type=int, default=cores(), help="processes (default: one a core)")
@@ -1238,7 +1240,8 @@ def main(arguments: list[str]) -> int:
     options = parse(arguments)
     sample_folder = options.data_dir / "sample"
     model = options.sp or OUR_TOKENIZER
-    val_docs = options.val_docs if options.val_docs is not None else SAMPLE_VAL_DOCS if not options.docs else VAL_DOCS
+    of_sample = SAMPLE_HELD_OUT_DOCS if options.train_tokenizer else SAMPLE_VAL_DOCS
+    val_docs = options.val_docs if options.val_docs is not None else VAL_DOCS if options.docs else of_sample
     if options.train_tokenizer:
         docs = options.docs or [str(sample_documents(sample_folder))]
         train_tokenizer(TokenizerRequest(options.train_tokenizer, tuple(docs), val_docs, options.vocab_size,

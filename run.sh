@@ -34,7 +34,7 @@ began=$SECONDS
 install requirements.txt
 export DATA_DIR=${DATA_DIR:-./data} ARTIFACT_DIR=${ARTIFACT_DIR:-./runs}
 echo "[$((SECONDS - began)) s] data"
-.venv/bin/python prepare_caseops_data.py --sample --data-dir "$DATA_DIR" --val-docs 200
+.venv/bin/python prepare_caseops_data.py --sample --data-dir "$DATA_DIR"
 export DATA_PATH=${DATA_PATH:-$DATA_DIR/datasets/sample_sp8192_lossless_caps_caseops_v1}
 export TOKENIZER_PATH=${TOKENIZER_PATH:-$PWD/tokenizers/caseops_8192_lossless.model}
 
