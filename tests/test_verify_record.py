@@ -44,6 +44,13 @@ def test_an_honest_record_fails_nothing(capsys: pytest.CaptureFixture[str]) -> N
     assert table.count(": exactly") == len(tiny_record.SEEDS)
 
 
+def test_the_records_of_this_repository_agree_with_their_logs() -> None:
+    folders = [path.parent for path in (tiny.ROOT / "records").glob("track_*/*/submission.json")]
+    assert folders
+    for folder in folders:
+        assert failed_rules(folder) == [], folder.name
+
+
 def test_what_cannot_be_checked_is_said_and_strict_counts_it() -> None:
     assert verify.main([str(made().record), "--folder-only"]) == 0
     assert verify.main([str(made().record), "--folder-only", "--strict"]) == 1
