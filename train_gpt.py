@@ -195,7 +195,7 @@ class Config:
     # the artifact
     compressor: str = setting("brotli", "entropy coder of the artifact", one_of("brotli", "lzma", "rans"))
     quantizer: str = setting("scalar", "rounding inside GPTQ: 'trellis' takes fewer bytes", one_of("scalar", "trellis"))
-    artifact_target_bytes: int = setting(0, "bytes of artifact and code to fill by one factor on all clip sigmas; 0: no", at_least(0))
+    artifact_target_bytes: int = setting(0, "bytes of artifact and code to fill by one factor on all clip sigmas; 0: only if over the cap", at_least(0))
     matrix_bits: int = setting(6, "bits of a matrix weight", between(2, 8))
     embed_bits: int = setting(7, "bits of an embedding weight", between(2, 8))
     matrix_clip_sigmas: float = setting(12.85, "range of other matrices in standard deviations of a row", above(0))
@@ -2075,6 +2075,8 @@ def quantize_and_pack(run: Run, model: GPT, hessians: dict[str, Tensor],
                       code_bytes: int) -> tuple[dict[str, Tensor | Quantized], bytes]:
     """The tensors and, on rank 0, the artifact. ARTIFACT_TARGET_BYTES, if set, is filled up to TARGET_SLACK.
 
+    If it is not, the clip sigmas stay as they were set, unless the artifact would be over the cap: then it is made to fit.
+
     Scaling every step by a factor takes log2(factor) bits off every weight, so two rounds are enough as a rule. The
     last that fitted wins, else the smallest; CLIP_FACTORS bound it, because a small model cannot fill any number of bytes.
     """
@@ -2085,9 +2087,13 @@ def quantize_and_pack(run: Run, model: GPT, hessians: dict[str, Tensor],
         data = b""
         if run.ranks.rank == 0:
             data = pack_artifact(tensors, {name: getattr(cfg, name) for name in MODEL_SETTINGS}, cfg.compressor)
-        if not target:
-            return tensors, data
         size = run.ranks.agree(len(data)) + code_bytes
+        if not target and size <= ARTIFACT_CAP_BYTES:
+            return tensors, data
+        if not target:
+            run.log(f"warning: artifact and code are {size} bytes, over the cap of {ARTIFACT_CAP_BYTES}: all clip sigmas are raised until they "
+                    "fit; COMPRESSOR=rans or QUANTIZER=trellis take fewer bytes")
+            target = ARTIFACT_CAP_BYTES
         run.log.record("fit", attempt=attempt + 1, clip_factor=f"{factor:.5f}", total_bytes=size, target_bytes=target)
         if size <= max(target, best_size - 1):
             best, best_size = (tensors, data), size

@@ -112,12 +112,10 @@ def test_outliers_are_not_clipped_beyond_the_range_of_a_code() -> None:
     assert found.codes.abs().max() <= 127 and torch.isfinite(tg.dequantize(found)).all()
 
 
-@pytest.mark.parametrize("quantizer", ["scalar", "trellis"])
-def test_the_target_size_is_filled_and_not_passed(quantizer: str) -> None:
-    settings = {**tiny.SETTINGS, "COMPRESSOR": "rans", "QUANTIZER": quantizer, "VOCAB_SIZE": 512, "MODEL_DIM": 64}
-    settings["ARTIFACT_TARGET_BYTES"] = 300_000
+def model_and_hessians(**changes: object) -> tuple[tg.Run, tg.GPT, dict[str, torch.Tensor]]:
+    """A model of 200,000 weights with nothing special in them."""
+    settings = {**tiny.SETTINGS, "COMPRESSOR": "rans", "VOCAB_SIZE": 512, "MODEL_DIM": 64, **changes}
     cfg = tg.Config.from_env({name: str(value) for name, value in settings.items()})
-    run = tg.Run(cfg, tg.Ranks(), SILENT)
     model = tg.GPT(cfg)
     model.init_weights(0)
     for bank in (model.qo_bank, model.mlp_down_bank):
@@ -125,6 +123,22 @@ def test_the_target_size_is_filled_and_not_passed(quantizer: str) -> None:
     sizes = {"qkv": cfg.model_dim, "proj": cfg.model_dim, "up": cfg.model_dim, "down": cfg.mlp_dim}
     hessians = {name: torch.eye(n).expand(cfg.num_layers, n, n) for name, n in sizes.items()}
     hessians["head"] = torch.eye(cfg.model_dim)[None]
+    return tg.Run(cfg, tg.Ranks(), SILENT), model, hessians
+
+
+@pytest.mark.parametrize("quantizer", ["scalar", "trellis"])
+def test_the_target_size_is_filled_and_not_passed(quantizer: str) -> None:
+    run, model, hessians = model_and_hessians(QUANTIZER=quantizer, ARTIFACT_TARGET_BYTES=300_000)
     for code_bytes in (110_000, 125_000) if quantizer == "scalar" else (115_000,):
         data = tg.quantize_and_pack(run, model, hessians, code_bytes)[1]
         assert 0.997 * 300_000 <= len(data) + code_bytes <= 300_000
+
+
+def test_without_a_target_only_an_artifact_over_the_cap_is_made_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, model, hessians = model_and_hessians()
+    as_set = tg.quantize_and_pack(run, model, hessians, code_bytes=1000)[1]
+    cap = len(as_set) + 500
+    monkeypatch.setattr(tg, "ARTIFACT_CAP_BYTES", cap)
+    assert tg.quantize_and_pack(run, model, hessians, code_bytes=400)[1] == as_set
+    fitted = tg.quantize_and_pack(run, model, hessians, code_bytes=1000)[1]
+    assert 0.997 * cap <= len(fitted) + 1000 <= cap
