@@ -140,10 +140,10 @@ def test_the_clock_stands_still_while_it_is_stopped() -> None:
 
 
 def test_time_cap_ends_training_before_the_reserve(tiny_data: Path, tmp_path: Path) -> None:
-    env = tiny.environment(tiny_data, tmp_path, RUN_ID="t", MAX_WALLCLOCK_SECONDS=3, GPTQ_RESERVE_SECONDS=1, ITERATIONS=100000,
-                           TTT_ENABLED=0, EVAL_BUDGET_SECONDS=600)
+    env = tiny.environment(tiny_data, tmp_path, RUN_ID="t", MAX_WALLCLOCK_SECONDS=20, GPTQ_RESERVE_SECONDS=14, ITERATIONS=100000,
+                           TTT_ENABLED=0, EVAL_BUDGET_SECONDS=600, GPTQ_CALIBRATION_BATCHES=1)
     done = tiny.run(env)
     assert done.returncode == 0, done.stderr
     phases = [(r["depth"], float(r["frac"])) for r in tiny.records(done.stdout, "phase")]
     assert [d for d, _ in phases] == ["1", "3", "4"] and phases[1][1] >= 0.333 and phases[2][1] >= 0.666
-    assert int(tiny.records(done.stdout, "final")[0]["train_ms"]) < 3000
+    assert int(tiny.records(done.stdout, "final")[0]["train_ms"]) < 20000
