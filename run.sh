@@ -36,7 +36,7 @@ export DATA_DIR=${DATA_DIR:-./data} ARTIFACT_DIR=${ARTIFACT_DIR:-./runs}
 echo "[$((SECONDS - began)) s] data"
 .venv/bin/python prepare_caseops_data.py --sample --data-dir "$DATA_DIR"
 export DATA_PATH=${DATA_PATH:-$DATA_DIR/datasets/sample_sp8192_lossless_caps_caseops_v1}
-export TOKENIZER_PATH=${TOKENIZER_PATH:-$PWD/tokenizers/caseops_8192_lossless.model}
+export TOKENIZER_PATH=${TOKENIZER_PATH:-tokenizers/caseops_8192_lossless.model}
 
 while IFS= read -r line; do # settings that the caller made stay
     name=${line%%=*}

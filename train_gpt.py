@@ -2025,8 +2025,11 @@ def matrix_groups(cfg: Config) -> list[MatrixGroup]:
 
 
 @torch.no_grad()
-def quantize(run: Run, model: GPT, hessians: dict[str, Tensor], clip_factor: float = 1.0) -> dict[str, Tensor | Quantized]:
-    """Every parameter as the artifact stores it. The matrices of a group are shared out over the ranks.
+def quantize(run: Run, model: GPT, hessians: dict[str, Tensor],
+             clip_factor: float = 1.0) -> tuple[dict[str, Tensor | Quantized], float]:
+    """Every parameter as the artifact stores it, and the sum of the matrices' Hessian-weighted squared errors.
+
+    The matrices of a group are shared out over the ranks.
 
     GPTQ for the matrices, with their clip sigmas times clip_factor; int8 for the gates, float16 for tensors of up to
     65,536 elements. Logs how large the error of each group's outputs is, relative to the outputs.
@@ -2034,6 +2037,7 @@ def quantize(run: Run, model: GPT, hessians: dict[str, Tensor], clip_factor: flo
     cfg, ranks = run.cfg, run.ranks
     state = {name: p.detach() for name, p in model.named_parameters()}
     parts: dict[str, list[Quantized]] = {}
+    total_error = 0.0
     for group in matrix_groups(cfg):
         clip_sigmas, energy = group.clip_sigmas * clip_factor, torch.zeros(2, dtype=torch.float64, device=run.device)
         weights = state[group.bank]
@@ -2046,6 +2050,7 @@ def quantize(run: Run, model: GPT, hessians: dict[str, Tensor], clip_factor: flo
             error = dequantize(part).to(run.device) - weights[mine]
             energy += torch.stack([hessian_error(e.float(), hessian).double().sum() for e in (error, weights[mine])])
         ranks.sum(energy)
+        total_error += energy[0].item()
         run.log.record("gptq", tensor=group.bank, first=group.first, matrices=len(weights), clip_sigmas=f"{clip_sigmas:.4f}",
                        relative_error=f"{(energy[0] / energy[1].clamp_min(1e-30)).item():.4e}")
         parts.setdefault(group.bank, []).extend(p for p in ranks.gather(part) if p is not None)
@@ -2063,7 +2068,7 @@ def quantize(run: Run, model: GPT, hessians: dict[str, Tensor], clip_factor: flo
             if not torch.isfinite(value).all():
                 raise ValueError(f"{name} is NaN or infinite: the training diverged; lower the learning rates")
             tensors[name] = value.to(torch.float16).cpu()
-    return tensors
+    return tensors, total_error
 
 
 TARGET_ROUNDS = 4
@@ -2081,9 +2086,9 @@ def quantize_and_pack(run: Run, model: GPT, hessians: dict[str, Tensor],
     last that fitted wins, else the smallest; CLIP_FACTORS bound it, because a small model cannot fill any number of bytes.
     """
     cfg, target, factor = run.cfg, run.cfg.artifact_target_bytes, 1.0
-    best, best_size = ({}, b""), math.inf
+    best, best_size, error_as_set = ({}, b""), math.inf, 0.0
     for attempt in range(TARGET_ROUNDS):
-        tensors = quantize(run, model, hessians, factor)
+        tensors, error = quantize(run, model, hessians, factor)
         data = b""
         if run.ranks.rank == 0:
             data = pack_artifact(tensors, {name: getattr(cfg, name) for name in MODEL_SETTINGS}, cfg.compressor)
@@ -2094,7 +2099,9 @@ def quantize_and_pack(run: Run, model: GPT, hessians: dict[str, Tensor],
             run.log(f"warning: artifact and code are {size} bytes, over the cap of {ARTIFACT_CAP_BYTES}: all clip sigmas are raised until they "
                     "fit; COMPRESSOR=rans or QUANTIZER=trellis take fewer bytes")
             target = ARTIFACT_CAP_BYTES
-        run.log.record("fit", attempt=attempt + 1, clip_factor=f"{factor:.5f}", total_bytes=size, target_bytes=target)
+        error_as_set = error if attempt == 0 else error_as_set
+        run.log.record("fit", attempt=attempt + 1, clip_factor=f"{factor:.5f}", total_bytes=size, target_bytes=target,
+                       hessian_error=f"{error:.4e}", saved=f"{1 - error / max(error_as_set, 1e-30):.4f}")
         if size <= max(target, best_size - 1):
             best, best_size = (tensors, data), size
         if (1 - TARGET_SLACK) * target <= size <= target:

@@ -531,7 +531,7 @@ def part_quantize(bench: Bench) -> None:
     batches = g.Config().gptq_calibration_batches
     bench.add("hessians of a batch", 1e3 * took, "ms", f"{batches} batches: {batches * took:.1f} s; the record reserves 4 s")
     began = time.perf_counter()
-    tensors = g.quantize(run, model, hessians)
+    tensors, _ = g.quantize(run, model, hessians)
     g.synchronize(bench.device)
     bench.add("gptq of all matrices", time.perf_counter() - began, "s", "one rank does all; aim 20 s")
     began = time.perf_counter()

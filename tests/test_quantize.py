@@ -113,7 +113,7 @@ def test_full_size_model_trains_a_step_and_fits_the_cap() -> None:
     trainer = tg.Trainer(run, model, loader)
     first = trainer.train_step(4, 1.0)
     assert first.item() == pytest.approx(np.log(8192), abs=0.1)
-    tensors = tg.quantize(run, model, tg.collect_hessians(run, model, loader))
+    tensors, _ = tg.quantize(run, model, tg.collect_hessians(run, model, loader))
     data = tg.pack_artifact(tensors, {name: getattr(cfg, name) for name in tg.MODEL_SETTINGS}, cfg.compressor)
     code_bytes = sum(path.stat().st_size for path in tg.code_files())
     assert 14_000_000 < len(data) + code_bytes < tg.ARTIFACT_CAP_BYTES
