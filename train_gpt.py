@@ -611,7 +611,7 @@ def load_val(cfg: Config) -> ValData:
     if int(tokens[0]) != BOS_ID:
         raise ValueError(f"validation tokens in {folder}: the first entry is {int(tokens[0])}, not BOS ({BOS_ID}); {BUILD_HINT}")
     if not cfg.caseops_enabled:
-        byte_counts = piece_bytes(cfg)[tokens, np.concatenate([[BOS_ID], tokens[:-1]])]
+        byte_counts = piece_byte_counts(cfg, tokens)
     else:
         if not shard_paths(folder, "val_bytes"):
             raise ValueError(f"no byte sidecar (*_val_bytes_NNNNNN.bin) in {folder}: bits per byte cannot be counted; {BUILD_HINT}")
@@ -654,15 +654,11 @@ def _piece_byte_table(path: str, vocab_size: int) -> tuple[np.ndarray, np.ndarra
     return lengths, space, control
 
 
-class piece_bytes:
-    """Bytes of a token after another, for plain SentencePiece data: a leading space counts unless a control token is before."""
-
-    def __init__(self, cfg: Config) -> None:
-        self.lengths, self.space, self.control = _piece_byte_table(str(cfg.tokenizer_file), cfg.vocab_size)
-
-    def __getitem__(self, pair: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
-        token, before = pair
-        return (self.lengths[token] + (self.space[token] & ~self.control[before])).astype(np.uint16)
+def piece_byte_counts(cfg: Config, tokens: np.ndarray) -> np.ndarray:
+    """Bytes of each of `tokens` (N,) of plain SentencePiece data: a leading space counts unless a control token is before."""
+    lengths, space, control = _piece_byte_table(str(cfg.tokenizer_file), cfg.vocab_size)
+    before = np.concatenate([[BOS_ID], tokens[:-1]])
+    return (lengths[tokens] + (space[tokens] & ~control[before])).astype(np.uint16)
 
 
 def check_tokenizer(cfg: Config) -> str:
