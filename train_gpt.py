@@ -69,6 +69,7 @@ except ImportError:  # the kernels of section 12 need it; everything else runs w
 ARTIFACT_CAP_BYTES = 16_000_000  # decimal, model and code together
 BOS_ID = 1
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
+OPERATORS = __name__.strip("_")  # namespace of the operators: two copies of this file in one process must not share it
 
 
 # ======================================================================================================================
@@ -882,13 +883,13 @@ def segment_attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cu
     return [join_runs(parts).to(t.dtype) if parts else torch.zeros_like(t) for parts, t in zip(grads, (q, k, v))]
 
 
-@torch.library.custom_op("train_gpt::segment_attention", mutates_args=())
+@torch.library.custom_op(f"{OPERATORS}::segment_attention", mutates_args=())
 def segment_attention_op(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
     """segment_attention as an operator that torch.compile takes as it is."""
     return segment_attention(q, k, v, cu_seqlens)
 
 
-@torch.library.custom_op("train_gpt::segment_attention_backward", mutates_args=())
+@torch.library.custom_op(f"{OPERATORS}::segment_attention_backward", mutates_args=())
 def segment_attention_backward_op(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> list[Tensor]:
     """segment_attention_backward as an operator."""
     return segment_attention_backward(grad, q, k, v, cu_seqlens)
@@ -932,12 +933,12 @@ def make_fa4_attention(fwd: Callable, bwd: Callable) -> Callable[[Tensor, Tensor
         return dict(cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens,
                     max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen, causal=True)
 
-    @torch.library.custom_op("train_gpt::fa4_forward", mutates_args=())
+    @torch.library.custom_op(f"{OPERATORS}::fa4_forward", mutates_args=())
     def forward_op(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, Tensor]:
         out, lse = fwd(q, k, v, return_lse=True, **segments(cu_seqlens, max_seqlen))[:2]
         return out, lse.contiguous()
 
-    @torch.library.custom_op("train_gpt::fa4_backward", mutates_args=())
+    @torch.library.custom_op(f"{OPERATORS}::fa4_backward", mutates_args=())
     def backward_op(saved: list[Tensor], grad: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> list[Tensor]:
         q, k, v, out, lse = saved
         return list(bwd(q, k, v, out, grad, lse, **segments(cu_seqlens, max_seqlen))[:3])
@@ -3472,7 +3473,7 @@ def launch_mlp_kernel(a: Tensor, b: Tensor, before: Tensor, out: Tensor, backwar
         rows, columns, depth, backward, tile_m, tile_n, tile_k, programs, num_warps=8, num_stages=3)
 
 
-@torch.library.custom_op("train_gpt::mlp_up", mutates_args=())
+@torch.library.custom_op(f"{OPERATORS}::mlp_up", mutates_args=())
 def mlp_up_op(x: Tensor, w_up: Tensor) -> tuple[Tensor, Tensor]:
     """mlp_up_reference by the kernel: (T, d), (h, d) -> before (T, h), hidden (T, h)."""
     before, hidden = (x.new_empty((x.size(0), w_up.size(0))) for _ in range(2))
@@ -3480,7 +3481,7 @@ def mlp_up_op(x: Tensor, w_up: Tensor) -> tuple[Tensor, Tensor]:
     return before, hidden
 
 
-@torch.library.custom_op("train_gpt::mlp_up_backward", mutates_args=())
+@torch.library.custom_op(f"{OPERATORS}::mlp_up_backward", mutates_args=())
 def mlp_up_backward_op(grad: Tensor, w_down: Tensor, before: Tensor) -> Tensor:
     """mlp_up_backward_reference by the kernel: (T, d), (d, h), (T, h) -> (T, h)."""
     out = torch.empty_like(before)
@@ -3541,7 +3542,7 @@ def accumulation_dtype(t: Tensor) -> torch.dtype:
     return torch.promote_types(t.dtype, torch.float32)
 
 
-@torch.library.custom_op("train_gpt::softcapped_cross_entropy", mutates_args=())
+@torch.library.custom_op(f"{OPERATORS}::softcapped_cross_entropy", mutates_args=())
 def cross_entropy_op(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
     """(T, V), (T,) -> losses (T,) and the logsumexp of each row (T,), float32."""
     losses, lses = (logits.new_empty(logits.size(0), dtype=accumulation_dtype(logits)) for _ in range(2))
@@ -3558,7 +3559,7 @@ def cross_entropy_op(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tenso
     return losses, lses
 
 
-@torch.library.custom_op("train_gpt::softcapped_cross_entropy_backward", mutates_args=())
+@torch.library.custom_op(f"{OPERATORS}::softcapped_cross_entropy_backward", mutates_args=())
 def cross_entropy_backward_op(grads: Tensor, logits: Tensor, targets: Tensor, lses: Tensor, cap: float) -> Tensor:
     """The gradient of the logits, in their dtype, from the gradients (T,) of the losses."""
     out = logits.new_empty(logits.shape)

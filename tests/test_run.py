@@ -203,3 +203,21 @@ def test_sigterm_writes_a_checkpoint_and_ends_cleanly(one_rank, tmp_path: Path) 
 def test_a_checkpoint_of_other_settings_is_refused(one_rank, tmp_path: Path) -> None:
     (tmp_path / "run.checkpoint").write_text('{"step": 8, "ranks": 1, "settings": "other"}')
     assert "choose another RUN_ID" in told(tiny.environment(one_rank.data, tmp_path, RUN_ID="run"))
+
+
+def test_two_copies_in_one_process_do_not_share_operators(tmp_path: Path) -> None:
+    import importlib.util
+    import sys
+
+    import torch
+
+    spec = importlib.util.spec_from_file_location("another_train_gpt", shutil.copy(tiny.ROOT / "train_gpt.py", tmp_path))
+    other = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = other
+    try:
+        spec.loader.exec_module(other)
+        assert other.cross_entropy_op._qualname.startswith("another_train_gpt::") and tg.cross_entropy_op._qualname.startswith("train_gpt::")
+        logits, targets = torch.zeros(3, 8), torch.zeros(3, dtype=torch.long)
+        assert torch.equal(other.softcapped_cross_entropy(logits, targets, 30.0), tg.softcapped_cross_entropy(logits, targets, 30.0))
+    finally:
+        del sys.modules[spec.name]
