@@ -374,6 +374,7 @@ class Ranks:
     world: int = 1
     device: torch.device = torch.device("cpu")
     host_group: Any = None  # a gloo group: small decisions must not wait for the GPU
+    local_world: int = 1  # processes on this machine
 
     @classmethod
     def start(cls, environ: Mapping[str, str]) -> Ranks:
@@ -392,7 +393,7 @@ class Ranks:
                                              device_id=device if device.type == "cuda" else None)
         host_group = torch.distributed.new_group(backend="gloo")
         warnings.filterwarnings("ignore", ".*deprecated.*(reduce_scatter|all_gather)_single", FutureWarning)  # not in torch 2.11
-        return cls(int(environ["RANK"]), world, device, host_group)
+        return cls(int(environ["RANK"]), world, device, host_group, int(environ.get("LOCAL_WORLD_SIZE", world)))
 
     def stop(self) -> None:
         if self.world > 1:
@@ -1741,7 +1742,7 @@ def check_memory(run: Run, model: GPT, layout: SpanLayout) -> None:
     if run.device.type != "cpu":
         return
     have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    local_ranks = run.ranks.local_world
     weights = 16 * sum(p.numel() for p in model.parameters())  # values, gradients, average, optimizer state
     need = local_ranks * (activation_bytes_per_token(run, model) * layout.micro_tokens + weights)
     if need > 0.9 * have:

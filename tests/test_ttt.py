@@ -314,7 +314,7 @@ def test_global_sgd_is_plain_sgd_with_momentum_over_the_chunks_but_the_last() ->
     momentum = [torch.zeros_like(p) for p in expected.parameters()]
     chunks = 5  # 429 targets
     for i in range(chunks - 1):
-        total = torch.zeros(())
+        total, first = torch.zeros(()), i * 100
         for begin in range(i * 100, i * 100 + 100):
             new = begin == i * 100 or (begin - i * 100) % 40 == 0 or text[begin] == 1
             first = begin if new else first

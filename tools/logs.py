@@ -112,7 +112,6 @@ class RunLog:
     evals: dict[str, Evaluation] = field(default_factory=dict)  # by stage, in the order of the run
     ttt: list[TTTPoint] = field(default_factory=list)
     final: Final | None = None
-    tokenizer_sha256: str = ""
     problems: list[str] = field(default_factory=list)  # warnings, errors, and lines that could not be read
 
     @property
@@ -205,7 +204,6 @@ OURS: dict[str, Callable[[RunLog, Pairs], None]] = {
     "artifact": lambda run, values: run.artifact.update(values), "train": read_train, "phase": read_phase,
     "eval": read_eval, "ttt": read_ttt, "code": read_code, "final": read_final,
 }
-TOKENIZER = re.compile(r"tokenizer \S.* sha256 ([0-9a-f]{64})$")
 SETTING = re.compile(r"setting (\*?)(\w+) value:(.*?)(?: default:.*)?$")
 
 
@@ -217,8 +215,6 @@ def read_our_line(run: RunLog, line: str) -> None:
         if star:
             run.starred.add(name)
         return
-    if match := TOKENIZER.match(line):
-        run.tokenizer_sha256 = match[1]
     if line.startswith("resumed from step"):
         run.problems.append(f"warning: {line}")
     word = line.split(" ", 1)[0].rstrip(":")
