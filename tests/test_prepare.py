@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import gzip
 import hashlib
 import itertools
@@ -19,6 +20,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zstandard
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import data_tools
 import prepare_caseops_data as prepare
@@ -114,6 +117,47 @@ def test_blocks_do_not_shape_the_result(
     monkeypatch.setattr(prepare, "BLOCK_BYTES", block_bytes)
     prepare.build(request(documents, tmp_path / "set"))
     assert contents(tmp_path / "set") == contents(built)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    count=st.integers(1, 12),
+    gaps=st.lists(st.sampled_from(["\n", "\r\n", "\n\n", " \n\t \n", "\n\x0c\r\n"]), min_size=12, max_size=12),
+    start=st.sampled_from(["", "\n", " \r\n \n"]),
+    cuts=st.sets(st.integers(0, 13)),
+    size=st.integers(1, 200),
+    ending=st.sampled_from(["jsonl", "gz"]),
+)
+def test_blocks_hold_all_documents_and_reach_over_no_cut(
+    count: int, gaps: list[str], start: str, cuts: set[int], size: int, ending: str, tmp_path: Path
+) -> None:
+    texts = [f"text {number}" * (number % 3) for number in range(count)]
+    lines = [json.dumps({"text": text}).replace(":", ":\r") for text in texts]  # a "\r" ends no line
+    data = (start + "".join(line + gap for line, gap in zip(lines, gaps))).removesuffix("\n").encode()
+    path = tmp_path / f"documents.{ending}"
+    path.write_bytes(gzip.compress(data) if ending == "gz" else data)
+    documents = prepare.Documents([str(path), str(path)])
+    found, firsts = [], []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "BLOCK_BYTES", size)
+        for block in documents.blocks(cuts):
+            assert not any(len(found) < cut < len(found) + block.documents for cut in cuts)
+            firsts.append((block.first, len(found) % count))
+            found += [text.decode() for text in block.texts()]
+    assert found == texts * 2
+    assert all(first == expected for first, expected in firsts)
+    assert [source["documents"] for source in documents.finished] == [count, count]
+    assert [source["sha256"] for source in documents.finished] == [hashlib.sha256(path.read_bytes()).hexdigest()] * 2
+
+
+def test_documents_that_change_while_they_are_read_are_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "documents.jsonl"
+    path.write_text('{"text": "one"}\n{"text": "two"}\n')
+    block = next(prepare.Documents([str(path)]).blocks())
+    assert block.texts() == [b"one", b"two"]
+    path.write_text('{"text": "one"}\n')
+    with pytest.raises(ValueError, match="documents.jsonl changes while it is being read"):
+        block.texts()
 
 
 def test_compressed_and_several_files_and_standard_input(documents: Path, built: Path, tmp_path: Path) -> None:
@@ -255,6 +299,17 @@ def test_unfinished_build_is_not_mixed_with_other_settings_or_documents(
     other = data_tools.write_documents(tmp_path / "other/docs.jsonl", [*texts[:last], "changed", *texts[last + 1 :]])
     with pytest.raises(ValueError, match="is not what the unfinished build"):
         prepare.build(request(other, tmp_path / "set"))
+
+
+def test_a_folder_takes_one_build_at_a_time(documents: Path, tmp_path: Path) -> None:
+    wanted = request(documents, tmp_path / "out")
+    wanted.out.mkdir()
+    with open(wanted.out / "build.lock", "w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="another build is writing to .*out: wait for it"):
+            prepare.build(wanted)
+    prepare.build(wanted)
+    assert (wanted.out / "manifest.json").is_file() and not (wanted.out / "build.lock").exists()
 
 
 def test_documents_that_grew_after_the_last_shard_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -404,7 +459,8 @@ def test_sample_documents_from_wheels(tmp_path: Path, monkeypatch: pytest.Monkey
     assert any(text.startswith("Fellow Citizens,\n\nword") for text in speech) and any(
         text.endswith(".") for text in speech
     )
-    assert [prepare.text_hash(text) for text in texts] == sorted(prepare.text_hash(text) for text in texts)
+    hashes = [prepare.text_hash(text.encode()) for text in texts]
+    assert hashes == sorted(hashes)
     path.write_text("kept")
     assert prepare.sample_documents(tmp_path).read_text() == "kept"
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import caseops_tokenizer
 import data_tools
 import prepare_caseops_data as prepare
-from caseops_tokenizer import Encoder, FastEncoder, PartTable, Tokenizer, encode_plainly
+from caseops_tokenizer import Encoder, FastEncoder, PartTable, Tokenizer, encode_plainly, read_spans
 from lossless_caps import OPERATORS
 
 KINDS = ["lossless", "nfkc"]
@@ -124,12 +124,18 @@ def test_part_table_finds_what_it_keeps_while_it_grows() -> None:
     generator = np.random.default_rng(0)
     keys = np.unique(generator.integers(0, 50, (200_000, 2), dtype=np.uint64) * np.uint64(1 << 57), axis=0)
     keys = np.concatenate([keys, generator.integers(0, 1 << 62, (60_000, 2), dtype=np.uint64)])
+    counts = generator.integers(0, 4, len(keys))  # parts without ids are neighbours of equal offset
+    spans = np.zeros(0, dtype=np.int64)
     for start in range(0, len(keys), 7000):
-        part = keys[start : start + 7000]
+        part, numbers = keys[start : start + 7000], counts[start : start + 7000]
         assert (table.find(part) == -1).all()
-        table.append(np.zeros(len(part), dtype=np.uint16), np.zeros(0), np.ones(len(part), dtype=np.int64))
-        table.keep(part)
-        np.testing.assert_array_equal(table.find(keys[: start + 7000]), np.arange(min(start + 7000, len(keys))))
+        new = table.append(np.zeros(numbers.sum(), dtype=np.uint16), np.zeros(0), numbers)
+        table.keep(part, new)
+        spans = np.concatenate([spans, new])
+        np.testing.assert_array_equal(table.find(keys[: start + 7000]), spans)
+    offsets, found = read_spans(spans)
+    np.testing.assert_array_equal(found, counts)
+    np.testing.assert_array_equal(offsets, np.cumsum(counts) - counts)
 
 
 @settings(max_examples=250, deadline=None)

@@ -55,7 +55,7 @@ def test_a_good_data_set_passes_every_check(lossless: Path, capsys: pytest.Captu
     assert (
         kept
         == sum(
-            prepare.text_hash(text) not in {prepare.text_hash(val) for val in data_tools.texts()[:VAL_DOCS]}
+            prepare.text_hash(text.encode()) not in {prepare.text_hash(val.encode()) for val in data_tools.texts()[:VAL_DOCS]}
             for text in data_tools.texts()[VAL_DOCS:]
         )
         + VAL_DOCS
