@@ -1,34 +1,55 @@
 """Compare settings of test-time training on one artifact: paired by document, with standard errors.
 
-    python bench/ttt.py --artifact A --data FOLDER --out FOLDER --rows ROWS.txt [--first 0 --last 150] [--base NAME]
+    python bench/ttt.py --artifact A --data FOLDER --out FOLDER --rows ROWS.txt [--first 0 --last 150] [--base NAME] [--jobs 1]
 
 Every line of ROWS is a name and settings (`cache16 TTT_CONTEXT=cache TTT_CHUNK_SIZE=16`); settings for all rows come from
-the environment. A row is scored by train_gpt's own score_with_ttt; its losses, one a target, go to OUT/NAME.npz, and a row that
-is there already is only read (also one of more documents: without global SGD and meta, documents do not depend on each other, and
-the first ones are compared). Words in small letters are experiments that are no settings of the program:
+the environment. A row is scored by train_gpt's own score_with_ttt; its losses, one a target, go to OUT/NAME.npz with the words
+of the row, and a row that is there already is only read. It may be one of more documents: documents do not depend on each other,
+and the first ones are compared (with global SGD and meta they do depend, and such a row is refused). `--jobs N` scores N rows at
+once, in a process with one thread each. Words in small letters are experiments that are no settings of the program:
 
     sites=k,o,mlp,head     adapters on these sites only
     meta=0.5               after each batch of documents the initial A and B move by this share to where the batch ended
     mix=ROW1,ROW2          no run: the mean of the probabilities that two rows gave to each target
-    positions=64:ROW1,ROW2 no run: each document's first 64 targets from the one row, the rest from the other (an estimate
-                           of chunks that grow: the second part would really start from the adapters of the first)
+
+and with TTT_CONTEXT=cache, on a CPU:
+
+    refresh=1              the cache keeps a chunk's keys and values as the adapters make them after their update on this chunk
+                           (one more forward of every chunk that is learnt from)
+    loss_chunks=2          an update uses the mean loss of the chunk just scored and of the one before it, both with the adapters
+                           of the moment (one more forward for every update but the first)
+    grow=192:16            from position 192 on chunks of 16, before it of TTT_CHUNK_SIZE; adapters, optimizer and cache go on
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import math
+import multiprocessing
 import os
+import re
 import sys
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt as g  # noqa: E402
+
+SITES = "q|k|v|o|mlp|head"
+EXPERIMENTS = {  # what may stand behind the = of a word in small letters
+    "sites": rf"({SITES})(,({SITES}))*", "meta": r"\d+(\.\d*)?|\.\d+", "mix": r".+", "refresh": r"[01]", "loss_chunks": r"[12]",
+    "grow": r"\d+:[1-9]\d*",
+}
+CACHED = {"refresh", "loss_chunks", "grow"}
 
 
 @dataclass
@@ -44,7 +65,7 @@ class Row:
 class ExperimentalAdapters(g.Adapters):
     """Adapters with the experiments of one row; `options` is set on the class before the row runs."""
 
-    options: dict[str, str] = {}
+    options: dict[str, str]
 
     def __init__(self, run: g.Run, schedule: g.Schedule, documents: int) -> None:
         super().__init__(run, schedule, documents)
@@ -71,6 +92,137 @@ class ExperimentalAdapters(g.Adapters):
         self.used = True
 
 
+class ExperimentalStep(g.ChunkStep):
+    """A step of cached TTT with `refresh` and `loss_chunks`, for chunks of any size (`resize`)."""
+
+    options: dict[str, str]
+
+    def __init__(self, run: g.Run, losses_of: Callable, adapters: g.Adapters, cache: g.Cache) -> None:
+        self.forwarded = 0  # tokens that went through the model besides those of the program's own step
+        self.previous: tuple[Tensor, Tensor] | None = None  # tokens and targets of the chunk before
+        super().__init__(run, losses_of, adapters, cache)
+
+    def reset(self) -> None:
+        super().reset()
+        self.previous = None
+        self.resize(self.run.cfg.ttt_chunk_size)
+
+    def resize(self, size: int) -> None:
+        """The next chunks have `size` tokens."""
+        if size == self.size:
+            return
+        rows, self.size = self.adapters.documents * size, size
+        self.tokens, self.targets = torch.zeros(2, rows, dtype=torch.int64)
+        self.weights, self.losses = torch.zeros(2, rows)
+        self.bounds = torch.arange(0, rows + 1, size, dtype=torch.int32)
+        self.cache.chunk = torch.arange(size)
+
+    def forward(self, tokens: Tensor, targets: Tensor, seen: int) -> tuple[Tensor, list]:
+        """Losses, and keys and values, of the chunk that begins at the cache's `begin`; its size is that of the cache's `chunk`."""
+        size = len(self.cache.chunk)
+        positions = (self.cache.begin + self.cache.chunk).int().repeat(self.adapters.documents)
+        bounds = torch.arange(0, len(tokens) + 1, size, dtype=torch.int32)
+        return self.losses_of(g.Batch(tokens, targets, bounds, positions, size), self.adapters, self.cache, seen)
+
+    def previous_losses(self, seen: int) -> Tensor:
+        """Losses of the chunk before, which sees what it saw when it was scored, with the adapters of now.
+
+        `begin` moves back over it, so its own places in the ring are out of sight. This comes before the current chunk is stored,
+        which takes the places of the oldest positions that the one before it has seen.
+        """
+        assert self.previous is not None
+        cache, (tokens, targets) = self.cache, self.previous
+        chunk, size = cache.chunk, len(tokens) // self.adapters.documents
+        cache.begin -= size
+        cache.chunk = torch.arange(size)
+        losses, _ = self.forward(tokens, targets, seen)
+        cache.begin += size
+        cache.chunk = chunk
+        self.forwarded += len(tokens)
+        return losses
+
+    def loss(self, losses: Tensor, seen: int) -> Tensor:
+        """What an update lowers: the mean loss of a document's chunk, or of its two chunks; none in a document's last chunk."""
+        if self.previous is None:
+            return (losses * self.weights).sum()
+        both = [part.unflatten(0, (self.adapters.documents, -1)) for part in (self.previous_losses(seen), losses)]
+        goes_on = self.weights.unflatten(0, (self.adapters.documents, -1)).sum(1)  # 1 or 0
+        return (torch.cat(both, 1).mean(1) * goes_on).sum()
+
+    def work(self, seen: int, trains: bool) -> None:
+        refresh, two_chunks = (self.options.get(word) == value for word, value in (("refresh", "1"), ("loss_chunks", "2")))
+        if not refresh and not two_chunks:
+            super().work(seen, trains)
+            return
+        with torch.set_grad_enabled(trains):
+            losses, fresh = self.forward(self.tokens, self.targets, seen)
+            self.losses.copy_(losses.detach())
+            for again in range(self.run.cfg.ttt_grad_steps if trains else 0):
+                if again:
+                    losses, _ = self.forward(self.tokens, self.targets, seen)
+                self.adapters.learn(self.loss(losses, seen))
+        if refresh and trains:
+            with torch.no_grad():
+                _, fresh = self.forward(self.tokens, self.targets, seen)
+            self.forwarded += len(self.tokens)
+        if two_chunks:
+            self.previous = self.tokens.clone(), self.targets.clone()
+        self.cache.store(fresh)
+
+
+class ExperimentalAdapter(g.Adapter):
+    """Scores with ExperimentalStep, counts its forwards, and lets chunks grow."""
+
+    options: dict[str, str]
+
+    def _score_cached(self, documents: g.Documents, members: range, slots: int, longest: int) -> np.ndarray:
+        position, size = map(int, self.options.get("grow", f"{longest}:1").split(":"))
+        if longest <= position:
+            table = super()._score_cached(documents, members, slots, longest)
+        else:
+            table = self._score_growing(documents, members, slots, longest, position, size)
+        self._count(0, self.step.forwarded)
+        self.step.forwarded = 0
+        return table
+
+    def _score_growing(self, documents: g.Documents, members: range, slots: int, longest: int, position: int, size: int) -> np.ndarray:
+        """Losses as _score_cached has them, with chunks of `size` tokens from `position` on."""
+        cfg = self.run.cfg
+        places = -(-min(longest, cfg.ttt_eval_seq_len) // size) * size
+        if self.step is None or self.step.cache.places != places:
+            cache = g.Cache(self.run, self.schedule, slots, places)
+            self.step = ExperimentalStep(self.run, self.losses_of, self.sets[slots], cache)
+        self.step.reset()
+        parts = []
+        for width, first, end in ((cfg.ttt_chunk_size, 0, position), (size, position, longest)):
+            self.step.resize(width)
+            run = replace(self.run, cfg=replace(cfg, ttt_chunk_size=width))
+            tables = [table[first // width: -(-end // width)] for table in g.chunk_tables(run, documents, members, slots)]
+            result = torch.zeros(len(tables[0]), slots * width)
+            for i, inputs in enumerate(zip(*tables)):
+                chunk = first // width + i
+                result[i] = self.step(*inputs, chunk, trains=(chunk + 1) * width < longest)
+            self._count(len(result), result.numel() * cfg.ttt_grad_steps)
+            parts.append(result.numpy().reshape(len(result), slots, width).swapaxes(0, 1).reshape(slots, -1))
+        return np.concatenate(parts, axis=1)
+
+
+@contextmanager
+def experiments(options: dict[str, str]) -> Iterator[None]:
+    """train_gpt with classes that know the experiments `options`; those that no experiment needs stay its own."""
+    classes: dict[str, type] = {"Adapters": ExperimentalAdapters} if options.keys() & {"sites", "meta"} else {}
+    classes |= {"ChunkStep": ExperimentalStep, "Adapter": ExperimentalAdapter} if options.keys() & CACHED else {}
+    own = {name: getattr(g, name) for name in classes}
+    for name, experimental in classes.items():
+        experimental.options = options
+        setattr(g, name, experimental)
+    try:
+        yield
+    finally:
+        for name, cls in own.items():
+            setattr(g, name, cls)
+
+
 def part_of(val: g.ValData, first: int, last: int) -> g.ValData:
     """Documents first..last-1 of a validation set, in data order."""
     starts = np.append(val.document_starts(), len(val.tokens))
@@ -78,36 +230,122 @@ def part_of(val: g.ValData, first: int, last: int) -> g.ValData:
     return g.ValData(val.tokens[begin:end], val.byte_counts[begin:end], min(last, val.documents) - first)
 
 
+def parse(words: list[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Settings and experiments of a row; an error for a word that is neither."""
+    settings, options, known = {}, {}, {f.name.upper() for f in fields(g.Config)}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if key in settings or key in options:
+            raise SystemExit(f"{key} is there twice")
+        if equals and key in known:
+            settings[key] = value
+        elif equals and key in EXPERIMENTS:
+            if not re.fullmatch(EXPERIMENTS[key], value):
+                raise SystemExit(f"{word}: {value!r} is no value of {key} (see --help)")
+            options[key] = value
+        elif key.isupper():
+            raise SystemExit(f"{word}: no setting of train_gpt.py, as NAME=VALUE, is called so")
+        else:
+            raise SystemExit(f"{word}: no such experiment; there are " + ", ".join(f"{name}=" for name in EXPERIMENTS))
+    if "mix" in options and len(words) > 1:
+        raise SystemExit("mix= stands alone: nothing is run")
+    return settings, options
+
+
+def config_of(words: list[str], data: str) -> g.Config:
+    """The settings of a row, from the environment and its words; an error where its experiments do not go with them."""
+    settings, options = parse(words)
+    try:
+        cfg = g.Config.from_env({**os.environ, "DATA_PATH": data, **settings})
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
+    if used := sorted(options.keys() & CACHED):
+        if cfg.ttt_context != "cache":
+            raise SystemExit(f"{used[0]}= needs TTT_CONTEXT=cache")
+        if "grow" in options:
+            position, size = map(int, options["grow"].split(":"))
+            if position % size or size % cfg.ttt_chunk_size or cfg.ttt_eval_seq_len % size:
+                raise SystemExit(f"grow={position}:{size}: position and TTT_EVAL_SEQ_LEN must be multiples of the chunk there, that one of "
+                                 f"TTT_CHUNK_SIZE ({cfg.named_in('TTT_EVAL_SEQ_LEN TTT_CHUNK_SIZE')})")
+    return cfg
+
+
+def check_rows(lines: list[list[str]], base: str, data: str) -> None:
+    """An error that names the row for anything that cannot be run as it is written."""
+    seen: set[str] = set()
+    for name, *words in lines:
+        try:
+            if name in seen:
+                raise SystemExit("there are two rows of this name")
+            _, options = parse(words)
+            if missing := [part for part in options.get("mix", "").split(",") if part and part not in seen]:
+                raise SystemExit(f"mix= of {missing[0]}, which is no row above it")
+            config_of(words, data)
+        except SystemExit as error:
+            raise SystemExit(f"row {name}: {error}") from None
+        seen.add(name)
+    if base not in seen:
+        raise SystemExit(f"--base {base}: no such row")
+
+
 def run_row(words: list[str], artifact: bytes, data: str, span: tuple[int, int]) -> tuple[np.ndarray, float, float]:
     """Score one row; losses, CPU seconds, forwards a target."""
-    changes = dict(word.split("=", 1) for word in words)
-    ExperimentalAdapters.options = {k: v for k, v in changes.items() if k.islower()}
+    _, options = parse(words)
     stored, tensors = g.unpack_artifact(artifact)
-    environ = {**os.environ, "DATA_PATH": data, **{k: v for k, v in changes.items() if k.isupper()}}
-    cfg = replace(g.Config.from_env(environ), **stored)
+    cfg = replace(config_of(words, data), **stored)
     run = g.Run(cfg, g.Ranks(), g.Log(None, speaks=False))
+    if options.keys() & CACHED and run.device.type != "cpu":
+        raise SystemExit("refresh, loss_chunks and grow run on a CPU only")
     work: dict[str, str] = {}
     run.log.record = lambda word, /, **values: work.update(values) if word == "ttt_work" else None
     model = g.model_from_tensors(cfg, tensors, run)
     val = part_of(g.load_val(cfg), *span)
     began = time.process_time()
-    score, _ = g.score_with_ttt(run, model, val)
+    with experiments(options):
+        score, _ = g.score_with_ttt(run, model, val)
     return score.losses, time.process_time() - began, float(work["forwards_per_target"])
 
 
-def combine(words: list[str], rows: dict[str, Row], starts: np.ndarray) -> np.ndarray | None:
+def score_to_file(path: Path, words: list[str], artifact: Path, data: str, span: tuple[int, int]) -> None:
+    """Score one row into its file."""
+    losses, seconds, forwards = run_row(words, artifact.read_bytes(), data, span)
+    buffer = io.BytesIO()
+    np.savez(buffer, losses=losses, seconds=seconds, forwards=forwards, targets=len(losses), words=np.array(words, dtype=str))
+    g.write_atomically(path, buffer.getvalue())
+
+
+def score_at_once(jobs: int, tasks: dict[str, tuple]) -> None:
+    """Score rows by name, each with the arguments of score_to_file, in so many processes; all end before a failure is told."""
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        futures = {name: pool.submit(score_to_file, *task) for name, task in tasks.items()}
+    for name, future in futures.items():
+        if error := future.exception():
+            raise RuntimeError(f"row {name} failed") from error
+
+
+def read_row(path: Path, name: str, words: list[str], targets: int, alone: bool) -> Row:
+    """A saved row, cut to the targets asked for; `alone`: its documents do not depend on each other."""
+    saved = np.load(path)
+    there = saved["words"].tolist() if "words" in saved else ["(not", "known)"]
+    if sorted(there) != sorted(words):
+        raise SystemExit(f"row {name}: {path} was scored with other words: {' '.join(there)}; now: {' '.join(words)}: "
+                         f"use another name or --out")
+    count = int(saved["targets"])
+    if count < targets:
+        raise SystemExit(f"row {name}: {path} holds {count} targets, {targets} are asked for: use another --out")
+    if count > targets and not alone:
+        raise SystemExit(f"row {name}: {path} holds {count} targets, {targets} are asked for, and with global SGD or meta= they depend "
+                         f"on documents further on: use another --out")
+    return Row(name, saved["losses"][:targets], float(saved["seconds"]), float(saved["forwards"]))
+
+
+def combine(words: list[str], rows: dict[str, Row]) -> np.ndarray | None:
     """The losses of a row that is made from others, None if it is not such a row."""
-    for word in words:
-        key, _, value = word.partition("=")
-        if key == "mix":
-            parts = [rows[name].losses.astype(np.float64) for name in value.split(",")]
-            return -np.log(np.mean([np.exp(-part) for part in parts], axis=0))
-        if key == "positions":
-            count, _, names = value.partition(":")
-            one, other = (rows[name].losses for name in names.split(","))
-            place = np.arange(len(one)) - np.repeat(starts, np.diff(np.append(starts, len(one))))
-            return np.where(place < int(count), one, other)
-    return None
+    _, options = parse(words)
+    if "mix" not in options:
+        return None
+    parts = [rows[name].losses.astype(np.float64) for name in options["mix"].split(",")]
+    return -np.log(np.mean([np.exp(-part) for part in parts], axis=0))
 
 
 def paired(losses: np.ndarray, base: np.ndarray, starts: np.ndarray) -> tuple[float, float]:
@@ -126,40 +364,50 @@ def table_line(row: Row, base: Row, starts: np.ndarray, num_bytes: int) -> str:
             f"{row.forwards_per_target:.2f} | {row.cpu_seconds:.0f} |")
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("artifact", "data", "out", "rows"):
         parser.add_argument(f"--{name}", required=True, type=Path)
     parser.add_argument("--first", type=int, default=0, help="first document, in data order")
     parser.add_argument("--last", type=int, default=10**9, help="document behind the last one")
     parser.add_argument("--base", help="row that the others are compared with (default: the first)")
-    options = parser.parse_args()
-    artifact = options.artifact.read_bytes()
-    g.Adapters = ExperimentalAdapters
+    parser.add_argument("--jobs", type=int, default=1, help="rows scored at once")
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    options.out.mkdir(parents=True, exist_ok=True)
-    cfg = g.Config.from_env({**os.environ, "DATA_PATH": str(options.data)})
-    val = part_of(g.load_val(cfg), options.first, options.last)
-    starts, rows = val.document_starts(), {}
+    data, span = str(options.data), (options.first, options.last)
     lines = [line.split() for line in options.rows.read_text().splitlines() if line.strip() and not line.startswith("#")]
-    print(f"{val.documents} documents, {len(val.tokens) - 1} targets, {val.num_bytes} bytes", flush=True)
+    if not lines:
+        raise SystemExit(f"{options.rows} has no rows")
+    base_name = options.base or lines[0][0]
+    check_rows(lines, base_name, data)
+    val = part_of(g.load_val(g.Config.from_env({**os.environ, "DATA_PATH": data})), *span)
+    starts, targets = val.document_starts(), len(val.tokens) - 1
+
+    options.out.mkdir(parents=True, exist_ok=True)
+    paths = {name: options.out / f"{name}.npz" for name, *words in lines if "mix" not in parse(words)[1]}
+    words_of = {name: words for name, *words in lines}
+
+    def read(name: str) -> Row:
+        words = words_of[name]
+        alone = not config_of(words, data).phased_ttt_enabled and not float(parse(words)[1].get("meta", 0))
+        return read_row(paths[name], name, words, targets, alone)
+
+    rows = {name: read(name) for name, path in paths.items() if path.exists()}
+    tasks = {name: (path, words_of[name], options.artifact, data, span) for name, path in paths.items() if name not in rows}
+    if options.jobs > 1 and tasks:
+        score_at_once(min(options.jobs, len(tasks)), tasks)
+
+    print(f"{val.documents} documents, {targets} targets, {val.num_bytes} bytes", flush=True)
     print("| row | nats/token | bpb | difference | its s.e. | forwards a token | CPU s |\n|---|---|---|---|---|---|---|", flush=True)
     for name, *words in lines:
-        path = options.out / f"{name}.npz"
-        losses = combine(words, rows, starts)
+        losses = combine(words, rows)
         if losses is not None:
             rows[name] = Row(name, losses, math.nan, math.nan)
-        else:
-            if not path.exists():
-                losses, seconds, forwards = run_row(words, artifact, str(options.data), (options.first, options.last))
-                np.savez(path, losses=losses, seconds=seconds, forwards=forwards)
-            saved = np.load(path)
-            targets = len(val.tokens) - 1
-            if len(saved["losses"]) < targets:
-                raise SystemExit(f"{path} holds {len(saved['losses'])} targets, {targets} are asked for: use another --out")
-            rows[name] = Row(name, saved["losses"][:targets], float(saved["seconds"]), float(saved["forwards"]))
-        base = rows[options.base or lines[0][0]] if (options.base or lines[0][0]) in rows else rows[name]
-        print(table_line(rows[name], base, starts, val.num_bytes), flush=True)
+        elif name not in rows:
+            if not paths[name].exists():
+                score_to_file(*tasks[name])
+            rows[name] = read(name)
+        print(table_line(rows[name], rows.get(base_name, rows[name]), starts, val.num_bytes), flush=True)
 
 
 if __name__ == "__main__":
