@@ -211,9 +211,11 @@ class Config:
     ttt_context: str = setting("window", "what a chunk sees of earlier ones: computed again, or keys and values kept",
                                one_of("window", "cache"))
     ttt_lora_rank: int = setting(96, "rank of the adapters", at_least(1))
+    ttt_adapter_sets: int = setting(1, "sets of adapters a document, of different draws; their probabilities are averaged", at_least(1))
     ttt_lora_lr: float = setting(1e-4, "learning rate of the adapters", at_least(0))
     ttt_lora_lr_power: float = setting(0.0, "update n of a document has the learning rate times n to this power", between(-1, 0))
     ttt_chunk_size: int = setting(48, "tokens scored between two updates", at_least(1))
+    ttt_chunk_doubles_at: tuple[int, ...] = setting((), "positions in a document from which chunks are twice as large", EACH_AT_LEAST_1)
     ttt_eval_seq_len: int = setting(2048, "tokens that a chunk sees at most, itself included (a cache: whole chunks)", at_least(2))
     ttt_batch_size: int = setting(64, "documents adapted side by side", at_least(1))
     ttt_grad_steps: int = setting(1, "updates a chunk", at_least(1))
@@ -261,7 +263,12 @@ class Config:
              "GPTQ_RESERVE_SECONDS must be below MAX_WALLCLOCK_SECONDS"),
             (self.train_batch_tokens % 8 == 0, "TRAIN_BATCH_TOKENS must be a multiple of 8"),
             (self.val_batch_tokens // 8 >= self.eval_seq_len, "VAL_BATCH_TOKENS must be at least 8 * EVAL_SEQ_LEN"),
-            (self.ttt_chunk_size <= self.ttt_eval_seq_len, "TTT_CHUNK_SIZE must be at most TTT_EVAL_SEQ_LEN"),
+            (self.chunk_sizes[-1] <= self.ttt_eval_seq_len,
+             "TTT_CHUNK_SIZE, doubled by TTT_CHUNK_DOUBLES_AT, must be at most TTT_EVAL_SEQ_LEN"),
+            (not self.ttt_chunk_doubles_at or self.ttt_context == "cache", "TTT_CHUNK_DOUBLES_AT needs TTT_CONTEXT=cache"),
+            (all(a < b for a, b in zip(self.ttt_chunk_doubles_at, self.ttt_chunk_doubles_at[1:]))
+             and all(at % size == 0 for at, size in zip(self.ttt_chunk_doubles_at, self.chunk_sizes[1:])),
+             "TTT_CHUNK_DOUBLES_AT must ascend, each a multiple of the chunks that begin there (TTT_CHUNK_SIZE times 2, 4, ...)"),
         ]
         for holds, message in rules:
             if not holds:
@@ -283,6 +290,11 @@ class Config:
     @property
     def mlp_dim(self) -> int:
         return self.mlp_mult * self.model_dim
+
+    @property
+    def chunk_sizes(self) -> list[int]:
+        """Sizes of the chunks of TTT, in the order in which a document comes to them."""
+        return [self.ttt_chunk_size << i for i in range(len(self.ttt_chunk_doubles_at) + 1)]
 
     @property
     def shards_dir(self) -> Path:
@@ -2903,7 +2915,8 @@ class Adapters:
     """Low-rank terms x A^T B^T for a batch of documents at every visit, with their AdamW; callable through `bind()`.
 
     A (visits, documents, rank, in) starts uniform in +-1/sqrt(in), the same draw for every document; B (visits,
-    documents, out, rank) starts at 0. "o" and "mlp" are the bypasses around attention and MLP.
+    documents, out, rank) starts at 0. "o" and "mlp" are the bypasses around attention and MLP. With several sets of adapters
+    a document is there once for each, one after the other, and each set has its own draw.
     """
 
     def __init__(self, run: Run, schedule: Schedule, documents: int) -> None:
@@ -2914,10 +2927,10 @@ class Adapters:
         shapes |= {"o": (visits, dim, dim)} if cfg.ttt_o_lora else {}
         shapes |= {"mlp": (visits, dim, dim)} if cfg.ttt_mlp_lora else {}
         generator = torch.Generator().manual_seed(cfg.seed)
-        rank, self.documents = cfg.ttt_lora_rank, documents
-        self.initial = {name: ((torch.rand(n, 1, rank, i, generator=generator) * 2 - 1) / math.sqrt(i)).to(run.device)
+        rank, sets, self.documents = cfg.ttt_lora_rank, cfg.ttt_adapter_sets, documents
+        self.initial = {name: ((torch.rand(n, sets, rank, i, generator=generator) * 2 - 1) / math.sqrt(i)).to(run.device)
                         for name, (n, i, _) in sorted(shapes.items())}
-        self.a = {name: initial.repeat(1, documents, 1, 1).requires_grad_() for name, initial in self.initial.items()}
+        self.a = {name: initial.repeat(1, documents // sets, 1, 1).requires_grad_() for name, initial in self.initial.items()}
         self.b = {name: torch.zeros(n, documents, o, rank, device=run.device, requires_grad=True)
                   for name, (n, _, o) in sorted(shapes.items())}
         self.params = [*self.a.values(), *self.b.values()]
@@ -2930,7 +2943,7 @@ class Adapters:
     def reset(self) -> None:
         """As before the first chunk: fresh adapters, no optimizer state."""
         for name, initial in self.initial.items():
-            self.a[name].copy_(initial.expand_as(self.a[name]))
+            self.a[name].unflatten(1, (-1, initial.size(1))).copy_(initial[:, None])
             self.b[name].zero_()
         for state in self.adamw.state.values():
             for value in state.values():
@@ -2999,11 +3012,11 @@ class Window(NamedTuple):
     trains: bool
 
 
-def chunk_window(run: Run, documents: Documents, members: range, slots: int, chunk: int) -> Window:
-    """The window of chunk `chunk` for the documents `members` in `slots` places."""
+def chunk_window(run: Run, documents: Documents, members: np.ndarray, slots: int, chunk: int) -> Window:
+    """The window of chunk `chunk` for the documents `members` (numbers in scoring order) in `slots` places."""
     cfg, size = run.cfg, run.cfg.ttt_chunk_size
     lengths = np.zeros(slots, np.int64)
-    lengths[: len(members)] = documents.lengths[members.start: members.stop]
+    lengths[: len(members)] = documents.lengths[members]
     begin, end = np.minimum(chunk * size, lengths), np.minimum((chunk + 1) * size, lengths)
     first = np.where(end > begin, np.maximum(0, end - cfg.ttt_eval_seq_len), end)
     width = int((end - first).max())
@@ -3037,23 +3050,22 @@ class Cache:
 
     def __init__(self, run: Run, schedule: Schedule, documents: int, places: int) -> None:
         cfg = run.cfg
-        assert places % cfg.ttt_chunk_size == 0, "a chunk never runs across the end of the ring"
+        assert all(places % size == 0 for size in cfg.chunk_sizes), "a chunk never runs across the end of the ring"
         shape = (schedule.visits, documents, cfg.num_kv_heads, places, cfg.head_dim)
         self.keys, self.values = (torch.zeros(shape, dtype=run.dtype, device=run.device) for _ in range(2))
         self.begin = torch.zeros((), dtype=torch.int64, device=run.device)
-        self.chunk = torch.arange(cfg.ttt_chunk_size, device=run.device)
         self.documents, self.places = documents, places
 
-    def bind(self, seen: int, fresh: list[tuple[Tensor, Tensor]]) -> Attend:
-        """`attend` for one forward: a chunk looks at the first `seen` places and at itself.
+    def bind(self, size: int, seen: int, fresh: list[tuple[Tensor, Tensor]]) -> Attend:
+        """`attend` for one forward: a chunk of `size` tokens looks at the first `seen` places and at itself.
 
         Its own keys and values, (documents, Hkv, chunk, D) a visit, are appended to `fresh`; the gradient runs through
         these alone. The chunk that they will replace in the ring is out of sight already.
         """
-        documents, size, last = self.documents, len(self.chunk), self.begin - 1
+        documents, last, chunk = self.documents, self.begin - 1, torch.arange(size, device=self.begin.device)
         held = last - (last - torch.arange(seen, device=last.device)) % self.places  # position there; below 0: none yet
         old = (held >= 0) & (held >= self.begin + size - self.places)
-        mask = torch.cat([old.expand(size, seen), self.chunk[:, None] >= self.chunk], dim=1)
+        mask = torch.cat([old.expand(size, seen), chunk[:, None] >= chunk], dim=1)
 
         def attend(visit: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             groups = q.size(1) // k.size(1)
@@ -3070,37 +3082,33 @@ class Cache:
     @torch.no_grad()
     def store(self, fresh: list[tuple[Tensor, Tensor]]) -> None:
         """Put a chunk's keys and values in their places; the next chunk begins."""
-        places = (self.begin + self.chunk) % self.places
+        size = fresh[0][0].size(2)
+        places = (self.begin + torch.arange(size, device=self.begin.device)) % self.places
         for kept, new in zip((self.keys, self.values), zip(*fresh)):
             kept.index_copy_(3, places, torch.stack(new))
-        self.begin += len(self.chunk)
+        self.begin += size
 
 
 class ChunkStep:
-    """One step of cached TTT, in tensors that stay where they are: score a chunk of every document, then learn from it.
+    """A step of cached TTT, in tensors that stay where they are: score a chunk of every document, then learn from it.
 
     On CUDA the whole step (forward, backward, AdamW, cache) is captured once for each number of places in sight, and
     replayed: nothing in a batch of documents waits for the host.
     """
 
-    def __init__(self, run: Run, losses_of: Callable[..., Any], adapters: Adapters, cache: Cache) -> None:
-        self.run, self.losses_of, self.adapters, self.cache = run, losses_of, adapters, cache
-        self.size = run.cfg.ttt_chunk_size
-        rows = adapters.documents * self.size
+    def __init__(self, run: Run, losses_of: Callable[..., Any], adapters: Adapters, cache: Cache, size: int) -> None:
+        self.run, self.losses_of, self.adapters, self.cache, self.size = run, losses_of, adapters, cache, size
+        rows = adapters.documents * size
         self.tokens, self.targets = (torch.zeros(rows, dtype=torch.int64, device=run.device) for _ in range(2))
         self.weights, self.losses = (torch.zeros(rows, device=run.device) for _ in range(2))
-        self.bounds = torch.arange(0, rows + 1, self.size, dtype=torch.int32, device=run.device)
+        self.bounds = torch.arange(0, rows + 1, size, dtype=torch.int32, device=run.device)
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
         if run.device.type == "cuda":
             self.capture()
 
-    def reset(self) -> None:
-        self.adapters.reset()
-        self.cache.begin.zero_()
-
-    def places_in_sight(self, chunk: int) -> int:
-        """Places that a chunk looks at: the filled ones, on CUDA rounded up to one of a few numbers."""
-        filled = min(chunk * self.size, self.cache.places)
+    def places_in_sight(self, begin: int) -> int:
+        """Places that a chunk from position `begin` on looks at: the filled ones, on CUDA rounded up to one of a few numbers."""
+        filled = min(begin, self.cache.places)
         if self.run.device.type == "cuda":
             filled = 2 ** max(8, math.ceil(math.log2(max(filled, 1))))
         return min(filled, self.cache.places)
@@ -3108,7 +3116,7 @@ class ChunkStep:
     def capture(self) -> None:
         """Record a graph for each number of places. What adapters and cache hold is lost: a reset comes next."""
         stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
-        for seen in sorted({self.places_in_sight(chunk) for chunk in range(self.cache.places // self.size + 1)}):
+        for seen in sorted({self.places_in_sight(begin) for begin in range(0, self.cache.places + 1, self.size)}):
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(2):  # compiles, and makes the optimizer's state
@@ -3120,7 +3128,7 @@ class ChunkStep:
 
     def work(self, seen: int, trains: bool) -> None:
         """Everything that happens to a chunk; the losses are set before any adapter changes."""
-        positions = (self.cache.begin + self.cache.chunk).int().repeat(self.adapters.documents)
+        positions = (self.cache.begin + torch.arange(self.size, device=self.run.device)).int().repeat(self.adapters.documents)
         batch = Batch(self.tokens, self.targets, self.bounds, positions, self.size)
         with torch.set_grad_enabled(trains):
             losses, fresh = self.losses_of(batch, self.adapters, self.cache, seen)
@@ -3131,32 +3139,39 @@ class ChunkStep:
                 self.adapters.learn((losses * self.weights).sum())
         self.cache.store(fresh)
 
-    def __call__(self, tokens: Tensor, targets: Tensor, weights: Tensor, chunk: int, trains: bool) -> Tensor:
-        """The losses (documents * chunk,) of chunk number `chunk`; they are overwritten by the next one."""
-        self.tokens.copy_(tokens)
-        self.targets.copy_(targets)
-        self.weights.copy_(weights)
-        seen = self.places_in_sight(chunk)
+    def __call__(self, tokens: Tensor, targets: Tensor, weights: Tensor, begin: int, trains: bool) -> Tensor:
+        """The losses (documents, size) of the chunk from position `begin` on; they are overwritten by the next one."""
+        for kept, new in ((self.tokens, tokens), (self.targets, targets), (self.weights, weights)):
+            kept.view_as(new).copy_(new)
+        seen = self.places_in_sight(begin)
         self.graphs[seen].replay() if seen in self.graphs else self.work(seen, trains)
-        return self.losses
+        return self.losses.view_as(tokens)
 
 
-def chunk_tables(run: Run, documents: Documents, members: range, slots: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens, targets and shares in the training loss, each (chunks, slots * chunk size), of a batch of documents."""
-    size = run.cfg.ttt_chunk_size
+def chunk_bounds(cfg: Config, length: int) -> list[int]:
+    """Where the chunks of a document begin, and where the last one ends: at or behind `length`."""
+    bounds, switches = [0], [*cfg.ttt_chunk_doubles_at, math.inf]
+    while bounds[-1] < length:
+        size = next(size for size, end in zip(cfg.chunk_sizes, switches) if bounds[-1] < end)
+        bounds.append(bounds[-1] + size)
+    return bounds
+
+
+def chunk_tables(run: Run, documents: Documents, members: np.ndarray, slots: int, bounds: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, targets and shares in the training loss, each (slots, bounds[-1]), of a batch of documents."""
     starts, lengths = np.zeros((2, slots, 1), np.int64)
-    starts[: len(members), 0] = documents.starts[members.start: members.stop]
-    lengths[: len(members), 0] = documents.lengths[members.start: members.stop]
-    chunks = -(-int(lengths.max()) // size)
-    place = np.arange(chunks * size)
+    starts[: len(members), 0] = documents.starts[members]
+    lengths[: len(members), 0] = documents.lengths[members]
+    place, sizes = np.arange(bounds[-1]), np.diff(bounds)
     inside = place < lengths
     at = np.where(inside, starts + place, 0)
+    learns = np.repeat(bounds[1:], sizes) < lengths  # its chunk is not the document's last one
     tables = (np.where(inside, documents.tokens[at], 0).astype(np.int64),
               np.where(inside, documents.tokens[at + 1], 0).astype(np.int64),
-              ((place // size + 1) * size < lengths).astype(np.float32) / size)
+              learns.astype(np.float32) / np.repeat(sizes, sizes).astype(np.float32))
 
     def put(table: np.ndarray) -> Tensor:
-        tensor = torch.from_numpy(table.reshape(slots, chunks, size).swapaxes(0, 1).reshape(chunks, slots * size))
+        tensor = torch.from_numpy(table)
         return tensor if run.device.type == "cpu" else tensor.pin_memory().to(run.device, non_blocking=True)
 
     return tuple(map(put, tables))
@@ -3167,32 +3182,36 @@ class Adapter:
 
     def __init__(self, run: Run, model: GPT) -> None:
         self.run, self.schedule = run, loop_schedule(run.cfg, run.cfg.eval_loop_depth)
-        self.sets: dict[int, Adapters] = {}
-        self.step: ChunkStep | None = None
+        self.adapters: dict[int, Adapters] = {}
+        self.cache: Cache | None = None
+        self.chunk_steps: dict[int, ChunkStep] = {}  # by size of the chunk, all of one cache
         self.steps = self.forwarded = 0  # steps, and tokens that went through the model
         schedule = self.schedule
 
         def losses_of(batch: Batch, adapters: Adapters, cache: Cache | None = None, seen: int = 0,
                       rows: Tensor | None = None) -> tuple[Tensor, list]:
             fresh: list[tuple[Tensor, Tensor]] = []
-            attend = None if cache is None else cache.bind(seen, fresh)
+            attend = None if cache is None else cache.bind(batch.max_seqlen, seen, fresh)
             return model(batch, schedule, adapters.bind(), attend, rows), fresh
 
         self.losses_of = compiled(run, losses_of, dynamic=True)
 
     def score(self, documents: Documents, members: range) -> list[np.ndarray]:
         """The losses of each document, (length,) float32, every one computed before anything learned from its token."""
-        slots = self.run.cfg.ttt_batch_size if self.run.compile else len(members)
-        longest = int(documents.lengths[members.start: members.stop].max())
-        if slots not in self.sets:
-            self.step, self.sets = None, {slots: Adapters(self.run, self.schedule, slots)}
-        cached = self.run.cfg.ttt_context == "cache"
-        table = (self._score_cached if cached else self._score_windows)(documents, members, slots, longest)
-        return [table[i, : documents.lengths[d]] for i, d in enumerate(members)]
+        cfg = self.run.cfg
+        sets = cfg.ttt_adapter_sets
+        slots = sets * (cfg.ttt_batch_size if self.run.compile else len(members))
+        rows = np.repeat(members, sets)  # a document once for each set of adapters, which learns as if it were alone
+        longest = int(documents.lengths[rows].max())
+        if slots not in self.adapters:
+            self.cache, self.adapters = None, {slots: Adapters(self.run, self.schedule, slots)}
+        table = (self._score_cached if cfg.ttt_context == "cache" else self._score_windows)(documents, rows, slots, longest)
+        log_mean = torch.from_numpy(table[: len(rows)]).neg().unflatten(0, (-1, sets)).logsumexp(1) - math.log(sets)
+        return [losses[: documents.lengths[d]] for d, losses in zip(members, log_mean.neg().numpy())]
 
-    def _score_windows(self, documents: Documents, members: range, slots: int, longest: int) -> np.ndarray:
+    def _score_windows(self, documents: Documents, members: np.ndarray, slots: int, longest: int) -> np.ndarray:
         """Losses (slots, longest), each chunk with its window computed again."""
-        cfg, adapters = self.run.cfg, self.sets[slots]
+        cfg, adapters = self.run.cfg, self.adapters[slots]
         adapters.reset()
         result = torch.zeros(slots * longest + 1, device=self.run.device)
         for chunk in range(-(-longest // cfg.ttt_chunk_size)):
@@ -3208,22 +3227,24 @@ class Adapter:
             self._count(1, max(1, updates) * len(window.batch.tokens))
         return result[:-1].cpu().numpy().reshape(slots, longest)
 
-    def _score_cached(self, documents: Documents, members: range, slots: int, longest: int) -> np.ndarray:
-        """Losses (slots, chunks * chunk size), each chunk looking at keys and values kept from the earlier ones."""
-        cfg, size = self.run.cfg, self.run.cfg.ttt_chunk_size
+    def _score_cached(self, documents: Documents, members: np.ndarray, slots: int, longest: int) -> np.ndarray:
+        """Losses (slots, longest or more), each chunk looking at keys and values kept from the earlier ones."""
+        cfg, adapters, largest = self.run.cfg, self.adapters[slots], self.run.cfg.chunk_sizes[-1]
         cuda = self.run.device.type == "cuda"
-        places = -(-(cfg.ttt_eval_seq_len if cuda else min(longest, cfg.ttt_eval_seq_len)) // size) * size
-        if self.step is None or self.step.cache.places != places:
-            cache = Cache(self.run, self.schedule, slots, places)
-            self.step = ChunkStep(self.run, self.losses_of, self.sets[slots], cache)
-        self.step.reset()
-        tables = chunk_tables(self.run, documents, members, slots)
-        chunks = len(tables[0])
-        result = torch.zeros(chunks, slots * size, device=self.run.device)
-        for chunk, inputs in enumerate(zip(*tables)):
-            result[chunk] = self.step(*inputs, chunk, trains=chunk < chunks - 1)
-        self._count(chunks, result.numel() * cfg.ttt_grad_steps)
-        return result.cpu().numpy().reshape(chunks, slots, size).swapaxes(0, 1).reshape(slots, -1)
+        places = -(-(cfg.ttt_eval_seq_len if cuda else min(longest, cfg.ttt_eval_seq_len)) // largest) * largest
+        if self.cache is None or self.cache.places != places:
+            self.cache = Cache(self.run, self.schedule, slots, places)
+            self.chunk_steps = {size: ChunkStep(self.run, self.losses_of, adapters, self.cache, size) for size in cfg.chunk_sizes}
+        adapters.reset()
+        self.cache.begin.zero_()
+        bounds = chunk_bounds(cfg, longest)
+        tables = chunk_tables(self.run, documents, members, slots, bounds)
+        result = torch.zeros(slots, bounds[-1], device=self.run.device)
+        for begin, end in zip(bounds, bounds[1:]):
+            inputs = [table[:, begin:end] for table in tables]
+            result[:, begin:end] = self.chunk_steps[end - begin](*inputs, begin, trains=end < longest)
+        self._count(len(bounds) - 1, result.numel() * cfg.ttt_grad_steps)
+        return result.cpu().numpy()
 
     def _count(self, steps: int, forwarded: int) -> None:
         self.steps += steps

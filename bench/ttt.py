@@ -18,7 +18,6 @@ and with TTT_CONTEXT=cache, on a CPU:
                            (one more forward of every chunk that is learnt from)
     loss_chunks=2          an update uses the mean loss of the chunk just scored and of the one before it, both with the adapters
                            of the moment (one more forward for every update but the first)
-    grow=192:16            from position 192 on chunks of 16, before it of TTT_CHUNK_SIZE; adapters, optimizer and cache go on
 """
 
 from __future__ import annotations
@@ -47,9 +46,8 @@ import train_gpt as g  # noqa: E402
 SITES = "q|k|v|o|mlp|head"
 EXPERIMENTS = {  # what may stand behind the = of a word in small letters
     "sites": rf"({SITES})(,({SITES}))*", "meta": r"\d+(\.\d*)?|\.\d+", "mix": r".+", "refresh": r"[01]", "loss_chunks": r"[12]",
-    "grow": r"\d+:[1-9]\d*",
 }
-CACHED = {"refresh", "loss_chunks", "grow"}
+CACHED = {"refresh", "loss_chunks"}
 
 
 @dataclass
@@ -70,7 +68,7 @@ class ExperimentalAdapters(g.Adapters):
     def __init__(self, run: g.Run, schedule: g.Schedule, documents: int) -> None:
         super().__init__(run, schedule, documents)
         self.used = False
-        self.initial_b = {name: torch.zeros_like(b[:, :1]) for name, b in self.b.items()}
+        self.initial_b = {name: torch.zeros_like(b[:, : run.cfg.ttt_adapter_sets]) for name, b in self.b.items()}
         if sites := self.options.get("sites"):
             for table in (self.initial, self.initial_b, self.a, self.b):
                 for name in set(table) - set(sites.split(",")):
@@ -85,44 +83,32 @@ class ExperimentalAdapters(g.Adapters):
         if share and self.used:
             for initial, current in ((self.initial, self.a), (self.initial_b, self.b)):
                 for name, value in current.items():
-                    initial[name].lerp_(value.mean(1, keepdim=True), share)
+                    initial[name].lerp_(value.unflatten(1, (-1, initial[name].size(1))).mean(1), share)
         super().reset()
         for name, initial in self.initial_b.items():
-            self.b[name].copy_(initial.expand_as(self.b[name]))
+            self.b[name].unflatten(1, (-1, initial.size(1))).copy_(initial[:, None])
         self.used = True
 
 
 class ExperimentalStep(g.ChunkStep):
-    """A step of cached TTT with `refresh` and `loss_chunks`, for chunks of any size (`resize`)."""
+    """A step of cached TTT with `refresh` and `loss_chunks`."""
 
     options: dict[str, str]
 
-    def __init__(self, run: g.Run, losses_of: Callable, adapters: g.Adapters, cache: g.Cache) -> None:
+    def __init__(self, run: g.Run, losses_of: Callable, adapters: g.Adapters, cache: g.Cache, size: int) -> None:
         self.forwarded = 0  # tokens that went through the model besides those of the program's own step
         self.previous: tuple[Tensor, Tensor] | None = None  # tokens and targets of the chunk before
-        super().__init__(run, losses_of, adapters, cache)
+        super().__init__(run, losses_of, adapters, cache, size)
 
-    def reset(self) -> None:
-        super().reset()
-        self.previous = None
-        self.resize(self.run.cfg.ttt_chunk_size)
-
-    def resize(self, size: int) -> None:
-        """The next chunks have `size` tokens."""
-        if size == self.size:
-            return
-        rows, self.size = self.adapters.documents * size, size
-        self.tokens, self.targets = torch.zeros(2, rows, dtype=torch.int64)
-        self.weights, self.losses = torch.zeros(2, rows)
-        self.bounds = torch.arange(0, rows + 1, size, dtype=torch.int32)
-        self.cache.chunk = torch.arange(size)
+    def __call__(self, tokens: Tensor, targets: Tensor, weights: Tensor, begin: int, trains: bool) -> Tensor:
+        if begin == 0:
+            self.previous = None
+        return super().__call__(tokens, targets, weights, begin, trains)
 
     def forward(self, tokens: Tensor, targets: Tensor, seen: int) -> tuple[Tensor, list]:
-        """Losses, and keys and values, of the chunk that begins at the cache's `begin`; its size is that of the cache's `chunk`."""
-        size = len(self.cache.chunk)
-        positions = (self.cache.begin + self.cache.chunk).int().repeat(self.adapters.documents)
-        bounds = torch.arange(0, len(tokens) + 1, size, dtype=torch.int32)
-        return self.losses_of(g.Batch(tokens, targets, bounds, positions, size), self.adapters, self.cache, seen)
+        """Losses, and keys and values, of the chunk that begins at the cache's `begin`."""
+        positions = (self.cache.begin + torch.arange(self.size)).int().repeat(self.adapters.documents)
+        return self.losses_of(g.Batch(tokens, targets, self.bounds, positions, self.size), self.adapters, self.cache, seen)
 
     def previous_losses(self, seen: int) -> Tensor:
         """Losses of the chunk before, which sees what it saw when it was scored, with the adapters of now.
@@ -131,14 +117,10 @@ class ExperimentalStep(g.ChunkStep):
         which takes the places of the oldest positions that the one before it has seen.
         """
         assert self.previous is not None
-        cache, (tokens, targets) = self.cache, self.previous
-        chunk, size = cache.chunk, len(tokens) // self.adapters.documents
-        cache.begin -= size
-        cache.chunk = torch.arange(size)
-        losses, _ = self.forward(tokens, targets, seen)
-        cache.begin += size
-        cache.chunk = chunk
-        self.forwarded += len(tokens)
+        self.cache.begin -= self.size
+        losses, _ = self.forward(*self.previous, seen)
+        self.cache.begin += self.size
+        self.forwarded += len(losses)
         return losses
 
     def loss(self, losses: Tensor, seen: int) -> Tensor:
@@ -171,40 +153,16 @@ class ExperimentalStep(g.ChunkStep):
 
 
 class ExperimentalAdapter(g.Adapter):
-    """Scores with ExperimentalStep, counts its forwards, and lets chunks grow."""
+    """Counts the forwards of ExperimentalStep."""
 
     options: dict[str, str]
 
-    def _score_cached(self, documents: g.Documents, members: range, slots: int, longest: int) -> np.ndarray:
-        position, size = map(int, self.options.get("grow", f"{longest}:1").split(":"))
-        if longest <= position:
-            table = super()._score_cached(documents, members, slots, longest)
-        else:
-            table = self._score_growing(documents, members, slots, longest, position, size)
-        self._count(0, self.step.forwarded)
-        self.step.forwarded = 0
+    def _score_cached(self, documents: g.Documents, members: np.ndarray, slots: int, longest: int) -> np.ndarray:
+        table = super()._score_cached(documents, members, slots, longest)
+        for step in self.chunk_steps.values():
+            self._count(0, step.forwarded)
+            step.forwarded = 0
         return table
-
-    def _score_growing(self, documents: g.Documents, members: range, slots: int, longest: int, position: int, size: int) -> np.ndarray:
-        """Losses as _score_cached has them, with chunks of `size` tokens from `position` on."""
-        cfg = self.run.cfg
-        places = -(-min(longest, cfg.ttt_eval_seq_len) // size) * size
-        if self.step is None or self.step.cache.places != places:
-            cache = g.Cache(self.run, self.schedule, slots, places)
-            self.step = ExperimentalStep(self.run, self.losses_of, self.sets[slots], cache)
-        self.step.reset()
-        parts = []
-        for width, first, end in ((cfg.ttt_chunk_size, 0, position), (size, position, longest)):
-            self.step.resize(width)
-            run = replace(self.run, cfg=replace(cfg, ttt_chunk_size=width))
-            tables = [table[first // width: -(-end // width)] for table in g.chunk_tables(run, documents, members, slots)]
-            result = torch.zeros(len(tables[0]), slots * width)
-            for i, inputs in enumerate(zip(*tables)):
-                chunk = first // width + i
-                result[i] = self.step(*inputs, chunk, trains=(chunk + 1) * width < longest)
-            self._count(len(result), result.numel() * cfg.ttt_grad_steps)
-            parts.append(result.numpy().reshape(len(result), slots, width).swapaxes(0, 1).reshape(slots, -1))
-        return np.concatenate(parts, axis=1)
 
 
 @contextmanager
@@ -262,11 +220,8 @@ def config_of(words: list[str], data: str) -> g.Config:
     if used := sorted(options.keys() & CACHED):
         if cfg.ttt_context != "cache":
             raise SystemExit(f"{used[0]}= needs TTT_CONTEXT=cache")
-        if "grow" in options:
-            position, size = map(int, options["grow"].split(":"))
-            if position % size or size % cfg.ttt_chunk_size or cfg.ttt_eval_seq_len % size:
-                raise SystemExit(f"grow={position}:{size}: position and TTT_EVAL_SEQ_LEN must be multiples of the chunk there, that one of "
-                                 f"TTT_CHUNK_SIZE ({cfg.named_in('TTT_EVAL_SEQ_LEN TTT_CHUNK_SIZE')})")
+        if options.get("loss_chunks") == "2" and cfg.ttt_chunk_doubles_at:
+            raise SystemExit("loss_chunks=2 is for chunks of one size, without TTT_CHUNK_DOUBLES_AT")
     return cfg
 
 
@@ -295,7 +250,7 @@ def run_row(words: list[str], artifact: bytes, data: str, span: tuple[int, int])
     cfg = replace(config_of(words, data), **stored)
     run = g.Run(cfg, g.Ranks(), g.Log(None, speaks=False))
     if options.keys() & CACHED and run.device.type != "cpu":
-        raise SystemExit("refresh, loss_chunks and grow run on a CPU only")
+        raise SystemExit("refresh and loss_chunks run on a CPU only")
     work: dict[str, str] = {}
     run.log.record = lambda word, /, **values: work.update(values) if word == "ttt_work" else None
     model = g.model_from_tensors(cfg, tensors, run)

@@ -23,7 +23,7 @@ SMALL = {"NUM_LAYERS": 2, "LOOP_START": 0, "LOOP_END": 0, "PARALLEL_START_LAYER"
 WRAPS = {**{k.lower(): v for k, v in SMALL.items()}, "ttt_context": "cache", "ttt_chunk_size": 2, "ttt_eval_seq_len": 8}
 NO_WRAP = {"ttt_eval_seq_len": 24}
 TWO_DOCUMENTS = [np.append(1, np.random.default_rng(seed).integers(4, tiny.VOCAB, length)) for seed, length in ((0, 20), (1, 18))]
-EVERY = [{"refresh": "1"}, {"loss_chunks": "2"}, {"grow": "8:4"}, {"refresh": "1", "loss_chunks": "2", "grow": "8:4"}]
+EVERY = [{"refresh": "1"}, {"loss_chunks": "2"}, {"refresh": "1", "loss_chunks": "2"}]
 
 
 @pytest.fixture(autouse=True)
@@ -43,9 +43,8 @@ def scored(options: dict[str, str], docs: list[np.ndarray], **changes: object) -
 class ExperimentalOracle(Oracle):
     """The experiments written from their description, on top of the oracle of the program's tests."""
 
-    def score(self, entries: np.ndarray, refresh: str = "0", loss_chunks: str = "1", grow: str = "1000:1") -> np.ndarray:
-        length, limit = len(entries) - 1, self.cfg.ttt_eval_seq_len
-        position, width = map(int, grow.split(":"))
+    def score(self, entries: np.ndarray, refresh: str = "0", loss_chunks: str = "1") -> np.ndarray:
+        length, limit, size = len(entries) - 1, self.cfg.ttt_eval_seq_len, self.cfg.ttt_chunk_size
         kept: dict[int, list] = {}
         result, begin, before = [], 0, 0
 
@@ -54,7 +53,6 @@ class ExperimentalOracle(Oracle):
             return self.losses(entries, first, end, self.cached_attention(kept, fresh, first, lowest)), fresh
 
         while begin < length:
-            size = self.cfg.ttt_chunk_size if begin < position else width
             end = min(begin + size, length)
             now = begin, end, kept, begin + size - limit
             losses, fresh = forward(*now)
@@ -74,7 +72,7 @@ class ExperimentalOracle(Oracle):
 
 
 @pytest.mark.parametrize(("options", "grad_steps", "document"), [
-    (EVERY[0], 1, 0), (EVERY[1], 1, 1), (EVERY[2], 1, 0), (EVERY[3], 1, 0), (EVERY[3], 2, 1)], ids=str)
+    (EVERY[0], 1, 0), (EVERY[1], 1, 1), (EVERY[2], 1, 0), (EVERY[2], 2, 1)], ids=str)
 def test_an_experiment_scores_as_its_oracle(options: dict[str, str], grad_steps: int, document: int) -> None:
     # AdamW divides a gradient by its own size: where it is next to nothing, rounding decides the sign of a whole step
     changes = {"ttt_grad_steps": grad_steps, "ttt_lora_lr": 0.002}
@@ -92,8 +90,7 @@ def test_without_learning_an_experiment_is_the_plain_cache(options: dict[str, st
         np.testing.assert_allclose(got, plain, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize(("grow", "count"), [("100:4", 8), ("8:4", 5)])
-def test_the_chunk_before_sees_what_it_saw_when_it_was_scored(grow: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_chunk_before_sees_what_it_saw_when_it_was_scored(monkeypatch: pytest.MonkeyPatch) -> None:
     again = []
     own = ttt.ExperimentalStep.previous_losses
 
@@ -103,31 +100,22 @@ def test_the_chunk_before_sees_what_it_saw_when_it_was_scored(grow: str, count: 
 
     monkeypatch.setattr(ttt.ExperimentalStep, "previous_losses", previous_losses)
     monkeypatch.setattr(g.Adapters, "learn", lambda *_: None)
-    (losses,), _ = scored({"loss_chunks": "2", "grow": grow}, TWO_DOCUMENTS[:1])
-    assert len(again) == count
+    (losses,), _ = scored({"loss_chunks": "2"}, TWO_DOCUMENTS[:1])
+    assert len(again) == 8
     recorded = torch.cat(again).detach().numpy()
     np.testing.assert_allclose(recorded, losses[: len(recorded)], atol=1e-5)
 
 
-@pytest.mark.parametrize(("options", "same"), [({"refresh": "1"}, 2), ({"loss_chunks": "2"}, 4), ({"grow": "8:4"}, 10)], ids=str)
+@pytest.mark.parametrize(("options", "same"), [({"refresh": "1"}, 2), ({"loss_chunks": "2"}, 4)], ids=str)
 def test_an_experiment_begins_as_the_plain_cache_and_then_differs(options: dict[str, str], same: int) -> None:
-    exact = min(same, 8)  # what comes behind the switch, with the same adapters, comes from a forward of another size
     for got, plain in zip(scored(options, TWO_DOCUMENTS, **NO_WRAP)[0], scored({}, TWO_DOCUMENTS, **NO_WRAP)[0]):
-        np.testing.assert_array_equal(got[:exact], plain[:exact])
-        np.testing.assert_allclose(got[:same], plain[:same], atol=1e-5)
+        np.testing.assert_array_equal(got[:same], plain[:same])
         assert (np.abs(got - plain)[same: same + 2] > 1e-4).any()
 
 
-@pytest.mark.parametrize("grow", ["8:2", "0:2", "20:2"])
-def test_chunks_that_grow_to_their_own_size_change_nothing(grow: str) -> None:
-    for got, plain in zip(scored({"grow": grow}, TWO_DOCUMENTS)[0], scored({}, TWO_DOCUMENTS)[0]):
-        np.testing.assert_array_equal(got, plain)
-
-
-@pytest.mark.parametrize("length", [9, 19])  # not behind the switch, and behind it; the ring has 8 places for either
-def test_a_batch_does_not_depend_on_the_one_before(length: int) -> None:
+def test_a_batch_does_not_depend_on_the_one_before() -> None:
     run = make_run(**WRAPS)
-    documents = g.Documents(make_val([TWO_DOCUMENTS[0], TWO_DOCUMENTS[1][:length]]))
+    documents = g.Documents(make_val(TWO_DOCUMENTS))
     with ttt.experiments(EVERY[-1]):
         one, other = (g.Adapter(run, make_model(run)) for _ in range(2))
         after = [one.score(documents, range(d, d + 1))[0] for d in range(2)][1]
@@ -149,8 +137,7 @@ def test_a_token_changes_no_score_before_its_own(options: dict[str, str]) -> Non
     ({}, 22),                         # 21 targets: 11 chunks of 2, the last with one of them
     ({"refresh": "1"}, 22 + 20),      # all but the last learn
     ({"loss_chunks": "2"}, 22 + 18),  # and the first has none before it
-    ({"grow": "8:4"}, 8 + 16),        # 13 targets behind the switch: 3 full chunks and one of which nothing is learnt
-    ({"grow": "8:4", "refresh": "1", "loss_chunks": "2"}, 24 + 20 + 6 + 2 + 8),
+    ({"refresh": "1", "loss_chunks": "2"}, 22 + 20 + 18),
 ], ids=str)
 def test_every_forward_is_counted(options: dict[str, str], forwarded: int, monkeypatch: pytest.MonkeyPatch) -> None:
     real: list[int] = []
@@ -167,7 +154,7 @@ def test_every_forward_is_counted(options: dict[str, str], forwarded: int, monke
 
 def test_nothing_of_an_experiment_stays_behind() -> None:
     own = g.Adapters, g.ChunkStep, g.Adapter
-    with ttt.experiments({"sites": "k", "grow": "16:8"}):
+    with ttt.experiments({"sites": "k", "refresh": "1"}):
         assert (g.Adapters, g.ChunkStep, g.Adapter) == (ttt.ExperimentalAdapters, ttt.ExperimentalStep, ttt.ExperimentalAdapter)
     with ttt.experiments({}):
         assert (g.Adapters, g.ChunkStep, g.Adapter) == own
@@ -213,7 +200,7 @@ def bench(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Benc
 
 
 @pytest.mark.parametrize(("rows", "message"), [
-    (["b refesh=1"], "row b: refesh=1: no such experiment; there are sites=, meta=, mix=, refresh=, loss_chunks=, grow="),
+    (["b refesh=1"], "row b: refesh=1: no such experiment; there are sites=, meta=, mix=, refresh=, loss_chunks="),
     (["b positions=64:a,a"], "no such experiment"),
     (["b Refresh=1"], "no such experiment"),
     (["b refresh"], "no such experiment"),
@@ -221,8 +208,8 @@ def bench(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Benc
     (["b TTT_CHUNK_SIZE=none"], "row b: TTT_CHUNK_SIZE='none' is not allowed"),
     (["b loss_chunks=3"], "'3' is no value of loss_chunks"),
     (["b sites=k,w"], "'k,w' is no value of sites"),
-    (["b grow=24:16"], "must be multiples"),
-    (["b grow=32:24"], "must be multiples"),
+    (["b grow=192:16"], "no such experiment"),
+    (["b loss_chunks=2 TTT_CHUNK_DOUBLES_AT=32"], "row b: loss_chunks=2 is for chunks of one size"),
     (["b refresh=1 TTT_CONTEXT=window"], "row b: refresh= needs TTT_CONTEXT=cache"),
     (["b mix=a,c", "c refresh=1"], "row b: mix= of c, which is no row above it"),
     (["b mix=a,a refresh=1"], "stands alone"),

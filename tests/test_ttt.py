@@ -74,15 +74,15 @@ def document_losses(run: g.Run, val: g.ValData, model: g.GPT) -> list[np.ndarray
 class Oracle:
     """TTT of one document, written from the description: plain autograd, AdamW spelled out, Python lists for the cache."""
 
-    def __init__(self, run: g.Run, model: g.GPT) -> None:
+    def __init__(self, run: g.Run, model: g.GPT, draw: int = 0) -> None:
         self.cfg, self.model = run.cfg, model
         self.schedule = g.loop_schedule(run.cfg, run.cfg.eval_loop_depth)
-        initial = g.Adapters(run, self.schedule, 1).initial
+        initial = g.Adapters(run, self.schedule, run.cfg.ttt_adapter_sets).initial
         self.lora: dict[tuple[str, int], list[Tensor]] = {}
         for name, values in initial.items():
             out = {"k": run.cfg.kv_dim, "v": run.cfg.kv_dim, "head": run.cfg.vocab_size}.get(name, run.cfg.model_dim)
             for visit in range(len(values)):
-                self.lora[name, visit] = [values[visit, 0].clone(), torch.zeros(out, run.cfg.ttt_lora_rank)]
+                self.lora[name, visit] = [values[visit, draw].clone(), torch.zeros(out, run.cfg.ttt_lora_rank)]
         for pair in self.lora.values():
             for tensor in pair:
                 tensor.requires_grad_()
@@ -120,11 +120,14 @@ class Oracle:
 
     def score(self, entries: np.ndarray) -> np.ndarray:
         """Losses of a document; `entries` ends with the last target."""
-        length, size, limit = len(entries) - 1, self.cfg.ttt_chunk_size, self.cfg.ttt_eval_seq_len
-        places = -(-limit // size) * size
+        length, limit, doubles = len(entries) - 1, self.cfg.ttt_eval_seq_len, self.cfg.ttt_chunk_doubles_at
+        largest = self.cfg.ttt_chunk_size * 2**len(doubles)
+        places = -(-limit // largest) * largest
         kept: dict[int, list[tuple[Tensor, Tensor]]] = {}
         result: list[Tensor] = []
-        for begin in range(0, length, size):
+        end = 0
+        while end < length:
+            begin, size = end, self.cfg.ttt_chunk_size * 2**sum(end >= position for position in doubles)
             end = min(begin + size, length)
             if self.cfg.ttt_context == "cache":
                 fresh: dict[int, tuple[Tensor, Tensor]] = {}
@@ -161,9 +164,11 @@ class Oracle:
         return attend
 
 
-@pytest.mark.parametrize(("context", "chunk", "limit"), [("window", 16, 64), ("window", 7, 20), ("cache", 16, 64), ("cache", 7, 20)])
-def test_scores_are_those_of_the_oracle_and_the_last_chunk_teaches_nothing(context: str, chunk: int, limit: int) -> None:
-    run = make_run(ttt_context=context, ttt_chunk_size=chunk, ttt_eval_seq_len=limit)
+@pytest.mark.parametrize(("context", "chunk", "limit", "doubles"), [
+    ("window", 16, 64, ""), ("window", 7, 20, ""), ("cache", 16, 64, ""), ("cache", 7, 20, ""), ("cache", 4, 21, "8,32"),
+    ("cache", 5, 64, "20")])
+def test_scores_are_those_of_the_oracle_and_the_last_chunk_teaches_nothing(context: str, chunk: int, limit: int, doubles: str) -> None:
+    run = make_run(ttt_context=context, ttt_chunk_size=chunk, ttt_eval_seq_len=limit, ttt_chunk_doubles_at=doubles)
     model = make_model(run)
     val = make_val(tiny.documents(3, seed=5, shortest=26, longest=45))
     documents, adapter = g.Documents(val), g.Adapter(run, model)
@@ -172,10 +177,45 @@ def test_scores_are_those_of_the_oracle_and_the_last_chunk_teaches_nothing(conte
         start, length = documents.starts[d], documents.lengths[d]
         oracle = Oracle(run, model)
         np.testing.assert_allclose(losses, oracle.score(val.tokens[start: start + length + 1].astype(np.int64)), atol=2e-5)
-        assert oracle.updates == -(-length // chunk) - 1
+        assert oracle.updates == (-(-length // chunk) if not doubles else len(g.chunk_bounds(run.cfg, length)) - 1) - 1
     adapter.score(documents, range(1))
-    steps = {float(state["step"]) for state in adapter.sets[1].adamw.state.values()}
-    assert steps == {-(-documents.lengths[0] // chunk) - 1}
+    steps = {float(state["step"]) for state in adapter.adapters[1].adamw.state.values()}
+    last = Oracle(run, model)
+    last.score(val.tokens[documents.starts[0]: documents.starts[0] + documents.lengths[0] + 1].astype(np.int64))
+    assert steps == {last.updates}
+
+
+def test_chunks_double_where_they_are_told_to() -> None:
+    cfg = make_run(ttt_context="cache", ttt_chunk_size=4, ttt_chunk_doubles_at="16,32").cfg
+    assert cfg.chunk_sizes == [4, 8, 16]
+    assert g.chunk_bounds(cfg, 49) == [0, 4, 8, 12, 16, 24, 32, 48, 64]
+    assert g.chunk_bounds(cfg, 16) == [0, 4, 8, 12, 16] and g.chunk_bounds(cfg, 1) == [0, 4]
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"ttt_chunk_doubles_at": "24,16"}, "must ascend"),
+    ({"ttt_chunk_doubles_at": "20"}, "a multiple of the chunks that begin there"),
+    ({"ttt_chunk_doubles_at": "16,40"}, "a multiple of the chunks that begin there"),
+    ({"ttt_chunk_doubles_at": "16,32,64,128"}, "must be at most TTT_EVAL_SEQ_LEN"),
+    ({"ttt_chunk_doubles_at": "16", "ttt_context": "window"}, "needs TTT_CONTEXT=cache"),
+])
+def test_impossible_doublings_are_refused(changes: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_run(**{"ttt_context": "cache", "ttt_chunk_size": 8, "ttt_eval_seq_len": 100, **changes})
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_sets_of_adapters_learn_alone_and_their_probabilities_are_averaged(context: str) -> None:
+    run = make_run(ttt_context=context, ttt_adapter_sets=2, ttt_lora_lr=0.02)
+    model, val = make_model(run), make_val(tiny.documents(3, seed=5, shortest=26, longest=45))
+    documents, adapter = g.Documents(val), g.Adapter(run, model)
+    for _ in range(2):  # the second time from adapters that have learned
+        got = adapter.score(documents, range(3))
+    for d, losses in enumerate(got):
+        tokens = val.tokens[documents.starts[d]: documents.starts[d] + documents.lengths[d] + 1].astype(np.int64)
+        one, other = (Oracle(run, model, draw).score(tokens) for draw in range(2))
+        assert np.abs(one - other).max() > 1e-2
+        np.testing.assert_allclose(losses, -np.log((np.exp(-one) + np.exp(-other)) / 2), atol=2e-5)
 
 
 @pytest.mark.parametrize("context", CONTEXTS)
@@ -256,9 +296,9 @@ PHASED = {"phased_ttt_enabled": 1, "phased_ttt_prefix_docs": 9, "phased_ttt_num_
           "global_ttt_chunk_tokens": 32, "ttt_batch_size": 3}
 
 
-@pytest.mark.parametrize("context", CONTEXTS)
-def test_a_later_token_changes_no_earlier_score_to_the_last_bit(context: str) -> None:
-    run, val = make_run(ttt_context=context, **PHASED), make_val(tiny.documents(12, seed=12, longest=100))
+@pytest.mark.parametrize(("context", "doubles"), [("window", ""), ("cache", ""), ("cache", "32")])
+def test_a_later_token_changes_no_earlier_score_to_the_last_bit(context: str, doubles: str) -> None:
+    run, val = make_run(ttt_context=context, ttt_chunk_doubles_at=doubles, **PHASED), make_val(tiny.documents(12, seed=12, longest=100))
     documents, before = g.Documents(val), score_all(run, val)
     place_in_order = {int(start): d for d, start in enumerate(documents.starts)}
     starts = val.document_starts()
@@ -375,7 +415,7 @@ def test_places_that_hold_nothing_yet_are_out_of_sight(monkeypatch: pytest.Monke
     run = make_run(ttt_context="cache", ttt_chunk_size=8, ttt_eval_seq_len=32)
     model, documents = make_model(run), g.Documents(make_val(tiny.documents(2, seed=17, shortest=50, longest=60)))
     exact = g.Adapter(run, model).score(documents, range(2))
-    monkeypatch.setattr(g.ChunkStep, "places_in_sight", lambda self, chunk: self.cache.places)  # a GPU rounds up
+    monkeypatch.setattr(g.ChunkStep, "places_in_sight", lambda self, begin: self.cache.places)  # a GPU rounds up
     rounded = g.Adapter(run, model)
     for _ in range(2):  # the second time the places hold what the first left there
         for one, other in zip(exact, rounded.score(documents, range(2))):
@@ -392,7 +432,7 @@ def test_the_cache_is_a_ring_that_never_holds_more_than_the_limit() -> None:
     for begin in range(0, 40, 8):
         q, k, v = (t[:, begin: begin + 8].flatten(0, 1) for t in stream)
         fresh: list[tuple[Tensor, Tensor]] = []
-        attend = cache.bind(min(begin, 24), fresh)
+        attend = cache.bind(8, min(begin, 24), fresh)
         out = [attend(visit, q, k, v) for visit in range(schedule.visits)][-1].unflatten(0, (2, 8))
         cache.store(fresh)
         past = slice(max(0, begin + 8 - 24), begin + 8)

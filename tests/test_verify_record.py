@@ -322,10 +322,13 @@ def test_code_that_breaks_a_rule_is_found(patch: str, check: Callable[[verify.Au
     assert result.status == verify.FAIL, result.detail
 
 
-def test_the_other_way_to_keep_context_passes_the_same_audit() -> None:
+@pytest.mark.parametrize("settings", [{}, {"ttt_chunk_size": 4, "ttt_chunk_doubles_at": (192, 768)}, {"ttt_adapter_sets": 2}], ids=str)
+def test_the_other_way_to_keep_context_passes_the_same_audit(settings: dict[str, object]) -> None:
     record = verify.open_folder(made().record)
-    auditor = verify.Auditor(verify.open_subject(record, made().data, None), record.artifacts[record.runs[0].path])
-    auditor.cfg = verify.replace(auditor.cfg, ttt_context="cache")
+    subject = verify.open_subject(record, made().data, None)
+    subject.cfg = verify.replace(subject.cfg, ttt_context="cache", **settings)
+    auditor = verify.Auditor(subject, record.artifacts[record.runs[0].path])
+    assert auditor.cfg.ttt_chunk_doubles_at == ((8, 16) if "ttt_chunk_doubles_at" in settings else ())  # in sight of the documents
     for result in (verify.check_causal(auditor, True, 3), verify.check_isolated(auditor, True), verify.check_normalised(auditor, True, 60)):
         assert result.status == verify.PASS, result.detail
 

@@ -454,6 +454,8 @@ class Auditor:
         self.subject, self.code = subject, subject.code
         stored, self.tensors = self.code.unpack_artifact(artifact.read_bytes())
         sizes = {} if full_size else {name: min(getattr(subject.cfg, name), most) for name, most in AUDIT_SIZES.items()}
+        if sizes and (doubles := getattr(subject.cfg, "ttt_chunk_doubles_at", ())):  # early enough for small documents
+            sizes["ttt_chunk_doubles_at"] = tuple(sizes["ttt_chunk_size"] << i + 1 for i in range(len(doubles)))
         self.cfg = replace(subject.cfg, **stored, **sizes, val_doc_fraction=1.0)
         device = self.code.torch.device("cuda" if self.code.torch.cuda.is_available() else "cpu")
         self.code.resolve_attention("auto", device)
