@@ -222,7 +222,9 @@ class Config:
     ttt_weight_decay: float = setting(0.5, "decoupled weight decay of the adapters", at_least(0))
     ttt_beta1: float = setting(0.0, "AdamW on the adapters", between(0, 1))
     ttt_beta2: float = setting(0.999, "AdamW on the adapters", between(0, 1))
+    ttt_q_lora: bool = setting(True, "adapters on the queries", FLAG)
     ttt_k_lora: bool = setting(True, "adapters on the keys", FLAG)
+    ttt_v_lora: bool = setting(True, "adapters on the values", FLAG)
     ttt_o_lora: bool = setting(True, "adapters around attention", FLAG)
     ttt_mlp_lora: bool = setting(True, "adapters around the MLP", FLAG)
     val_doc_fraction: float = setting(1.0, "share of the validation documents to score; below 1 is no full score", Check(
@@ -2922,8 +2924,10 @@ class Adapters:
     def __init__(self, run: Run, schedule: Schedule, documents: int) -> None:
         cfg, visits = run.cfg, schedule.visits
         dim, kv_dim = cfg.model_dim, cfg.kv_dim
-        shapes = {"q": (visits, dim, dim), "v": (visits, dim, kv_dim), "head": (1, dim, cfg.vocab_size)}
+        shapes = {"head": (1, dim, cfg.vocab_size)}
+        shapes |= {"q": (visits, dim, dim)} if cfg.ttt_q_lora else {}
         shapes |= {"k": (visits, dim, kv_dim)} if cfg.ttt_k_lora else {}
+        shapes |= {"v": (visits, dim, kv_dim)} if cfg.ttt_v_lora else {}
         shapes |= {"o": (visits, dim, dim)} if cfg.ttt_o_lora else {}
         shapes |= {"mlp": (visits, dim, dim)} if cfg.ttt_mlp_lora else {}
         generator = torch.Generator().manual_seed(cfg.seed)

@@ -29,6 +29,7 @@ import multiprocessing
 import os
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -269,9 +270,20 @@ def score_to_file(path: Path, words: list[str], artifact: Path, data: str, span:
     g.write_atomically(path, buffer.getvalue())
 
 
+def start_worker() -> None:
+    """One thread for the rows; and the process ends with the one that started it, however that ends."""
+    torch.set_num_threads(1)
+
+    def leave() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=leave, daemon=True).start()
+
+
 def score_at_once(jobs: int, tasks: dict[str, tuple]) -> None:
     """Score rows by name, each with the arguments of score_to_file, in so many processes; all end before a failure is told."""
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), start_worker) as pool:
         futures = {name: pool.submit(score_to_file, *task) for name, task in tasks.items()}
     for name, future in futures.items():
         if error := future.exception():
