@@ -211,7 +211,6 @@ class Config:
     ttt_context: str = setting("window", "what a chunk sees of earlier ones: computed again, or keys and values kept",
                                one_of("window", "cache"))
     ttt_lora_rank: int = setting(96, "rank of the adapters", at_least(1))
-    ttt_adapter_sets: int = setting(1, "sets of adapters a document, of different draws; their probabilities are averaged", at_least(1))
     ttt_lora_lr: float = setting(1e-4, "learning rate of the adapters", at_least(0))
     ttt_lora_lr_power: float = setting(0.0, "update n of a document has the learning rate times n to this power", between(-1, 0))
     ttt_chunk_size: int = setting(48, "tokens scored between two updates", at_least(1))
@@ -2917,8 +2916,7 @@ class Adapters:
     """Low-rank terms x A^T B^T for a batch of documents at every visit, with their AdamW; callable through `bind()`.
 
     A (visits, documents, rank, in) starts uniform in +-1/sqrt(in), the same draw for every document; B (visits,
-    documents, out, rank) starts at 0. "o" and "mlp" are the bypasses around attention and MLP. With several sets of adapters
-    a document is there once for each, one after the other, and each set has its own draw.
+    documents, out, rank) starts at 0. "o" and "mlp" are the bypasses around attention and MLP.
     """
 
     def __init__(self, run: Run, schedule: Schedule, documents: int) -> None:
@@ -2931,10 +2929,10 @@ class Adapters:
         shapes |= {"o": (visits, dim, dim)} if cfg.ttt_o_lora else {}
         shapes |= {"mlp": (visits, dim, dim)} if cfg.ttt_mlp_lora else {}
         generator = torch.Generator().manual_seed(cfg.seed)
-        rank, sets, self.documents = cfg.ttt_lora_rank, cfg.ttt_adapter_sets, documents
-        self.initial = {name: ((torch.rand(n, sets, rank, i, generator=generator) * 2 - 1) / math.sqrt(i)).to(run.device)
+        rank, self.documents = cfg.ttt_lora_rank, documents
+        self.initial = {name: ((torch.rand(n, 1, rank, i, generator=generator) * 2 - 1) / math.sqrt(i)).to(run.device)
                         for name, (n, i, _) in sorted(shapes.items())}
-        self.a = {name: initial.repeat(1, documents // sets, 1, 1).requires_grad_() for name, initial in self.initial.items()}
+        self.a = {name: initial.repeat(1, documents, 1, 1).requires_grad_() for name, initial in self.initial.items()}
         self.b = {name: torch.zeros(n, documents, o, rank, device=run.device, requires_grad=True)
                   for name, (n, _, o) in sorted(shapes.items())}
         self.params = [*self.a.values(), *self.b.values()]
@@ -2947,7 +2945,7 @@ class Adapters:
     def reset(self) -> None:
         """As before the first chunk: fresh adapters, no optimizer state."""
         for name, initial in self.initial.items():
-            self.a[name].unflatten(1, (-1, initial.size(1))).copy_(initial[:, None])
+            self.a[name].copy_(initial.expand_as(self.a[name]))
             self.b[name].zero_()
         for state in self.adamw.state.values():
             for value in state.values():
@@ -3202,16 +3200,13 @@ class Adapter:
 
     def score(self, documents: Documents, members: range) -> list[np.ndarray]:
         """The losses of each document, (length,) float32, every one computed before anything learned from its token."""
-        cfg = self.run.cfg
-        sets = cfg.ttt_adapter_sets
-        slots = sets * (cfg.ttt_batch_size if self.run.compile else len(members))
-        rows = np.repeat(members, sets)  # a document once for each set of adapters, which learns as if it were alone
+        cfg, rows = self.run.cfg, np.asarray(members)
+        slots = cfg.ttt_batch_size if self.run.compile else len(rows)
         longest = int(documents.lengths[rows].max())
         if slots not in self.adapters:
             self.cache, self.adapters = None, {slots: Adapters(self.run, self.schedule, slots)}
         table = (self._score_cached if cfg.ttt_context == "cache" else self._score_windows)(documents, rows, slots, longest)
-        log_mean = torch.from_numpy(table[: len(rows)]).neg().unflatten(0, (-1, sets)).logsumexp(1) - math.log(sets)
-        return [losses[: documents.lengths[d]] for d, losses in zip(members, log_mean.neg().numpy())]
+        return [losses[: documents.lengths[d]] for d, losses in zip(members, table)]
 
     def _score_windows(self, documents: Documents, members: np.ndarray, slots: int, longest: int) -> np.ndarray:
         """Losses (slots, longest), each chunk with its window computed again."""

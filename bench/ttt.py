@@ -69,7 +69,7 @@ class ExperimentalAdapters(g.Adapters):
     def __init__(self, run: g.Run, schedule: g.Schedule, documents: int) -> None:
         super().__init__(run, schedule, documents)
         self.used = False
-        self.initial_b = {name: torch.zeros_like(b[:, : run.cfg.ttt_adapter_sets]) for name, b in self.b.items()}
+        self.initial_b = {name: torch.zeros_like(b[:, :1]) for name, b in self.b.items()}
         if sites := self.options.get("sites"):
             for table in (self.initial, self.initial_b, self.a, self.b):
                 for name in set(table) - set(sites.split(",")):
@@ -84,10 +84,10 @@ class ExperimentalAdapters(g.Adapters):
         if share and self.used:
             for initial, current in ((self.initial, self.a), (self.initial_b, self.b)):
                 for name, value in current.items():
-                    initial[name].lerp_(value.unflatten(1, (-1, initial[name].size(1))).mean(1), share)
+                    initial[name].lerp_(value.mean(1, keepdim=True), share)
         super().reset()
         for name, initial in self.initial_b.items():
-            self.b[name].unflatten(1, (-1, initial.size(1))).copy_(initial[:, None])
+            self.b[name].copy_(initial.expand_as(self.b[name]))
         self.used = True
 
 

@@ -322,7 +322,7 @@ def test_code_that_breaks_a_rule_is_found(patch: str, check: Callable[[verify.Au
     assert result.status == verify.FAIL, result.detail
 
 
-@pytest.mark.parametrize("settings", [{}, {"ttt_chunk_size": 4, "ttt_chunk_doubles_at": (192, 768)}, {"ttt_adapter_sets": 2}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"ttt_chunk_size": 4, "ttt_chunk_doubles_at": (192, 768)}], ids=str)
 def test_the_other_way_to_keep_context_passes_the_same_audit(settings: dict[str, object]) -> None:
     record = verify.open_folder(made().record)
     subject = verify.open_subject(record, made().data, None)
