@@ -242,6 +242,8 @@ def check_rows(lines: list[list[str]], base: str, data: str) -> None:
         seen.add(name)
     if base not in seen:
         raise SystemExit(f"--base {base}: no such row")
+    if any(name == base and word.startswith("mix=") for name, *words in lines for word in words):
+        raise SystemExit(f"--base {base}: a row with mix= cannot be the base")
 
 
 def run_row(words: list[str], artifact: bytes, data: str, span: tuple[int, int]) -> tuple[np.ndarray, float, float]:
@@ -337,7 +339,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.add_argument(f"--{name}", required=True, type=Path)
     parser.add_argument("--first", type=int, default=0, help="first document, in data order")
     parser.add_argument("--last", type=int, default=10**9, help="document behind the last one")
-    parser.add_argument("--base", help="row that the others are compared with (default: the first)")
+    parser.add_argument("--base", help="row that the others are compared with, printed first (default: the first; no mix=)")
     parser.add_argument("--jobs", type=int, default=1, help="rows scored at once")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -347,6 +349,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(f"{options.rows} has no rows")
     base_name = options.base or lines[0][0]
     check_rows(lines, base_name, data)
+    lines.sort(key=lambda line: line[0] != base_name)  # the others are compared with it
     val = part_of(g.load_val(g.Config.from_env({**os.environ, "DATA_PATH": data})), *span)
     starts, targets = val.document_starts(), len(val.tokens) - 1
 
@@ -374,7 +377,7 @@ def main(arguments: list[str] | None = None) -> None:
             if not paths[name].exists():
                 score_to_file(*tasks[name])
             rows[name] = read(name)
-        print(table_line(rows[name], rows.get(base_name, rows[name]), starts, val.num_bytes), flush=True)
+        print(table_line(rows[name], rows[base_name], starts, val.num_bytes), flush=True)
 
 
 if __name__ == "__main__":

@@ -186,10 +186,10 @@ class Bench:
     def __init__(self, inputs: Path, folder: Path) -> None:
         self.artifact, self.data, self.out, self.rows = inputs / "artifact", inputs / "data", folder / "out", folder / "rows"
 
-    def __call__(self, *rows: str, last: int = 4, jobs: int = 1) -> None:
+    def __call__(self, *rows: str, last: int = 4, jobs: int = 1, base: str | None = None) -> None:
         self.rows.write_text("\n".join(rows))
         words = [word for name, path in vars(self).items() for word in (f"--{name}", str(path))]
-        ttt.main([*words, "--last", str(last), "--jobs", str(jobs)])
+        ttt.main([*words, "--last", str(last), "--jobs", str(jobs), *(["--base", base] if base else [])])
 
 
 @pytest.fixture
@@ -242,6 +242,17 @@ def test_rows_are_saved_read_and_refused(bench: Bench, capsys: pytest.CaptureFix
     monkeypatch.setenv("PHASED_TTT_ENABLED", "1")
     with pytest.raises(SystemExit, match="global SGD"):
         bench("a", last=3)
+
+
+def test_every_row_is_compared_with_the_base_wherever_it_stands(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = ["a TTT_LORA_LR=0", "b TTT_LORA_LR=0.01"]
+    bench(*rows, base="b")
+    first, second = (line.split(" | ") for line in capsys.readouterr().out.splitlines()[3:])
+    assert (first[0], first[3]) == ("| b", "+0.0000") and second[0] == "| a"
+    bench(*rows)
+    assert -float(capsys.readouterr().out.splitlines()[4].split(" | ")[3]) == float(second[3]) != 0
+    with pytest.raises(SystemExit, match="cannot be the base"):
+        bench(*rows, "m mix=a,b", base="m")
 
 
 def test_a_row_scored_in_a_process_of_its_own_is_the_same(bench: Bench) -> None:
