@@ -481,6 +481,7 @@ def estimate_ttt(seconds: dict[int, float], slots: int, mean_length: float) -> f
 
 def part_ttt_cache(bench: Bench) -> None:
     """A step of TTT with kept keys and values (on a GPU one replayed graph): milliseconds, memory, the whole set estimated."""
+    check_captured_steps(bench)
     for chunk, slots in itertools.product(bench.sizes.ttt_cache_chunks, bench.sizes.ttt_cache_batches):
         run = bench.make_run(ttt_context="cache", ttt_chunk_size=chunk, ttt_batch_size=slots)
         g.resolve_attention(run.cfg.attn_backend, bench.device)
@@ -503,6 +504,21 @@ def part_ttt_cache(bench: Bench) -> None:
         if bench.device.type == "cuda":
             bench.add(f"{name}: memory", torch.cuda.max_memory_allocated() / 1e9, "GB")
             torch.cuda.reset_peak_memory_stats()
+
+
+def check_captured_steps(bench: Bench) -> None:
+    """Documents scored by captured steps of two sizes, and again by the same steps without graphs."""
+    slots = min(bench.sizes.ttt_cache_batches)
+    run = bench.make_run(ttt_context="cache", ttt_chunk_size=8, ttt_chunk_doubles_at=(16,), ttt_batch_size=slots)
+    g.resolve_attention(run.cfg.attn_backend, bench.device)
+    adapter = g.Adapter(run, bench.make_model(run).requires_grad_(False))
+    documents = g.Documents(equal_documents(run.cfg, slots, 60))
+    captured = np.concatenate(adapter.score(documents, range(slots)))
+    bench.add("ttt cache: steps captured", sum(len(step.graphs) for step in adapter.chunk_steps.values()), "", "0 on a CPU")
+    for step in adapter.chunk_steps.values():
+        step.graphs.clear()
+    eager = np.concatenate(adapter.score(documents, range(slots)))
+    bench.add("ttt cache: captured against eager", np.abs(captured - eager).max(), "nats", "bound 0.02")
 
 
 def estimate_cached(run: g.Run, per_step: dict[int, float]) -> float:
