@@ -344,7 +344,7 @@ class FastEncoder:
         """(the parts in another order, flat ids and charges, number of ids by part), each part in its context."""
         simple, others = [], []
         for part in parts:
-            (simple if self.is_simple(part) else others).append(part)
+            (simple if self._is_simple(part) else others).append(part)
         ids, counts = self._simple_ids(simple)
         charges = self._simple_charges(simple, ids, counts) if self.table_has_charges else ids[:0]
         values = list(map(self._value, others))
@@ -354,7 +354,7 @@ class FastEncoder:
         return (simple + others, np.concatenate([ids, other_ids]), np.concatenate([charges, other_charges]),
                 np.concatenate([counts, other_counts]))
 
-    def is_simple(self, part: bytes) -> bool:
+    def _is_simple(self, part: bytes) -> bool:
         """Can it go to SentencePiece with others, each after an operator? Not with one in it, nor with what `Encoder`
         or the normaliser must see alone."""
         if self.tokenizer.lossless:
@@ -446,7 +446,7 @@ class PartTable:
         self.ids, self.charges = _grown(self.ids, self.used_ids), _grown(self.charges, self.used_ids)
         self.ids[first:self.used_ids] = ids
         self.charges[first:first + len(charges)] = charges
-        return first + np.cumsum(counts) - counts << COUNT_BITS | counts
+        return (first + np.cumsum(counts) - counts) << COUNT_BITS | counts
 
     def keep(self, keys: np.ndarray, spans: np.ndarray) -> None:
         """Give the first temporary spans these (distinct, new) keys; they stay."""

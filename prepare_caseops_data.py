@@ -158,7 +158,7 @@ class Documents:
         ahead = sorted(cuts)
         total = 0
         for path in self.paths:
-            in_place = path != "-" and not path.endswith((".gz", ".zst"))
+            in_place = path != "-" and Path(path).suffix not in DECOMPRESSORS
             with sys.stdin.buffer if path == "-" else open(path, "rb") as raw:
                 hashed = HashedFile(raw)
                 done = offset = 0
@@ -185,17 +185,18 @@ class Documents:
 def _chunks(path: str, raw: HashedFile) -> Iterator[bytes]:
     """What `raw` holds, decompressed by the ending of its name; ValueError if it is cut short or damaged."""
     try:
-        if path.endswith(".gz"):
-            stream: Any = gzip.GzipFile(fileobj=io.BufferedReader(raw, 1 << 20))
-        elif path.endswith(".zst"):
-            yield from _zstd_chunks(raw)
-            return
-        else:
-            stream = raw
-        while data := stream.read(BLOCK_BYTES):
-            yield data
+        yield from DECOMPRESSORS.get(Path(path).suffix, _plain_chunks)(raw)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"{path} is cut short or damaged: {error}; copy or download it again") from None
+
+
+def _plain_chunks(stream: BinaryIO) -> Iterator[bytes]:
+    while data := stream.read(BLOCK_BYTES):
+        yield data
+
+
+def _gzip_chunks(raw: HashedFile) -> Iterator[bytes]:
+    return _plain_chunks(gzip.GzipFile(fileobj=io.BufferedReader(raw, 1 << 20)))
 
 
 def _zstd_chunks(raw: HashedFile) -> Iterator[bytes]:
@@ -214,6 +215,9 @@ def _zstd_chunks(raw: HashedFile) -> Iterator[bytes]:
                 data, frame = frame.unused_data, None
     if frame:
         raise EOFError("the last frame has no end")
+
+
+DECOMPRESSORS = {".gz": _gzip_chunks, ".zst": _zstd_chunks}
 
 
 def _whole_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:

@@ -3014,11 +3014,11 @@ class Window(NamedTuple):
     trains: bool
 
 
-def chunk_window(run: Run, documents: Documents, members: np.ndarray, slots: int, chunk: int) -> Window:
-    """The window of chunk `chunk` for the documents `members` (numbers in scoring order) in `slots` places."""
+def chunk_window(run: Run, documents: Documents, members: range, slots: int, chunk: int) -> Window:
+    """The window of chunk `chunk` for the documents `members` in `slots` places."""
     cfg, size = run.cfg, run.cfg.ttt_chunk_size
     lengths = np.zeros(slots, np.int64)
-    lengths[: len(members)] = documents.lengths[members]
+    lengths[: len(members)] = documents.lengths[members.start: members.stop]
     begin, end = np.minimum(chunk * size, lengths), np.minimum((chunk + 1) * size, lengths)
     first = np.where(end > begin, np.maximum(0, end - cfg.ttt_eval_seq_len), end)
     width = int((end - first).max())
@@ -3152,18 +3152,17 @@ class ChunkStep:
 
 def chunk_bounds(cfg: Config, length: int) -> list[int]:
     """Where the chunks of a document begin, and where the last one ends: at or behind `length`."""
-    bounds, switches = [0], [*cfg.ttt_chunk_doubles_at, math.inf]
+    bounds = [0]
     while bounds[-1] < length:
-        size = next(size for size, end in zip(cfg.chunk_sizes, switches) if bounds[-1] < end)
-        bounds.append(bounds[-1] + size)
+        bounds.append(bounds[-1] + (cfg.ttt_chunk_size << sum(bounds[-1] >= at for at in cfg.ttt_chunk_doubles_at)))
     return bounds
 
 
-def chunk_tables(run: Run, documents: Documents, members: np.ndarray, slots: int, bounds: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+def chunk_tables(run: Run, documents: Documents, members: range, slots: int, bounds: list[int]) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens, targets and shares in the training loss, each (slots, bounds[-1]), of a batch of documents."""
     starts, lengths = np.zeros((2, slots, 1), np.int64)
-    starts[: len(members), 0] = documents.starts[members]
-    lengths[: len(members), 0] = documents.lengths[members]
+    starts[: len(members), 0] = documents.starts[members.start: members.stop]
+    lengths[: len(members), 0] = documents.lengths[members.start: members.stop]
     place, sizes = np.arange(bounds[-1]), np.diff(bounds)
     inside = place < lengths
     at = np.where(inside, starts + place, 0)
@@ -3200,15 +3199,15 @@ class Adapter:
 
     def score(self, documents: Documents, members: range) -> list[np.ndarray]:
         """The losses of each document, (length,) float32, every one computed before anything learned from its token."""
-        cfg, rows = self.run.cfg, np.asarray(members)
-        slots = cfg.ttt_batch_size if self.run.compile else len(rows)
-        longest = int(documents.lengths[rows].max())
+        cfg = self.run.cfg
+        slots = cfg.ttt_batch_size if self.run.compile else len(members)
+        longest = int(documents.lengths[members.start: members.stop].max())
         if slots not in self.adapters:
             self.cache, self.adapters = None, {slots: Adapters(self.run, self.schedule, slots)}
-        table = (self._score_cached if cfg.ttt_context == "cache" else self._score_windows)(documents, rows, slots, longest)
+        table = (self._score_cached if cfg.ttt_context == "cache" else self._score_windows)(documents, members, slots, longest)
         return [losses[: documents.lengths[d]] for d, losses in zip(members, table)]
 
-    def _score_windows(self, documents: Documents, members: np.ndarray, slots: int, longest: int) -> np.ndarray:
+    def _score_windows(self, documents: Documents, members: range, slots: int, longest: int) -> np.ndarray:
         """Losses (slots, longest), each chunk with its window computed again."""
         cfg, adapters = self.run.cfg, self.adapters[slots]
         adapters.reset()
@@ -3226,7 +3225,7 @@ class Adapter:
             self._count(1, max(1, updates) * len(window.batch.tokens))
         return result[:-1].cpu().numpy().reshape(slots, longest)
 
-    def _score_cached(self, documents: Documents, members: np.ndarray, slots: int, longest: int) -> np.ndarray:
+    def _score_cached(self, documents: Documents, members: range, slots: int, longest: int) -> np.ndarray:
         """Losses (slots, longest or more), each chunk looking at keys and values kept from the earlier ones."""
         cfg, adapters, largest = self.run.cfg, self.adapters[slots], self.run.cfg.chunk_sizes[-1]
         cuda = self.run.device.type == "cuda"

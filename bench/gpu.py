@@ -486,15 +486,15 @@ def part_ttt_cache(bench: Bench) -> None:
         run = bench.make_run(ttt_context="cache", ttt_chunk_size=chunk, ttt_batch_size=slots)
         g.resolve_attention(run.cfg.attn_backend, bench.device)
         adapter = g.Adapter(run, bench.make_model(run).requires_grad_(False))
-        started, name = time.perf_counter(), f"ttt cache, chunk {chunk}, batch {slots}"
+        began, name = time.perf_counter(), f"ttt cache, chunk {chunk}, batch {slots}"
         try:
             documents = g.Documents(equal_documents(run.cfg, slots, 2 * chunk))
             adapter.score(documents, range(slots))
         except torch.OutOfMemoryError:
             bench.add(f"{name}: does not fit", float("nan"), "ms")
             continue
-        bench.add(f"{name}: compiled and captured", time.perf_counter() - started, "s")
-        step, inputs = adapter.chunk_steps[chunk], g.chunk_tables(run, documents, np.arange(slots), slots, [0, chunk])
+        bench.add(f"{name}: compiled and captured", time.perf_counter() - began, "s")
+        step, inputs = adapter.chunk_steps[chunk], g.chunk_tables(run, documents, range(slots), slots, [0, chunk])
         per_step = {}
         for begin in range(0, run.cfg.ttt_eval_seq_len + 1, chunk):
             if (seen := step.places_in_sight(begin)) not in per_step and (step.graphs or begin < 2 * chunk):

@@ -1,6 +1,7 @@
 """Compare settings of test-time training on one artifact: paired by document, with standard errors.
 
-    python bench/ttt.py --artifact A --data FOLDER --out FOLDER --rows ROWS.txt [--first 0 --last 150] [--base NAME] [--jobs 1]
+    python bench/ttt.py --artifact A --data FOLDER --out FOLDER --rows ROWS.txt [--first 0 --last 150]
+        [--base NAME] [--jobs 1] [--positions]
 
 Every line of ROWS is a name and settings (`cache16 TTT_CONTEXT=cache TTT_CHUNK_SIZE=16`); settings for all rows come from
 the environment. A row is scored by train_gpt's own score_with_ttt; its losses, one a target, go to OUT/NAME.npz with the words
@@ -48,6 +49,7 @@ SITES = "q|k|v|o|mlp|head"
 EXPERIMENTS = {  # what may stand behind the = of a word in small letters
     "sites": rf"({SITES})(,({SITES}))*", "meta": r"\d+(\.\d*)?|\.\d+", "mix": r".+", "refresh": r"[01]", "loss_chunks": r"[12]",
 }
+EDGES = (0, 16, 48, 96, 192, 384, 768, 1400)  # positions in a document that --positions tells apart
 CACHED = {"refresh", "loss_chunks"}
 
 
@@ -158,7 +160,7 @@ class ExperimentalAdapter(g.Adapter):
 
     options: dict[str, str]
 
-    def _score_cached(self, documents: g.Documents, members: np.ndarray, slots: int, longest: int) -> np.ndarray:
+    def _score_cached(self, documents: g.Documents, members: range, slots: int, longest: int) -> np.ndarray:
         table = super()._score_cached(documents, members, slots, longest)
         for step in self.chunk_steps.values():
             self._count(0, step.forwarded)
@@ -333,6 +335,13 @@ def table_line(row: Row, base: Row, starts: np.ndarray, num_bytes: int) -> str:
             f"{row.forwards_per_target:.2f} | {row.cpu_seconds:.0f} |")
 
 
+def by_position(losses: np.ndarray, base: np.ndarray, starts: np.ndarray) -> list[float]:
+    """Mean difference in nats a token over the targets between two `EDGES`, counted from the start of a document."""
+    place = np.arange(len(losses)) - np.repeat(starts, np.diff(np.append(starts, len(losses))))
+    parts = [(losses - base)[(place >= first) & (place < end)] for first, end in zip(EDGES, [*EDGES[1:], math.inf])]
+    return [float(part.mean()) if len(part) else math.nan for part in parts]
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("artifact", "data", "out", "rows"):
@@ -340,6 +349,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--first", type=int, default=0, help="first document, in data order")
     parser.add_argument("--last", type=int, default=10**9, help="document behind the last one")
     parser.add_argument("--base", help="row that the others are compared with, printed first (default: the first; no mix=)")
+    parser.add_argument("--positions", action="store_true", help="a second table: the difference by position in a document")
     parser.add_argument("--jobs", type=int, default=1, help="rows scored at once")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -378,6 +388,11 @@ def main(arguments: list[str] | None = None) -> None:
                 score_to_file(*tasks[name])
             rows[name] = read(name)
         print(table_line(rows[name], rows[base_name], starts, val.num_bytes), flush=True)
+    if options.positions:
+        print("\n| row, from position | " + " | ".join(map(str, EDGES)) + " |\n" + "|---" * (len(EDGES) + 1) + "|")
+        for row in rows.values():
+            parts = by_position(row.losses, rows[base_name].losses, starts)
+            print(f"| {row.name} | " + " | ".join(f"{part:+.3f}" for part in parts) + " |")
 
 
 if __name__ == "__main__":

@@ -167,6 +167,13 @@ def test_the_standard_error_is_that_of_a_ratio() -> None:
     assert mean == pytest.approx(1) and error == pytest.approx(math.sqrt(12) / 6)
 
 
+def test_differences_by_position_count_from_the_start_of_each_document() -> None:
+    losses = np.zeros(40, np.float32)
+    losses[[0, 15, 20, 39]] = 1, 3, 5, 7  # documents of 20 targets: positions 0, 15, 0, 19
+    first, second, *others = ttt.by_position(losses, np.zeros(40, np.float32), np.array([0, 20]))
+    assert (first, second) == pytest.approx((9 / 32, 7 / 8)) and np.isnan(others).all()
+
+
 # ------------------------------------------------------------------------------------------------------- the program
 
 
@@ -186,10 +193,11 @@ class Bench:
     def __init__(self, inputs: Path, folder: Path) -> None:
         self.artifact, self.data, self.out, self.rows = inputs / "artifact", inputs / "data", folder / "out", folder / "rows"
 
-    def __call__(self, *rows: str, last: int = 4, jobs: int = 1, base: str | None = None) -> None:
+    def __call__(self, *rows: str, last: int = 4, jobs: int = 1, base: str | None = None, positions: bool = False) -> None:
         self.rows.write_text("\n".join(rows))
         words = [word for name, path in vars(self).items() for word in (f"--{name}", str(path))]
-        ttt.main([*words, "--last", str(last), "--jobs", str(jobs), *(["--base", base] if base else [])])
+        ttt.main([*words, "--last", str(last), "--jobs", str(jobs), *(["--base", base] if base else []),
+                  *["--positions"] * positions])
 
 
 @pytest.fixture
@@ -249,8 +257,10 @@ def test_every_row_is_compared_with_the_base_wherever_it_stands(bench: Bench, ca
     bench(*rows, base="b")
     first, second = (line.split(" | ") for line in capsys.readouterr().out.splitlines()[3:])
     assert (first[0], first[3]) == ("| b", "+0.0000") and second[0] == "| a"
-    bench(*rows)
-    assert -float(capsys.readouterr().out.splitlines()[4].split(" | ")[3]) == float(second[3]) != 0
+    bench(*rows, positions=True)
+    lines = capsys.readouterr().out.splitlines()
+    assert -float(lines[4].split(" | ")[3]) == float(second[3]) != 0
+    assert [line.split(" | ")[0] for line in lines[6:]] == ["| row, from position", "|---" * 9 + "|", "| a", "| b"]
     with pytest.raises(SystemExit, match="cannot be the base"):
         bench(*rows, "m mix=a,b", base="m")
 
