@@ -194,6 +194,9 @@ class Config:
     gated_attn_enabled: bool = model_setting(True, "one sigmoid gate a head", FLAG)
     gated_attn_init_std: float = setting(0.005, "standard deviation of the initial gate weights", between(0, 100))
     gated_attn_quant_gate: bool = model_setting(True, "gate weights in int8; 0: float16", FLAG)
+    sparse_attn_gate_enabled: bool = model_setting(False, "the gate of a head reads GATE_WINDOW dimensions, in place of all", FLAG)
+    sparse_attn_gate_scale: float = model_setting(1.0, "factor inside the sigmoid of that gate", above(0, 100))
+    mlp_gate_enabled: bool = model_setting(False, "one sigmoid gate on the MLP's output", FLAG)
     smear_gate_enabled: bool = model_setting(False, "each embedding takes a share of the one before it in its segment", FLAG)
     gate_window: int = model_setting(12, "dimensions that a narrow gate reads", between(1, 16384))
     # the optimizers
@@ -204,8 +207,10 @@ class Config:
     muon_momentum_warmup_start: float = setting(0.92, "momentum at the first step", below(0, 1))
     muon_momentum_warmup_steps: int = setting(1500, "steps until MUON_MOMENTUM is reached", between(0, 10**9))
     muon_backend_steps: int = setting(5, "Newton-Schulz iterations", between(1, 50))
+    muon_ns: str = setting("quintic", "coefficients of the Newton-Schulz iterations; polar: Polar Express, five of them", one_of("quintic", "polar"))
     muon_row_normalize: bool = setting(True, "rows of the update get unit norm first", FLAG)
     muon_wd: float = setting(0.095, "decoupled weight decay of the banks", RATE)
+    muon_wd_taper: float = setting(1.0, "share of MUON_WD that is left at the end, falling over the last 30 % of the run", between(0, 1))
     embed_wd: float = setting(0.085, "weight decay of the embedding", RATE)
     adam_wd: float = setting(0.02, "weight decay of the small parameters", RATE)
     beta1: float = setting(0.9, "AdamW", below(0, 1))
@@ -232,6 +237,7 @@ class Config:
     ttt_context: str = score_setting("window", "what a chunk sees of earlier ones: computed again, or keys and values kept",
                                      one_of("window", "cache"))
     ttt_lora_rank: int = score_setting(96, "rank of the adapters", between(1, 4096))
+    ttt_lora_alpha: float = score_setting(0.0, "adapters count alpha / rank times; 0: once", between(0, 1e6))
     ttt_lora_lr: float = score_setting(1e-4, "learning rate of the adapters", RATE)
     ttt_lora_lr_power: float = score_setting(0.0, "update n of a document has the learning rate times n to this power", between(-1, 0))
     ttt_chunk_size: int = score_setting(48, "tokens scored between two updates", between(1, 2**20))
@@ -278,7 +284,7 @@ class Config:
             (self.rope_dims % 2 == 0 and self.rope_dims <= head_dim, f"ROPE_DIMS must be even and at most {head_dim}"),
             (self.loop_start <= self.loop_end < self.num_layers, "LOOP_START <= LOOP_END < NUM_LAYERS must hold"),
             (self.loop_end < self.parallel_start_layer, "LOOP_END must be below PARALLEL_START_LAYER"),
-            (self.gate_window <= self.model_dim or not self.smear_gate_enabled, "GATE_WINDOW must be at most MODEL_DIM"),
+            (self.gate_window <= self.model_dim, "GATE_WINDOW must be at most MODEL_DIM"),
             (not self.train_loop_phase_fractions or len(self.train_loop_phase_fractions) == depths,
              "TRAIN_LOOP_PHASE_FRACTIONS must have one share for each of TRAIN_LOOP_PHASE_DEPTHS"),
             (self.max_wallclock_seconds == 0 or self.gptq_reserve_seconds < self.max_wallclock_seconds,
@@ -1178,9 +1184,13 @@ def parameter_table(cfg: Config) -> list[Row]:
             Row(f"blocks.{i}.resid_mix", (2, d), "small"),  # (1, 0): see init_weights
             Row(f"blocks.{i}.attn.q_gain", (cfg.num_heads,), "small", constant=cfg.qk_gain_init),
         ]
-        if cfg.gated_attn_enabled:
+        if cfg.sparse_attn_gate_enabled:
+            rows.append(Row(f"blocks.{i}.attn.attn_gate_w", (cfg.num_heads, cfg.gate_window), "small", int8=cfg.gated_attn_quant_gate))
+        elif cfg.gated_attn_enabled:
             rows.append(Row(f"blocks.{i}.attn.attn_gate_w", (cfg.num_heads, d), "small", std=cfg.gated_attn_init_std,
                             int8=cfg.gated_attn_quant_gate))
+        if cfg.mlp_gate_enabled:
+            rows += [Row(f"blocks.{i}.mlp_gate_out.weight", (1, cfg.gate_window), "small"), Row(f"blocks.{i}.mlp_gate_out.bias", (1,), "small", constant=5.0)]
     if cfg.smear_gate_enabled:
         rows += [Row("smear_gate.weight", (1, cfg.gate_window), "small"), Row("smear_lambda", (1,), "small")]
     return rows
@@ -1188,7 +1198,8 @@ def parameter_table(cfg: Config) -> list[Row]:
 
 def attn_in_parts(cfg: Config) -> dict[str, int]:
     """What one product makes of an attention's input, in order, and how wide each is."""
-    return {"q": cfg.model_dim, "k": cfg.kv_dim, "v": cfg.kv_dim, "gate": cfg.num_heads * cfg.gated_attn_enabled}
+    gates = cfg.num_heads * (cfg.gated_attn_enabled or cfg.sparse_attn_gate_enabled)
+    return {"q": cfg.model_dim, "k": cfg.kv_dim, "v": cfg.kv_dim, "gate": gates}
 
 
 def plain_linear(site: Site, x: Tensor, w: Tensor | None) -> Tensor | None:
@@ -1343,7 +1354,9 @@ class GPT(nn.Module):
             return torch.stack([p[f"blocks.{i}.{name}"] for i in range(layers)])
 
         attn_scale, mlp_scale = of_blocks("attn_scale"), of_blocks("mlp_scale")
-        gates = [of_blocks("attn.attn_gate_w")] if self.cfg.gated_attn_enabled else []
+        gates = [of_blocks("attn.attn_gate_w")] if attn_in_parts(self.cfg)["gate"] else []
+        if self.cfg.sparse_attn_gate_enabled:
+            gates = [F.pad(self.cfg.sparse_attn_gate_scale * gates[0], (0, self.cfg.model_dim - self.cfg.gate_window))]
         stacked = LayerWeights(
             torch.cat([self.qo_bank[:layers], self.kv_bank[:layers], self.kv_bank[layers:], *gates], dim=1),
             self.qo_bank[layers:] * attn_scale[:, :, None], self.mlp_up_bank, self.mlp_down_bank * mlp_scale[:, :, None],
@@ -1368,15 +1381,22 @@ class GPT(nn.Module):
         mix = context.layers[layer].resid_mix
         x = mix[0] * x + mix[1] * x0
         x = x + self._attention(context, layer, visit, self._normed(x, layer))
-        return x + self._mlp(context, layer, visit, self._normed(x, layer))
+        return x + self._mlp_gate(layer, x) * self._mlp(context, layer, visit, self._normed(x, layer))
 
     def _parallel_block(self, context: Context, layer: int, visit: int, lanes: tuple[Tensor, Tensor], x0: Tensor) -> tuple[Tensor, Tensor]:
         """Attention reads lane 0, the MLP lane 1; both write to both."""
         weights = context.layers[layer]
         mix, resid, post = weights.resid_mix, weights.resid, weights.post
         a = self._attention(context, layer, visit, self._normed(mix[0] * lanes[0] + mix[1] * x0, layer))
-        m = self._mlp(context, layer, visit, self._normed(lanes[1], layer))
+        m = self._mlp_gate(layer, lanes[1]) * self._mlp(context, layer, visit, self._normed(lanes[1], layer))
         return (resid[0] * lanes[0] + post[0, 0] * a + post[1, 0] * m, resid[1] * lanes[1] + post[0, 1] * a + post[1, 1] * m)
+
+    def _mlp_gate(self, layer: int, x: Tensor) -> Tensor | float:
+        """The MLP's gate, (T, 1), from what its norm reads, un-normed."""
+        if not self.cfg.mlp_gate_enabled:
+            return 1.0
+        weight, bias = (self.get_parameter(f"blocks.{layer}.mlp_gate_out.{name}").to(self.dtype) for name in ("weight", "bias"))
+        return torch.sigmoid(F.linear(x[:, : self.cfg.gate_window], weight, bias))
 
     def _attention(self, context: Context, layer: int, visit: int, n: Tensor) -> Tensor:
         """What attention of the normalised input n (T, d) adds: gate, output projection and scale included."""
@@ -1387,7 +1407,7 @@ class GPT(nn.Module):
         k = rotate(head_norm(k), context.cos, context.sin).to(self.dtype)
         v = v.contiguous()  # attention and XSA both want it so: one copy serves them, forward and backward
         y = context.attend(visit, q, k, v)
-        gate = torch.sigmoid(gate) if cfg.gated_attn_enabled else torch.ones_like(y[..., 0])
+        gate = torch.sigmoid(gate) if gate.size(-1) else torch.ones_like(y[..., 0])
         y = exclude_self(y, v, gate) if layer >= cfg.num_layers - cfg.xsa_last_n else y * gate.unsqueeze(-1)
         y = linear((layer, visit, "proj"), y.flatten(1), weights.proj)
         bypass = linear((layer, visit, "attn_bypass"), n, None)
@@ -1435,17 +1455,23 @@ def optimizer_groups(cfg: Config) -> dict[str, Group]:
     }
 
 
-def orthogonalize(update: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
-    """Newton-Schulz iteration towards the nearest orthogonal matrix, for each matrix of update (N, rows, cols).
+# Coefficients (a, b, c) of x <- a x + (b g + c g g) x with g = x x^T, one triple an iteration. The quintic's are Keller Jordan's (2024):
+# singular values end near 1, not at it. Polar Express (Amsel et al. 2025): each step the best for what the one before left.
+NEWTON_SCHULZ = {
+    "quintic": ((3.4445, -4.7750, 2.0315),) * 50,
+    "polar": ((8.156554524902461, -22.48329292557795, 15.878769915207462), (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+              (3.8916678022926607, -2.772484153217685, 0.5060648178503393), (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+              (2.3465413258596377, -1.7097828382687081, 0.42323551169305323)),
+}
 
-    The quintic's coefficients are Keller Jordan's (2024): singular values end near 1, not at it.
-    """
-    a, b, c = 3.4445, -4.7750, 2.0315
+
+def orthogonalize(update: Tensor, steps: int, dtype: torch.dtype, kind: str = "quintic") -> Tensor:
+    """Newton-Schulz iteration towards the nearest orthogonal matrix, for each matrix of update (N, rows, cols)."""
     x = update.to(dtype)
     tall = x.size(-2) > x.size(-1)
     x = x.mT if tall else x
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
+    for a, b, c in NEWTON_SCHULZ[kind][:steps]:
         gram = x @ x.mT
         x = a * x + torch.baddbmm(gram, gram, gram, beta=b, alpha=c) @ x
     return x.mT if tall else x
@@ -1524,7 +1550,7 @@ class Optimizers:
         torch._foreach_zero_([*(t.full_grad for t in self.large), self.flat_grad])
 
     @torch.no_grad()
-    def step(self, lr_scale: float, step: int) -> Tensor:
+    def step(self, lr_scale: float, step: int, muon_wd_scale: float = 1.0) -> Tensor:
         """Update from the accumulated gradients; returns the norm of the averaged gradient, a 0-d tensor."""
         for tensor in self.large:
             tensor.start_reduce()
@@ -1533,7 +1559,9 @@ class Optimizers:
             tensor.wait()
         norm = self._average_and_clip()
         for name, buffers in self.momenta.items():
-            self._muon(self.groups[name], self.sharded[name], buffers, self._momentum(step), lr_scale)
+            group = self.groups[name]
+            group = group._replace(lr=group.lr * lr_scale, weight_decay=group.weight_decay * muon_wd_scale)
+            self._muon(group, self.sharded[name], buffers, self._momentum(step))
         for group in self.adamw.param_groups:
             group["lr"] = group["base_lr"] * lr_scale
         self.adamw.step()
@@ -1559,18 +1587,17 @@ class Optimizers:
         warm = min(step / cfg.muon_momentum_warmup_steps, 1.0) if cfg.muon_momentum_warmup_steps else 1.0
         return (1 - warm) * cfg.muon_momentum_warmup_start + warm * cfg.muon_momentum
 
-    def _muon(self, group: Group, banks: list[ShardedTensor], buffers: list[Tensor], momentum: float, lr_scale: float) -> None:
+    def _muon(self, group: Group, banks: list[ShardedTensor], buffers: list[Tensor], momentum: float) -> None:
         """Nesterov momentum, orthogonalised; each bank's rows travel while the next bank is worked on."""
         torch._foreach_mul_(buffers, momentum)
         torch._foreach_add_(buffers, [bank.shard.grad for bank in banks])
-        lr = group.lr * lr_scale
         for bank, buffer in zip(banks, buffers):
             update = torch.add(bank.shard.grad, buffer, alpha=momentum)
             if self.cfg.muon_row_normalize:
                 update = update / update.norm(dim=-1, keepdim=True).clamp_min(1e-7)
-            update = orthogonalize(update, self.cfg.muon_backend_steps, self.ns_dtype).to(bank.shard.dtype)
+            update = orthogonalize(update, self.cfg.muon_backend_steps, self.ns_dtype, self.cfg.muon_ns).to(bank.shard.dtype)
             scale = math.sqrt(max(1.0, update.size(-2) / update.size(-1)))
-            bank.shard.mul_(1 - lr * group.weight_decay).add_(update, alpha=-lr * scale)
+            bank.shard.mul_(1 - group.lr * group.weight_decay).add_(update, alpha=-group.lr * scale)
             bank.start_gather()
 
     def _slots(self) -> Iterator[tuple[str, ShardedTensor | None, Tensor]]:
@@ -1625,6 +1652,11 @@ def learning_rate_scale(cfg: Config, frac: float) -> float:
     return max((1 - frac) / cfg.warmdown_frac, cfg.min_lr)
 
 
+def muon_wd_scale(cfg: Config, frac: float) -> float:
+    """1 until 70 % of the run, then falling to MUON_WD_TAPER at its end."""
+    return 1 - (1 - cfg.muon_wd_taper) * min(max((frac - 0.7) / 0.3, 0.0), 1.0)
+
+
 def compiled(run: Run, function: Callable[..., Any], dynamic: bool = False) -> Callable[..., Any]:
     """`function(batch, ...)` through torch.compile without graph breaks, or as it is where compilation is off.
 
@@ -1666,7 +1698,7 @@ class Trainer:
         self.reserve_seconds = run.cfg.gptq_reserve_seconds
         self.clock = Clock(run.device)
 
-    def train_step(self, depth: int, lr_scale: float) -> Tensor:
+    def train_step(self, depth: int, lr_scale: float, wd_scale: float = 1.0) -> Tensor:
         """One step; the mean loss of this rank's tokens as a 0-d tensor, so that nothing waits for the device."""
         schedule, graphs = loop_schedule(self.cfg, depth), graphs_made(self.run)
         batches = self.loader.next()
@@ -1677,7 +1709,7 @@ class Trainer:
             loss.backward()
             total += loss.detach()
         self.late_graphs += graphs_made(self.run) - graphs
-        self.optimizers.step(lr_scale, self.step)
+        self.optimizers.step(lr_scale, self.step, wd_scale)
         torch._foreach_lerp_(self.ema, self.params, 1 - self.cfg.ema_decay)
         self.step += 1
         return total
@@ -1876,7 +1908,7 @@ def train(run: Run, trainer: Trainer, val: ValData, checkpoint: Checkpoint) -> N
             trainer.depth = depth
             log.record("phase", step=trainer.step, frac=f"{frac:.3f}", depth=depth)
         lr_scale = learning_rate_scale(cfg, frac)
-        loss = trainer.train_step(depth, lr_scale)
+        loss = trainer.train_step(depth, lr_scale, muon_wd_scale(cfg, frac))
         elapsed_ms, save = pace.after_step(trainer.clock.elapsed_ms(), checkpoint.due(trainer.step))
         frac = elapsed_ms / budget_ms if budget_ms else trainer.step / cfg.iterations
         pace.report(trainer, loss, min(frac, 1.0), lr_scale)
@@ -3211,6 +3243,7 @@ class Adapters:
     def __init__(self, run: Run, schedule: Schedule, documents: int) -> None:
         cfg, self.documents, self.initial = run.cfg, documents, {}
         self.shapes, self.parts = adapter_shapes(cfg), attn_in_parts(cfg)
+        self.scale = cfg.ttt_lora_alpha / cfg.ttt_lora_rank if cfg.ttt_lora_alpha else 1.0
         generator = torch.Generator().manual_seed(cfg.seed)
         self.values: dict[str, Tensor] = {}
         for name, (_, i, o) in self.shapes.items():
@@ -3240,11 +3273,12 @@ class Adapters:
     def bind(self, live: dict[str, Tensor]) -> Linear:
         """`linear` for one forward: each visit's slice is taken here, once, so that its gradient is gathered once."""
         by_visit = {name: tensor.unbind(1) for name, tensor in live.items()}
-        names, parts = {name: site for name, (site, _, _) in self.shapes.items()}, self.parts
+        names, parts, scale = {name: site for name, (site, _, _) in self.shapes.items()}, self.parts, self.scale
 
         def delta(name: str, visit: int, x: Tensor) -> Tensor:
             a, b = by_visit[f"a.{name}"][visit].to(x.dtype), by_visit[f"b.{name}"][visit].to(x.dtype)
-            return (x.unflatten(0, (a.size(0), -1)) @ a.mT @ b.mT).flatten(0, 1)
+            delta = (x.unflatten(0, (a.size(0), -1)) @ a.mT @ b.mT).flatten(0, 1)
+            return delta if scale == 1 else scale * delta
 
         def linear(site: Site, x: Tensor, w: Tensor | None) -> Tensor | None:
             y, (_, visit, place) = plain_linear(site, x, w), site
