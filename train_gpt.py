@@ -1699,6 +1699,7 @@ class Trainer:
         self.ema = [p.clone() for p in self.params]
         self.forward = compiled(run, model)
         self.step = self.depth = self.trained = 0
+        self.end: tuple[int, float] | None = None  # position and time when training was over: there the Hessians begin, again if need be
         self.late_graphs = 0  # made after the warm-up, on the clock: there should be none
         self.reserve_seconds = run.cfg.gptq_reserve_seconds
         self.clock = Clock(run.device)
@@ -1725,8 +1726,8 @@ class Trainer:
         tensors |= {f"param.{name}": p.clone() for name, p in zip(self.names, self.params)}
         tensors |= {f"ema.{name}": p.clone() for name, p in zip(self.names, self.ema)}
         tensors |= {f"optimizer.{name}": value for name, value in self.optimizers.state().items()}
-        return tensors, {"position": self.loader.position, "step": self.step, "depth": self.depth, "trained": self.trained,
-                         "elapsed_ms": self.clock.total_ms}
+        position, elapsed_ms = self.end or (self.loader.position, self.clock.total_ms)
+        return tensors, {"position": position, "step": self.step, "depth": self.depth, "trained": self.trained, "elapsed_ms": elapsed_ms}
 
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
@@ -1737,6 +1738,7 @@ class Trainer:
         self.loader.seek(numbers["position"])
         self.step, self.depth, self.trained = numbers["step"], numbers["depth"], numbers["trained"]
         self.clock.total_ms = numbers["elapsed_ms"]
+        self.end = (numbers["position"], numbers["elapsed_ms"]) if self.trained else None
         torch.set_rng_state(tensors["rng"].cpu())
 
     def warm_up(self) -> None:
@@ -1779,7 +1781,7 @@ class Trainer:
     def load_averaged_weights(self) -> None:
         """From here on the model holds the moving average, which is what is exported."""
         torch._foreach_copy_(self.params, self.ema)
-        self.trained = 1
+        self.trained, self.end = 1, (self.loader.position, self.clock.total_ms)
 
 
 class Checkpoint:
@@ -1849,7 +1851,7 @@ class Checkpoint:
 
     def _set(self, stage: str, **values: Any) -> None:
         self.found = {"stage": stage, "settings": fingerprint(self.run.cfg), **values}
-        write_atomically(self.index, json.dumps(self.found).encode())
+        write_atomically(self.index, json.dumps({**self.found, "check": checksum(self.found)}).encode())
 
     def _sweep(self, keep: str) -> None:
         """Remove this run's other states and what an interrupted write left."""
@@ -1862,12 +1864,12 @@ class Checkpoint:
         """The index; {} if there is none, {"problem": words} if the run cannot go on from it."""
         try:
             found = json.loads(self.index.read_text())
-            if not isinstance(found, dict) or found.get("stage") not in ("training", "exported", "done"):
+            if not isinstance(found, dict) or found.pop("check", "") != checksum(found):
                 raise ValueError("no index")
         except FileNotFoundError:
             self._sweep(keep="")
             return {}
-        except (ValueError, OSError):
+        except (ValueError, OSError, RecursionError):
             return {"problem": f"{self.index} is damaged; delete it to start this run again, or choose another RUN_ID"}
         if found["stage"] == "done":
             return {"problem": f"run {self.run.cfg.run_id} is complete: its log ends with the score; choose another RUN_ID, or score its "
@@ -1881,10 +1883,15 @@ class Checkpoint:
         return found
 
 
+def checksum(values: dict[str, Any]) -> str:
+    """SHA-256 of values that JSON can hold."""
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+
+
 def fingerprint(cfg: Config) -> str:
     """Changes with the code and with every setting but the checkpoints' own."""
     settings = {f.name: format_setting(getattr(cfg, f.name)) for f in fields(Config) if f.name != "checkpoint_every"}
-    return hashlib.sha256(json.dumps([settings, hashlib.sha256(packed_code()).hexdigest()]).encode()).hexdigest()
+    return checksum({**settings, "code": hashlib.sha256(packed_code()).hexdigest()})
 
 
 def train(run: Run, trainer: Trainer, val: ValData, checkpoint: Checkpoint) -> None:
@@ -2590,7 +2597,7 @@ def decompress(stream: bytes, limit: int) -> bytes:
     return b"".join(parts)
 
 
-def size_table(data: bytes, tensors: Tensors) -> list[dict[str, str | int]]:
+def size_table(data: bytes, tensors: Tensors, cfg: Config) -> list[dict[str, str | int]]:
     """Where the bytes of an artifact with these tensors are: one row for every matrix bank in the coder, one for the rest.
 
     Columns: tensor, weights, bytes, bits_per_weight (scales not included) and entropy: bits a weight of the best code that
@@ -2598,10 +2605,10 @@ def size_table(data: bytes, tensors: Tensors) -> list[dict[str, str | int]]:
     """
     coded = data[ARTIFACT_PREFIX.size + ARTIFACT_PREFIX.unpack_from(data)[1]:]
     lengths = [len(s) for s in cut_streams(coded)[2:]] if coded else []
-    banks = [(name, t) for name, t in tensors.items() if isinstance(t, Quantized) and t.codes.numel() > 65536]
+    banks = [(row.name, tensors[row.name]) for row in parameter_table(cfg) if row.matrices]
     rows = [{"tensor": name, "weights": t.codes.numel(), **({"bytes": size, "bits_per_weight": f"{8 * size / t.codes.numel():.4f}"} if size else {}),
              "entropy": f"{table_entropy(t) / t.codes.numel():.4f}"}
-            for (name, t), size in itertools.zip_longest(banks, lengths if len(lengths) == len(banks) else []) if t is not None]
+            for (name, t), size in itertools.zip_longest(banks, lengths)]
     return [*rows, {"tensor": "rest", "bytes": len(data) - sum(lengths)}]
 
 
@@ -3352,9 +3359,10 @@ def ngram_hints(documents: Documents, order: int) -> NgramHints:
     width, lengths, tokens = order - 1, documents.lengths, documents.tokens
     place = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     at = (np.repeat(documents.starts + 1, lengths) + place)[place + 1 >= width]  # entries of targets with a whole context
-    rng, keys = np.random.default_rng(0), np.zeros(len(at), np.uint64)
+    rng, hashes = np.random.default_rng(0), np.zeros(len(tokens), np.uint64)
     for back in range(1, width + 1):
-        keys += tokens[at - back].astype(np.uint64) * (rng.integers(2**63, dtype=np.uint64) * np.uint64(2) + np.uint64(1))
+        hashes[width:] += tokens[width - back: -back] * (rng.integers(2**63, dtype=np.uint64) * np.uint64(2) + np.uint64(1))
+    keys = hashes[at]
     keys ^= keys >> np.uint64(29)
     keys *= np.uint64(0x9E3779B97F4A7C15)
     bucket = (keys >> np.uint64(38)).astype(np.int64)
@@ -3488,7 +3496,7 @@ class TTTScorer:
         def losses_of(batch: Batch, adapters: Adapters, live: dict[str, Tensor], rows: Tensor | None, also: Tensor | None,
                       cache: KVCache | None, seen: int) -> tuple[Tensor, list]:
             made: list[tuple[Tensor, Tensor]] = []
-            documents = live["a.head"].size(0)
+            documents = next(iter(live.values())).size(0)
             attend = None if cache is None else cache.bind(documents, batch.max_seqlen, seen, made)
             return model(batch, schedule, adapters.bind(live), attend, rows, also), made
 
@@ -4217,7 +4225,7 @@ def export(run: Run, model: GPT, hessians: dict[str, Tensor], checkpoint: Checkp
     cfg, began, code_bytes = run.cfg, time.perf_counter(), len(packed_code())
     tensors, data = quantize_and_pack(run, model, hessians, code_bytes)
     if run.ranks.rank == 0:
-        for row in size_table(data, tensors):
+        for row in size_table(data, tensors, cfg):
             run.log.record("size", **row)
         checkpoint.exported(data, steps=steps, train_ms=train_ms)
         run.log.record("artifact", model_bytes=len(data), code_bytes=code_bytes, total_bytes=len(data) + code_bytes,

@@ -23,7 +23,7 @@ import train_gpt as g
 
 SCORERS = ("evaluation", *CONTEXTS)
 PLAN = {"TTT_CHUNK_SIZE": 8, "TTT_EVAL_SEQ_LEN": 16, "EVAL_SEQ_LEN": 40, "TTT_BATCH_SIZE": 3, "EVAL_LOOP_DEPTH": 2, "TTT_LORA_RANK": 2,
-        "VAL_BATCH_TOKENS": 320}
+        "VAL_BATCH_TOKENS": 800}
 DOCS = [np.append(1, np.random.default_rng(seed).integers(4, tiny.VOCAB, length)) for seed, length in enumerate((27, 34, 22, 30))]
 every_setting = pytest.mark.parametrize("setting", MODEL_SETTINGS)
 every_scorer = pytest.mark.parametrize("scorer", SCORERS)
@@ -61,7 +61,7 @@ def changed_places(setting: str, scorer: str, document: int, first: int) -> np.n
 def check_isolation(setting: str, scorer: str) -> None:
     """Tokens that change move the losses of themselves and of what follows in their document, and no others."""
     starts = np.cumsum([0, *map(len, DOCS)])  # the loss of a token stands at the one before it; a document's last is that of the next BOS
-    for document, first in ((1, 13), (2, 19), (0, len(DOCS[0]) - 1)):
+    for document, first in ((1, 13), (0, len(DOCS[0]) - 1)):
         expected = np.arange(starts[document] + first - 1, starts[document + 1])
         assert changed_places(setting, scorer, document, first).tolist() == expected.tolist(), (document, first)
 
