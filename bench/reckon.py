@@ -1,14 +1,16 @@
-"""How long a whole run takes and what it keeps in memory, reckoned before it runs: the model behind `bench/rehearse.py plan`.
+"""Two models of a run on H100s, for bench/rehearse.py: what a whole run takes, and what a list of launches takes.
 
-Every constant of the model stands in the first section with its source, but for the two that the run itself plans with
-(`TTT_TOKENS_PER_SECOND` and `TTT_STEP_SECONDS` in train_gpt.py). `published_plan` is the published code's own batching: with
-it the model must give back the published logs, which is what makes it believable for ours.
+Every constant of both stands in the first section with its source, but for the two that the run itself plans with
+(`TTT_TOKENS_PER_SECOND` and `TTT_STEP_SECONDS` in train_gpt.py) and the data sheet's peaks (roofline.py). `published_plan` is
+the published code's own batching: with it the first model must give back the published logs, which is what makes it
+believable for ours. The second has no measurement behind it but the data sheet and shares of it that are usual.
 """
 from __future__ import annotations
 
 import heapq
 import json
 import math
+import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -20,6 +22,7 @@ import numpy as np
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
+import roofline  # noqa: E402
 import train_gpt as g  # noqa: E402
 
 # --------------------------------------------------------------------------------------------------------------- constants
@@ -36,8 +39,20 @@ MEMORY_BESIDE_GB = 4.6  # training memory that does not grow with depth: weights
 MEMORY_VISIT_GB = 2.26  # a visit's activations of STEP_TOKENS. Null device: 29.5 / 43.1 / 49.8 GB at 11 / 17 / 20 visits (2026-11-25)
 PUBLISHED_MEMORY_VISIT_GB = 2.10  # of the published code: 46.6 GB at 20 visits in its logs, the rest as ours
 VAL_DOCUMENTS, VAL_TOKENS = g.PUBLISHED_VAL["documents"], g.PUBLISHED_VAL["tokens"]
-MADE_UP_LENGTHS = (6.273, 0.906, 0.085)  # log length = a + b z + c z^2 at the normal quantile z: fitted to the published set's
-MADE_UP_LONGEST = 60_000  # tokens; the 16 longest published documents have 46,000 on average
+MADE_UP_LENGTHS = (6.28, 0.915, 0.08)  # log length = a + b z + c z^2 at the normal quantile z: fitted to the published set
+MADE_UP_LONGEST = 62_000  # tokens; the 16 longest published documents have 46,000 on average
+
+# of launches. Shares of the data sheet's peaks that products, other kernels and FlashAttention 2 usually reach on an H100:
+PRODUCT_SHARE, FUSED_PRODUCT_SHARE, BANDWIDTH_SHARE = 0.68, 0.60, 0.85
+FLASH_OPERATIONS = {"forward": 250e12, "backward": 200e12}  # a second, heads of 64, documents of some hundred tokens
+FLOAT32_OPERATIONS = 50e12  # a second, of float32 products: three quarters of the 67e12 outside the tensor cores
+LAUNCH_SECONDS = 2.5e-6  # of a kernel that moves next to nothing
+SLOW_CALL_INSTRUCTIONS = 50  # that really run in a sine, cosine or power; ptxas makes 470 an element of six calls, slow paths included
+INSTRUCTIONS = 132 * 4 * 1.755e9 * 0.7 * 32  # a second: 4 warps of 32 issue on each of 132 multiprocessors, at 70 %
+COLLECTIVE_BYTES = 350e9  # a second over NVLink, of a tensor that is summed or gathered over 8 ranks
+APPLY_CHUNK = 65_536  # elements of a block of torch's multi-tensor kernels
+UNKNOWN_THREAD_BYTES = 16  # moved by a thread of an eager kernel of which only the grid is known: four float32
+SMALL_BYTES = 3_000_000  # a kernel that moves less is one of the small ones in the table
 
 
 # ------------------------------------------------------------------------------------------------------- document lengths
@@ -181,3 +196,131 @@ def published_plan(cfg: g.Config, lengths: np.ndarray, world: int) -> list[g.Pha
         plans.append(g.PhasePlan(range(begin, end), mine, tuple(map(tuple, ranks)), seconds, range(end - learns, end)))
         begin = end
     return plans
+
+
+# ---------------------------------------------------------------------------------------------------------------- launches
+
+
+class Attended(NamedTuple):
+    """What the attention kernels of a part work on: tokens, and how many tokens each of them sees on average."""
+
+    tokens: int
+    context: float
+
+
+class Group(NamedTuple):
+    """Launches of one kind: their number, bytes moved, seconds."""
+
+    launches: int = 0
+    bytes: float = 0.0
+    seconds: float = 0.0
+
+
+KINDS = (  # of Triton kernels, by what their names hold; the first that fits
+    ("mlp", r"^mlp"), ("cross entropy", r"cross_entropy"), ("rotary, head norm", r"_cos_|_sin_|rotary|rotate|head_norm"),
+    ("xsa, gate", r"vector_norm|masked_fill|xsa|exclude|^(?!.*(rms|lerp)).*sigmoid"), ("residual, norm", r"rms_norm"),
+    ("column sums", r"^triton_red"), ("other pointwise", r""),
+)
+
+
+def product_of(line: str, name: str) -> int:
+    """The product of the numbers x,y,z that stand behind a word; 0 if it is not there."""
+    found = re.search(rf"\b{name} (\d+),(\d+),(\d+)", line)
+    return math.prod(map(int, found.groups())) if found else 0
+
+
+def numbers(line: str, *names: str) -> list[int]:
+    """The whole numbers that stand behind these words; -1 for one that is not there."""
+    found = (re.search(rf"\b{name} (\d+)", line) for name in names)
+    return [int(match[1]) if match else -1 for match in found]
+
+
+def streamed(size: float) -> float:
+    """Seconds of a kernel that does nothing but move `size` bytes."""
+    return max(size / roofline.PEAKS["H100 SXM"][1] / BANDWIDTH_SHARE, LAUNCH_SECONDS)
+
+
+def product_cost(m: int, n: int, k: int, batch: int, width: int, share: float = PRODUCT_SHARE) -> tuple[float, float]:
+    """Bytes and seconds of a product (m, k) x (k, n) of elements of `width` bytes."""
+    size = float(width * batch * (m * k + n * k + m * n))
+    rate = roofline.PEAKS["H100 SXM"][0] * share if width == 2 else FLOAT32_OPERATIONS
+    return size, max(2.0 * batch * m * n * k / rate, streamed(size))
+
+
+def triton_cost(line: str) -> tuple[str, float, float]:
+    """Kind, bytes and seconds of a Triton kernel's launch."""
+    name = line.split()[1]
+    size, elements, slow = numbers(line, "bytes", "elements", "slow")
+    if size < SMALL_BYTES:
+        return "small kernels", size, LAUNCH_SECONDS
+    seconds = max(streamed(size), max(slow, 0) * SLOW_CALL_INSTRUCTIONS * max(elements, 0) / INSTRUCTIONS)
+    if name == "mlp_kernel":
+        rows, columns, depth = map(int, re.search(r"ints (\d+),(\d+),(\d+)", line).groups())
+        seconds = max(seconds, product_cost(rows, columns, depth, 1, 2, FUSED_PRODUCT_SHARE)[1])
+    return next(kind for kind, pattern in KINDS if re.search(pattern, name)), size, seconds
+
+
+def flash_cost(line: str, attended: Attended) -> tuple[str, float, float]:
+    """Kind, bytes (none: they are not counted) and seconds of a launch of FlashAttention 2 or of SDPA's kernels."""
+    width = roofline.MODEL["d"]
+    operations = 4.0 * attended.tokens * attended.context * width
+    if "dot_do_o" in line:
+        return "attention backward", 0.0, streamed(8.0 * attended.tokens * width)
+    if "convert_dq" in line:
+        return "attention backward", 0.0, streamed(6.0 * attended.tokens * width)
+    if re.search(r"bwd|backward|fmha_cutlassB", line):
+        return "attention backward", 0.0, 2.5 * operations / FLASH_OPERATIONS["backward"]
+    return "attention forward", 0.0, operations / FLASH_OPERATIONS["forward"]
+
+
+def eager_cost(line: str) -> tuple[str, float, float]:
+    """Kind, bytes and seconds of a launch of one of torch's own kernels, as far as its name and grid tell them."""
+    elements, copied, set_ = numbers(line, "elements", "memcpy D2D", "memset")
+    blocks, threads = product_of(line, "grid"), product_of(line, "block")
+    arrays, lists = (re.search(pattern, line) for pattern in (r"St5arrayIPcLm(\d)E", r"TensorListMetadataILi(\d)E"))
+    width = 2 if re.search("bfloat16|BFloat16", line) else 4
+    if copied > 0 or set_ > 0:
+        size = float(max(2 * copied, set_))
+    elif "multi_tensor_apply" in line:
+        size = float(blocks * APPLY_CHUNK * 4 * max(2, 2 * int(lists[1]) - 1 if lists else 2))
+    elif elements > 0:
+        size = float(elements * width * (int(arrays[1]) if arrays else 3))
+    else:
+        size = float(blocks * threads * UNKNOWN_THREAD_BYTES)
+    return "eager kernels" if size >= SMALL_BYTES else "small kernels", size, streamed(size)
+
+
+def launch_cost(line: str, attended: Attended) -> tuple[str, float, float]:
+    """Kind, bytes and seconds of one line of the null device's log of launches."""
+    if line.startswith("triton "):
+        return triton_cost(line)
+    if line.startswith("cublas"):
+        m, n, k, batch, kind = numbers(line, "m", "n", "k", "batch", "type")
+        return "products", *product_cost(m, n, k, batch, 2 if kind in (2, 14) else 4)  # cudaDataType: half, bfloat16
+    if line.startswith("nccl"):
+        count, kind = numbers(line, "count", "type")
+        size = float(count * (2 if kind in (6, 9) else 4))  # ncclDataType: half, bfloat16
+        return "collectives", size, max(size / COLLECTIVE_BYTES, LAUNCH_SECONDS)
+    if re.search(r"flash_(fwd|bwd)|fmha", line):
+        return flash_cost(line, attended)
+    return eager_cost(line)
+
+
+def reckon_launches(order: Sequence[str], attended: Attended) -> dict[str, Group]:
+    """The launches of a part by kind, the longest kind first."""
+    groups: dict[str, Group] = {}
+    for line in order:
+        kind, size, seconds = launch_cost(line, attended)
+        have = groups.get(kind, Group())
+        groups[kind] = Group(have.launches + 1, have.bytes + size, have.seconds + seconds)
+    return dict(sorted(groups.items(), key=lambda item: -item[1].seconds))
+
+
+def largest_kernels(order: Sequence[str], count: int) -> list[tuple[str, int, int]]:
+    """The Triton kernels that move most in all their launches: name, bytes of a launch, launches."""
+    sizes: dict[str, list[int]] = {}
+    for line in order:
+        if line.startswith("triton "):
+            sizes.setdefault(line.split()[1], []).append(numbers(line, "bytes")[0])
+    found = sorted(sizes.items(), key=lambda item: -sum(item[1]))[:count]
+    return [(name, max(each), len(each)) for name, each in found]
