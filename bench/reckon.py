@@ -10,6 +10,7 @@ from __future__ import annotations
 import heapq
 import json
 import math
+import os
 import re
 import sys
 from collections import Counter
@@ -20,7 +21,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
+ROOT = Path(os.environ.get("REPO") or Path(__file__).resolve().parent.parent)  # whose train_gpt.py is looked at
+sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 
 import roofline  # noqa: E402
 import train_gpt as g  # noqa: E402
@@ -30,6 +32,7 @@ import train_gpt as g  # noqa: E402
 STEP_MS = (15.0, 7.55)  # a training step of 98,304 tokens a GPU: beside the visits, and a visit. Fitted to the published logs:
 # 98 / 143 / 166 ms at depth 1 / 3 / 4 (11 / 17 / 20 visits)
 STEP_TOKENS = 98_304  # tokens of one of eight GPUs in a published step
+HESSIAN_MARGIN = (1.1, 0.5)  # what a run keeps for them: so many times what they take, and seconds beside (Trainer in train_gpt.py)
 HESSIAN_BATCH_MS = 250.0  # a calibration batch of STEP_TOKENS a GPU; published: 4.0 s for 16
 FORWARD_SHARE = 1 / 3  # of a step's arithmetic: a forward has one product of a weight, a backward two
 SGD_SECONDS = (2.4, 0.0863)  # global SGD: a pass and a chunk of 32,768 tokens over 8 GPUs; published: 111 / 185 / 250 in 12 / 18 / 24 s
@@ -114,11 +117,11 @@ def step_ms(visits: int, tokens: float) -> float:
     return (beside + visit * visits) * tokens / STEP_TOKENS
 
 
-def training_parts(cfg: g.Config, world: int) -> list[Part]:
-    """Training by depth, and the Hessians, which count as training."""
-    tokens = cfg.train_batch_tokens / world
+def training_parts(cfg: g.Config, world: int, published: bool) -> list[Part]:
+    """Training by depth, and the Hessians, which count as training; the published code keeps no margin for them."""
+    tokens, (times, beside) = cfg.train_batch_tokens / world, (1.0, 0.0) if published else HESSIAN_MARGIN
     hessians = 1e-3 * HESSIAN_BATCH_MS * cfg.gptq_calibration_batches * tokens / STEP_TOKENS
-    reserve = max(cfg.gptq_reserve_seconds, hessians)
+    reserve = max(cfg.gptq_reserve_seconds, times * hessians + beside)
     fractions = (np.arange(10_000) + 0.5) / 10_000
     shares = Counter(g.depth_at(cfg, frac) for frac in fractions)
     parts = []
@@ -153,7 +156,7 @@ def ttt_parts(cfg: g.Config, lengths: np.ndarray, plans: Sequence[g.PhasePlan], 
         note = f"{len(plan.documents)} documents in {len(plan.batches)} batches"
         parts.append(Part(f"ttt phase {i}/{len(plans)}", max(plan.seconds), plan.seconds, note))
         if len(plan.learns):
-            took, chunks = sgd_seconds(cfg, lengths[plan.learns.start: plan.learns.stop], world)
+            took, chunks = sgd_seconds(cfg, lengths[list(plan.learns)], world)
             parts.append(Part(f"global sgd {i}", took, (took,) * world, f"{len(plan.learns)} documents, {chunks} chunks"))
     return parts
 
@@ -193,7 +196,7 @@ def published_plan(cfg: g.Config, lengths: np.ndarray, world: int) -> list[g.Pha
             ranks[rank].append(i)
             heapq.heappush(queue, (free + published_batch_seconds(int(lengths[batch.start]), len(batch)), rank))
         seconds = tuple(took for took, _ in sorted(queue, key=lambda item: item[1]))
-        plans.append(g.PhasePlan(range(begin, end), mine, tuple(map(tuple, ranks)), seconds, range(end - learns, end)))
+        plans.append(g.PhasePlan(range(begin, end), mine, tuple(map(tuple, ranks)), seconds, range(end - 1, end - 1 - learns, -1)))
         begin = end
     return plans
 

@@ -31,8 +31,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import null_hopper  # noqa: E402
 import reckon  # noqa: E402
@@ -76,7 +75,7 @@ def plan(options: argparse.Namespace) -> int:
         lengths = reckon.read_lengths(options.lengths) if options.lengths else reckon.made_up_lengths()
     world, source = options.gpus, options.data or options.lengths or "made up by formula"
     print(f"{world} GPUs; {len(lengths)} documents, {lengths.sum()} tokens, the longest {lengths[0]} ({source})")
-    training = reckon.training_parts(cfg, world)
+    training = reckon.training_parts(cfg, world, options.published)
     plans = reckon.published_plan(cfg, lengths, world) if options.published else g.plan_ttt(cfg, lengths, world)
     testing = reckon.ttt_parts(cfg, lengths, plans, world) if cfg.ttt_enabled else []
     plain = reckon.forward_seconds(cfg, int(lengths.sum()), world)

@@ -185,21 +185,19 @@ def part_quantize(stage: Stage) -> None:
     with all_is_finite(), stage.measure("gptq", run, nothing):
         tensors, _ = g.quantize(run, model, hessians)
     with stage.measure("packing", run, nothing):
-        settings = {name: getattr(run.cfg, name) for name in g.MODEL_SETTINGS}
-        data = g.pack_artifact(tensors, settings, run.cfg.compressor)
-        g.model_from_tensors(run.cfg, g.unpack_artifact(data)[1], run)
+        g.model_from_tensors(run, g.unpack_artifact(g.pack_artifact(tensors, run.cfg))[1])
 
 
 def score_documents(stage: Stage, part: str, lengths: list[int], **settings: Any) -> None:
     """The row of a batch of documents of these lengths, longest first, after the warm-up of a run."""
     run = stage.run(**settings)
-    cfg, adapter = run.cfg, g.Adapter(run, stage.model(run).requires_grad_(False))
-    val = made_up_documents(lengths, cfg.vocab_size)
-    adapter.warm_up(val)
+    cfg, scorer = run.cfg, g.TTTScorer(run, stage.model(run).requires_grad_(False))
+    documents = g.Documents(made_up_documents(lengths, cfg.vocab_size))
+    scorer.warm_up()
     window = cfg.ttt_context == "window"
     attended = reckon.Attended(len(lengths) * (1024 if window else cfg.ttt_chunk_size), 700.0)
     with stage.measure(part, run, attended, note=f"{len(lengths)} documents of {lengths[-1]} to {lengths[0]} tokens"):
-        adapter.score(g.Documents(val), range(len(lengths)))
+        scorer.score(documents, range(len(lengths)))
 
 
 def part_ttt_window(stage: Stage) -> None:
@@ -216,12 +214,12 @@ def part_ttt_cache(stage: Stage) -> None:
 def part_sgd(stage: Stage) -> None:
     """Global SGD over a text of three chunks, after its warm-up."""
     run = stage.run()
-    model = stage.model(run).requires_grad_(False)
-    g.warm_up_global_sgd(run, model)
+    sgd = g.GlobalSGD(run, stage.model(run).requires_grad_(False))
+    sgd.warm_up()
     text = gpu.made_up_tokens(3 * run.cfg.global_ttt_chunk_tokens + 5000, gpu.PUBLISHED_MEAN_LENGTH, run.cfg.vocab_size, seed=2)
     attended = reckon.Attended(run.cfg.global_ttt_chunk_tokens, CONTEXT)
     with stage.measure("global sgd", run, attended, repeats=3, note="a chunk, on one rank"):
-        g.global_sgd(run, model, text, "1/1")
+        sgd.learn(text, "1/1")
 
 
 def part_checkpoint(stage: Stage) -> None:
@@ -229,15 +227,16 @@ def part_checkpoint(stage: Stage) -> None:
     run = stage.run()
     trainer = g.Trainer(run, stage.model(run), loader_of(run))
     trainer.train_step(1, 1.0)
-    checkpoints = g.Checkpoints(run)
+    checkpoint = g.Checkpoint(run)
     with stage.measure("checkpoint", run, reckon.Attended(TOKENS, CONTEXT), note="written, read, a step"):
-        checkpoints.write(trainer)
+        checkpoint.write(trainer)
         again = g.Trainer(run, stage.model(run), loader_of(run))
-        g.Checkpoints(run).resume(again)
+        checkpoint = g.Checkpoint(run)
+        checkpoint.resume(again)
         if (again.step, again.loader.position) != (trainer.step, trainer.loader.position):
             raise RuntimeError(f"resumed at step {again.step}, position {again.loader.position}")
         again.train_step(1, 1.0)
-        checkpoints.remove()
+    checkpoint.index.unlink()
 
 
 # ----------------------------------------------------------------------------------------------------- ranks over NCCL
