@@ -59,7 +59,7 @@ class Stage:
         """A compiled run of one rank with an eighth of the record's batch, the attention resolved."""
         cfg = g.Config(**({"train_batch_tokens": TOKENS, "artifact_dir": str(self.out), "run_id": "rehearsal"} | settings))
         cfg.check_together()
-        run = g.Run(cfg, g.Ranks(device=self.device), g.Log(None, speaks=False), compile=True)
+        run = g.Run(cfg, g.Ranks.start({}), g.Log(None, enabled=False), compile=True)
         g.resolve_attention(cfg.attn_backend, run.device)
         return run
 
@@ -247,7 +247,7 @@ def rank_pieces(stage: Stage) -> dict[str, Callable[[], Any]]:
     ranks = g.Ranks.start(os.environ)
     stage.device = ranks.device
     cfg = g.Config(train_batch_tokens=ranks.world * TOKENS, gptq_calibration_batches=1, phased_ttt_prefix_docs=8, phased_ttt_num_phases=1)
-    run = g.Run(cfg, ranks, g.Log(None, speaks=False), compile=True)
+    run = g.Run(cfg, ranks, g.Log(None, enabled=False), compile=True)
     g.resolve_attention(cfg.attn_backend, run.device)
     model, loader = stage.model(run), loader_of(run)
     trainer = g.Trainer(run, model, loader)
