@@ -2,6 +2,7 @@
 
     torchrun --standalone --nproc_per_node=8 train_gpt.py        # the record's settings, on eight H100s
     bash run.sh                                                  # the same system, small, on any machine
+    python train_gpt.py --help                                   # every setting with its default
 
 A run goes through these stages, and this file is in their order:
 
@@ -9,13 +10,13 @@ A run goes through these stages, and this file is in their order:
     -> warm-up: every graph compiled and run once, then everything put back; the clock starts
     -> training: depth 1, then 3, then 4; Muon and AdamW; a moving average (EMA) of the weights
     -> Hessians from training data; the clock stops
-    -> GPTQ on the averaged weights -> one artifact file, counted against 16,000,000 bytes
+    -> GPTQ on the averaged weights -> one artifact file, counted with this code against 16,000,000 bytes
     -> the file is read back and scored: every target of the validation set once
     -> scored again with test-time training (TTT): each token is scored before anything learns from it
     -> the line `final seed:... val_bpb:...`
 
-Contents: 1 configuration - 2 run context - 3 data - 4 attention - 5 model - 6 optimizers - 7 training -
-8 quantization - 9 artifact container - 10 evaluation - 11 test-time training - 12 kernels (appendix) - 13 main.
+Contents: 1 settings - 2 runtime - 3 data - 4 attention - 5 model - 6 optimizers - 7 training - 8 quantization -
+9 artifact - 10 evaluation - 11 test-time training - 12 kernels (appendix) - 13 main.
 
 Glossary. *visit*: one place in the unrolled schedule, where one physical layer is applied; a looped layer is visited
 several times. *depth*: passes through the loop block. *schedule*: the visits of one depth, cut into encoder and decoder.
@@ -26,13 +27,14 @@ does not cross: a document or a piece of one. *sidecar*: for each validation tok
 
 from __future__ import annotations
 
+import base64
+import bisect
 import difflib
+import fcntl
 import hashlib
 import inspect
-import io
 import itertools
 import json
-import lzma
 import math
 import os
 import platform
@@ -42,22 +44,28 @@ import signal
 import struct
 import sys
 import tempfile
+import threading
 import time
+import traceback
+import typing
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, fields, replace
-from datetime import datetime, timezone
+from dataclasses import Field, dataclass, field, fields, replace
+from datetime import datetime, timedelta, timezone
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import brotli
 import numpy as np
+import safetensors
+import safetensors.torch
 import torch
 import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.adamw import adamw as fused_adamw
 
 try:
     import triton
@@ -68,16 +76,16 @@ except ImportError:  # the kernels of section 12 need it; everything else runs w
 
 ARTIFACT_CAP_BYTES = 16_000_000  # decimal, model and code together
 BOS_ID = 1
-SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
 OPERATORS = __name__.strip("_")  # namespace of the operators: two copies of this file in one process must not share it
 
 
 # ======================================================================================================================
-# 1. Configuration
+# 1. Settings
 #
 # One frozen dataclass; every field is one environment variable of the same name in capitals. The defaults are the
 # record's values. `Config.from_env` is the only reader of settings; nothing below looks at the environment, except the
-# run context for what torchrun sets.
+# runtime for what torchrun sets. A field marked `model` changes which function the weights are, one marked `score` how it
+# is scored: an artifact carries both, so the file alone gives its score.
 # ======================================================================================================================
 
 
@@ -88,31 +96,38 @@ class Check(NamedTuple):
     accepts: Callable[[Any], bool]
 
 
-def at_least(low: float) -> Check:
-    return Check(f"at least {low:g}", lambda value: value >= low)
-
-
-def above(low: float) -> Check:
-    return Check(f"above {low:g}", lambda value: value > low)
-
-
 def between(low: float, high: float) -> Check:
     return Check(f"from {low:g} to {high:g}", lambda value: low <= value <= high)
+
+
+def above(low: float, high: float) -> Check:
+    return Check(f"above {low:g}, up to {high:g}", lambda value: low < value <= high)
+
+
+def below(low: float, high: float) -> Check:
+    return Check(f"from {low:g} to below {high:g}", lambda value: low <= value < high)
 
 
 def one_of(*words: str) -> Check:
     return Check("one of " + ", ".join(words), lambda value: value in words)
 
 
-ANY = Check("any text", lambda value: True)
-EACH_AT_LEAST_1 = Check("whole numbers of at least 1 with commas between", lambda value: all(v >= 1 for v in value))
-EACH_ABOVE_0 = Check("numbers above 0 with commas between", lambda value: all(v > 0 for v in value))
+def each(check: Check, most: int = 16) -> Check:
+    return Check(f"up to {most} numbers with commas between, each {check.text}",
+                 lambda value: len(value) <= most and all(map(check.accepts, value)))
+
+
+TEXT = Check("text without line breaks, up to 1000 characters", lambda v: len(v) <= 1000 and v.isprintable())
 FLAG = Check("0 or 1", lambda value: True)
+TOKENS, SECONDS, RATE = between(8, 2**26), between(0, 1e7), between(0, 10)
 
 
-def setting(default: Any, doc: str, check: Check) -> Any:
-    """A field of Config: default, one line of documentation, what is allowed."""
-    return field(default=default, metadata={"doc": doc, "check": check})
+def setting(default: Any, doc: str, check: Check, model: bool = False, score: bool = False) -> Any:
+    """A field of Config: default, one line of documentation, what is allowed, and whether an artifact carries it."""
+    return field(default=default, metadata={"doc": doc, "check": check, "model": model, "score": score})
+
+
+model_setting, score_setting = partial(setting, model=True), partial(setting, score=True)
 
 
 @dataclass(frozen=True)
@@ -120,144 +135,148 @@ class Config:
     """All settings of a run. `Config()` is the published record."""
 
     # where things are
-    data_dir: str = setting("./data", "folder that holds datasets/ and tokenizers/", ANY)
-    data_path: str = setting("", "folder of the shards; empty: the published data set under DATA_DIR", ANY)
-    tokenizer_path: str = setting("", "SentencePiece model; empty: the published one under DATA_DIR", ANY)
-    caseops_enabled: bool = setting(True, "bytes come from the sidecar; 0: from the tokenizer's pieces", FLAG)
-    artifact_dir: str = setting("./runs", "folder for the log and the artifact of a run", ANY)
-    run_id: str = setting("", "name of the run's files; empty: time and seed", Check(
-        "letters, digits, '.', '_' and '-'", lambda v: re.fullmatch(r"[\w.-]*", v) is not None))
-    artifact_path: str = setting("", "with EVAL_ONLY: the artifact to score; empty: that of RUN_ID", ANY)
+    data_dir: str = setting("./data", "folder that holds datasets/ and tokenizers/", TEXT)
+    data_path: str = setting("", "folder of the shards; empty: the published data set under DATA_DIR", TEXT)
+    tokenizer_path: str = setting("", "SentencePiece model; empty: the published one under DATA_DIR", TEXT)
+    caseops_enabled: bool = score_setting(True, "bytes come from the sidecar; 0: from the tokenizer's pieces", FLAG)
+    artifact_dir: str = setting("./runs", "folder for the log and the artifact of a run", TEXT)
+    run_id: str = setting("", "name of the run's files; empty: time, seed and a random part", Check(
+        "up to 100 of the letters a-z A-Z, digits, '.', '_' and '-'", lambda v: re.fullmatch(r"[A-Za-z0-9_.-]{0,100}", v) is not None))
+    artifact_path: str = setting("", "with EVAL_ONLY: the artifact to score; empty: that of RUN_ID", TEXT)
     eval_only: bool = setting(False, "score an existing artifact, no training data needed", FLAG)
     # the run
-    seed: int = setting(1337, "seed of initialisation and adapters", between(0, 2**31 - 1))
-    iterations: int = setting(20000, "steps at most; with no time cap, exactly", at_least(1))
-    max_wallclock_seconds: float = setting(600.0, "training time, Hessians included; 0: no cap", at_least(0))
-    eval_budget_seconds: float = setting(600.0, "time that the final scoring may take; 0: no cap", at_least(0))
-    warmup_steps: int = setting(20, "steps at each depth before the clock, all undone", at_least(0))
+    seed: int = score_setting(1337, "seed of initialisation and adapters", between(0, 2**31 - 1))
+    iterations: int = setting(20000, "steps at most; with no time cap, exactly", between(1, 10**9))
+    max_wallclock_seconds: float = setting(600.0, "training time, Hessians included; 0: no cap", SECONDS)
+    eval_budget_seconds: float = setting(600.0, "time that the final scoring may take; 0: no cap", SECONDS)
+    rank_timeout_seconds: float = setting(1800.0, "longest that a rank waits for the others before the run ends", between(10, 1e7))
+    warmup_steps: int = setting(20, "steps at each depth before the clock, all undone", between(0, 10**6))
     warmdown_frac: float = setting(0.75, "last share of the run, in which the learning rate falls", between(0, 1))
-    min_lr: float = setting(0.0, "learning rate at the end, as a share", between(0, 1))
-    train_batch_tokens: int = setting(786432, "tokens of one step, over all ranks", at_least(8))
-    micro_batch_tokens: int = setting(98304, "tokens of one forward on one rank, at most", at_least(1))
-    train_seq_len: int = setting(2048, "tokens that attention sees at most in training", at_least(2))
-    eval_seq_len: int = setting(2048, "the same in evaluation", at_least(2))
-    val_batch_tokens: int = setting(524288, "tokens of eight evaluation batches", at_least(16))
-    val_loss_every: int = setting(4000, "steps between evaluations; 0: only at the end", at_least(0))
+    min_lr: float = setting(0.0, "floor of the learning rate, as a share", between(0, 1))
+    train_batch_tokens: int = setting(786432, "tokens of one step, over all ranks", between(16, 2**26))
+    micro_batch_tokens: int = setting(98304, "tokens of one forward on one rank, at most", between(1, 2**26))
+    train_seq_len: int = setting(2048, "tokens that attention sees at most in training", between(2, 2**20))
+    eval_seq_len: int = score_setting(2048, "the same in evaluation", between(2, 2**20))
+    val_batch_tokens: int = setting(524288, "tokens of eight evaluation batches", between(16, 2**26))
+    val_loss_every: int = setting(4000, "steps between evaluations; 0: only at the end", between(0, 10**9))
     checkpoint_every: str = setting("", "write the complete state every N steps (`200`) or seconds (`60s`); empty: never", Check(
-        "a whole number of steps, or of seconds with an s behind it", lambda v: re.fullmatch(r"([1-9]\d*s?)?", v) is not None))
-    train_log_every: int = setting(500, "steps between log lines", at_least(1))
+        "a whole number of steps, or of seconds with an s behind it", lambda v: re.fullmatch(r"([1-9][0-9]{0,8}s?)?", v) is not None))
+    train_log_every: int = setting(500, "steps between log lines", between(1, 10**9))
     compile: str = setting("auto", "torch.compile: auto is on for CUDA, off for a CPU", one_of("auto", "0", "1"))
     attn_backend: str = setting("auto", "attention kernel", one_of("auto", "fa3", "fa4", "varlen", "sdpa"))
     # the model
-    vocab_size: int = setting(8192, "tokens in the alphabet", between(2, 65536))
-    num_layers: int = setting(11, "physical layers", at_least(1))
-    model_dim: int = setting(512, "width", at_least(2))
-    num_heads: int = setting(8, "query heads", at_least(1))
-    num_kv_heads: int = setting(4, "key and value heads", at_least(1))
-    mlp_mult: int = setting(4, "hidden width of the MLP over MODEL_DIM", at_least(1))
-    xsa_last_n: int = setting(11, "layers, from the last, with exclusive self-attention", at_least(0))
-    rope_base: float = setting(10000.0, "base of the rotary frequencies", above(1))
-    rope_dims: int = setting(16, "dimensions of a head that rotate", at_least(0))
-    qk_gain_init: float = setting(5.0, "initial gain of the queries", above(0))
-    logit_softcap: float = setting(30.0, "logits are cap * tanh(logits / cap)", above(0))
-    ln_scale: bool = setting(True, "layer i reads its normalised input over sqrt(i + 1)", FLAG)
-    skip_gates_enabled: bool = setting(True, "skips are mixed in through a gate; 0: added", FLAG)
-    tied_embed_init_std: float = setting(0.005, "standard deviation of the initial embedding", above(0))
-    num_loops: int = setting(2, "extra passes of the loop without phase depths; sizes the skips", at_least(0))
-    loop_start: int = setting(3, "first looped layer", at_least(0))
-    loop_end: int = setting(5, "last looped layer", at_least(0))
+    vocab_size: int = model_setting(8192, "tokens in the alphabet", between(8, 65536))
+    num_layers: int = model_setting(11, "physical layers", between(1, 256))
+    model_dim: int = model_setting(512, "width", between(2, 16384))
+    num_heads: int = model_setting(8, "query heads", between(1, 1024))
+    num_kv_heads: int = model_setting(4, "key and value heads", between(1, 1024))
+    mlp_mult: int = model_setting(4, "hidden width of the MLP over MODEL_DIM", between(1, 64))
+    xsa_last_n: int = model_setting(11, "layers, from the last, with exclusive self-attention", between(0, 256))
+    rope_base: float = model_setting(10000.0, "base of the rotary frequencies", above(1, 1e9))
+    rope_dims: int = model_setting(16, "dimensions of a head that rotate", between(0, 16384))
+    qk_gain_init: float = setting(5.0, "initial gain of the queries", above(0, 1000))
+    logit_softcap: float = model_setting(30.0, "logits are cap * tanh(logits / cap)", above(0, 1e4))
+    ln_scale: bool = model_setting(True, "layer i reads its normalised input over sqrt(i + 1)", FLAG)
+    skip_gates_enabled: bool = model_setting(True, "skips are mixed in through a gate; 0: added", FLAG)
+    tied_embed_init_std: float = setting(0.005, "standard deviation of the initial embedding", above(0, 100))
+    num_loops: int = model_setting(2, "extra passes of the loop without phase depths; sizes the skips", between(0, 63))
+    loop_start: int = model_setting(3, "first looped layer", between(0, 255))
+    loop_end: int = model_setting(5, "last looped layer", between(0, 255))
     enable_looping_at: float = setting(0.35, "share of the run without loops when no phase depths are set", between(0, 1))
-    train_loop_phase_depths: tuple[int, ...] = setting((1, 3, 4), "depth curriculum; 'none': ENABLE_LOOPING_AT", EACH_AT_LEAST_1)
-    train_loop_phase_fractions: tuple[float, ...] = setting((), "shares of the phases; empty: equal", EACH_ABOVE_0)
-    train_loop_prewarm_depths: tuple[int, ...] = setting((3, 4), "depths compiled before the clock", EACH_AT_LEAST_1)
-    eval_loop_depth: int = setting(4, "depth of evaluation, calibration and TTT", at_least(1))
-    parallel_start_layer: int = setting(8, "first layer with two residual lanes", at_least(0))
-    parallel_final_lane: str = setting("mean", "lane that is read at the end", one_of("mean", "attn", "mlp"))
-    gated_attn_enabled: bool = setting(True, "one sigmoid gate a head", FLAG)
-    gated_attn_init_std: float = setting(0.005, "standard deviation of the initial gate weights", at_least(0))
-    gated_attn_quant_gate: bool = setting(True, "gate weights in int8; 0: float16", FLAG)
+    train_loop_phase_depths: tuple[int, ...] = setting((1, 3, 4), "depth curriculum; 'none': ENABLE_LOOPING_AT", each(between(1, 64)))
+    train_loop_phase_fractions: tuple[float, ...] = setting((), "shares of the phases; empty: equal", each(above(0, 1e6)))
+    train_loop_prewarm_depths: tuple[int, ...] = setting((3, 4), "depths compiled before the clock", each(between(1, 64)))
+    eval_loop_depth: int = score_setting(4, "depth of evaluation, calibration and TTT", between(1, 64))
+    parallel_start_layer: int = model_setting(8, "first layer with two residual lanes", between(0, 256))
+    parallel_final_lane: str = model_setting("mean", "lane that is read at the end", one_of("mean", "attn", "mlp"))
+    gated_attn_enabled: bool = model_setting(True, "one sigmoid gate a head", FLAG)
+    gated_attn_init_std: float = setting(0.005, "standard deviation of the initial gate weights", between(0, 100))
+    gated_attn_quant_gate: bool = model_setting(True, "gate weights in int8; 0: float16", FLAG)
+    smear_gate_enabled: bool = model_setting(False, "each embedding takes a share of the one before it in its segment", FLAG)
+    gate_window: int = model_setting(12, "dimensions that a narrow gate reads", between(1, 16384))
     # the optimizers
-    matrix_lr: float = setting(0.026, "learning rate of Muon, the four banks", at_least(0))
-    tied_embed_lr: float = setting(0.03, "learning rate of AdamW on the embedding", at_least(0))
-    scalar_lr: float = setting(0.02, "learning rate of AdamW on the small parameters", at_least(0))
-    muon_momentum: float = setting(0.97, "momentum of Muon", between(0, 1))
-    muon_momentum_warmup_start: float = setting(0.92, "momentum at the first step", between(0, 1))
-    muon_momentum_warmup_steps: int = setting(1500, "steps until MUON_MOMENTUM is reached", at_least(0))
-    muon_backend_steps: int = setting(5, "Newton-Schulz iterations", at_least(1))
+    matrix_lr: float = setting(0.026, "learning rate of Muon, the four banks", RATE)
+    tied_embed_lr: float = setting(0.03, "learning rate of AdamW on the embedding", RATE)
+    scalar_lr: float = setting(0.02, "learning rate of AdamW on the small parameters", RATE)
+    muon_momentum: float = setting(0.97, "momentum of Muon", below(0, 1))
+    muon_momentum_warmup_start: float = setting(0.92, "momentum at the first step", below(0, 1))
+    muon_momentum_warmup_steps: int = setting(1500, "steps until MUON_MOMENTUM is reached", between(0, 10**9))
+    muon_backend_steps: int = setting(5, "Newton-Schulz iterations", between(1, 50))
     muon_row_normalize: bool = setting(True, "rows of the update get unit norm first", FLAG)
-    muon_wd: float = setting(0.095, "decoupled weight decay of the banks", at_least(0))
-    embed_wd: float = setting(0.085, "weight decay of the embedding", at_least(0))
-    adam_wd: float = setting(0.02, "weight decay of the small parameters", at_least(0))
-    beta1: float = setting(0.9, "AdamW", between(0, 1))
-    beta2: float = setting(0.95, "AdamW", between(0, 1))
-    adam_eps: float = setting(1e-8, "AdamW", above(0))
-    grad_clip_norm: float = setting(0.3, "norm of the averaged gradient, at most; 0: no limit", at_least(0))
-    ema_decay: float = setting(0.9965, "moving average of the weights, a step; these are exported", between(0, 1))
+    muon_wd: float = setting(0.095, "decoupled weight decay of the banks", RATE)
+    embed_wd: float = setting(0.085, "weight decay of the embedding", RATE)
+    adam_wd: float = setting(0.02, "weight decay of the small parameters", RATE)
+    beta1: float = setting(0.9, "AdamW", below(0, 1))
+    beta2: float = setting(0.95, "AdamW", below(0, 1))
+    adam_eps: float = setting(1e-8, "AdamW", above(0, 1))
+    grad_clip_norm: float = setting(0.3, "norm of the averaged gradient, at most; 0: no limit", between(0, 1e6))
+    ema_decay: float = setting(0.9965, "moving average of the weights, a step; these are exported", below(0, 1))
     # the artifact
-    compressor: str = setting("brotli", "entropy coder of the artifact", one_of("brotli", "lzma", "rans"))
-    quantizer: str = setting("scalar", "rounding inside GPTQ: 'trellis' takes fewer bytes", one_of("scalar", "trellis"))
-    artifact_target_bytes: int = setting(0, "bytes of artifact and code to fill by one factor on all clip sigmas; 0: only if over the cap", at_least(0))
+    compressor: str = setting("brotli", "entropy coder of the quantized weights", one_of("brotli", "rans"))
+    quantizer: str = model_setting("scalar", "rounding inside GPTQ: 'trellis' takes fewer bytes", one_of("scalar", "trellis"))
+    artifact_target_bytes: int = setting(
+        0, "bytes of artifact and code to fill by one factor on all clip sigmas; 0: only if over the cap", between(0, ARTIFACT_CAP_BYTES))
     matrix_bits: int = setting(6, "bits of a matrix weight", between(2, 8))
     embed_bits: int = setting(7, "bits of an embedding weight", between(2, 8))
-    matrix_clip_sigmas: float = setting(12.85, "range of other matrices in standard deviations of a row", above(0))
-    mlp_clip_sigmas: float = setting(12.0, "range of MLP matrices", above(0))
-    attn_clip_sigmas: float = setting(13.0, "range of attention matrices", above(0))
-    embed_clip_sigmas: float = setting(15.0, "range of the embedding", above(0))
-    gptq_calibration_batches: int = setting(16, "training batches for the Hessians", at_least(1))
-    gptq_reserve_seconds: float = setting(4.0, "training time kept for the Hessians", at_least(0))
+    matrix_clip_sigmas: float = setting(12.85, "range of other matrices in standard deviations of a row", above(0, 1000))
+    mlp_clip_sigmas: float = setting(12.0, "range of MLP matrices", above(0, 1000))
+    attn_clip_sigmas: float = setting(13.0, "range of attention matrices", above(0, 1000))
+    embed_clip_sigmas: float = setting(15.0, "range of the embedding", above(0, 1000))
+    gptq_calibration_batches: int = setting(16, "training batches for the Hessians", between(1, 10**6))
+    gptq_reserve_seconds: float = setting(4.0, "training time kept for the Hessians, at least", SECONDS)
     # test-time training
-    ttt_enabled: bool = setting(True, "score again with test-time training", FLAG)
-    phased_ttt_enabled: bool = setting(True, "global SGD phases on documents already scored", FLAG)
-    ttt_context: str = setting("window", "what a chunk sees of earlier ones: computed again, or keys and values kept",
-                               one_of("window", "cache"))
-    ttt_lora_rank: int = setting(96, "rank of the adapters", at_least(1))
-    ttt_lora_lr: float = setting(1e-4, "learning rate of the adapters", at_least(0))
-    ttt_lora_lr_power: float = setting(0.0, "update n of a document has the learning rate times n to this power", between(-1, 0))
-    ttt_chunk_size: int = setting(48, "tokens scored between two updates", at_least(1))
-    ttt_chunk_doubles_at: tuple[int, ...] = setting((), "positions in a document from which chunks are twice as large", EACH_AT_LEAST_1)
-    ttt_eval_seq_len: int = setting(2048, "tokens that a chunk sees at most, itself included (a cache: whole chunks)", at_least(2))
-    ttt_batch_size: int = setting(64, "documents adapted side by side", at_least(1))
-    ttt_grad_steps: int = setting(1, "updates a chunk", at_least(1))
-    ttt_weight_decay: float = setting(0.5, "decoupled weight decay of the adapters", at_least(0))
-    ttt_beta1: float = setting(0.0, "AdamW on the adapters", between(0, 1))
-    ttt_beta2: float = setting(0.999, "AdamW on the adapters", between(0, 1))
-    ttt_q_lora: bool = setting(True, "adapters on the queries", FLAG)
-    ttt_k_lora: bool = setting(True, "adapters on the keys", FLAG)
-    ttt_v_lora: bool = setting(True, "adapters on the values", FLAG)
-    ttt_o_lora: bool = setting(True, "adapters around attention", FLAG)
-    ttt_mlp_lora: bool = setting(True, "adapters around the MLP", FLAG)
-    val_doc_fraction: float = setting(1.0, "share of the validation documents to score; below 1 is no full score", Check(
-        "above 0, up to 1", lambda v: 0 < v <= 1))
-    phased_ttt_prefix_docs: int = setting(2000, "documents that the global SGD may learn from", at_least(0))
-    phased_ttt_num_phases: int = setting(3, "parts of the prefix, each followed by global SGD", at_least(1))
-    global_ttt_lr: float = setting(1e-3, "learning rate of the global SGD", at_least(0))
-    global_ttt_momentum: float = setting(0.9, "its momentum", between(0, 1))
-    global_ttt_epochs: int = setting(1, "its passes over the documents", at_least(0))
-    global_ttt_chunk_tokens: int = setting(32768, "tokens of one of its steps", at_least(2))
-    global_ttt_batch_seqs: int = setting(32, "sequences of one of its forwards", at_least(1))
-    global_ttt_grad_clip: float = setting(1.0, "norm of its gradient, at most; 0: no limit", at_least(0))
+    ttt_enabled: bool = score_setting(True, "score again with test-time training", FLAG)
+    phased_ttt_enabled: bool = score_setting(True, "global SGD phases on documents already scored", FLAG)
+    ttt_context: str = score_setting("window", "what a chunk sees of earlier ones: computed again, or keys and values kept",
+                                     one_of("window", "cache"))
+    ttt_lora_rank: int = score_setting(96, "rank of the adapters", between(1, 4096))
+    ttt_lora_lr: float = score_setting(1e-4, "learning rate of the adapters", RATE)
+    ttt_lora_lr_power: float = score_setting(0.0, "update n of a document has the learning rate times n to this power", between(-1, 0))
+    ttt_chunk_size: int = score_setting(48, "tokens scored between two updates", between(1, 2**20))
+    ttt_chunk_doubles_at: tuple[int, ...] = score_setting(
+        (), "positions in a document from which chunks are twice as large", each(between(1, 2**30), 8))
+    ttt_eval_seq_len: int = score_setting(2048, "tokens that a chunk sees at most, itself included (a cache: whole chunks)", between(2, 2**20))
+    ttt_batch_size: int = score_setting(64, "documents adapted side by side, at most", between(1, 4096))
+    ttt_grad_steps: int = score_setting(1, "updates a chunk", between(1, 100))
+    ttt_weight_decay: float = score_setting(0.5, "decoupled weight decay of the adapters", between(0, 1000))
+    ttt_beta1: float = score_setting(0.0, "AdamW on the adapters", below(0, 1))
+    ttt_beta2: float = score_setting(0.999, "AdamW on the adapters", below(0, 1))
+    ttt_q_lora: bool = score_setting(True, "adapters on the queries", FLAG)
+    ttt_k_lora: bool = score_setting(True, "adapters on the keys", FLAG)
+    ttt_v_lora: bool = score_setting(True, "adapters on the values", FLAG)
+    ttt_o_lora: bool = score_setting(True, "adapters around attention", FLAG)
+    ttt_mlp_lora: bool = score_setting(True, "adapters around the MLP", FLAG)
+    val_doc_fraction: float = score_setting(1.0, "share of the validation documents to score; below 1 is no full score", above(0, 1))
+    phased_ttt_prefix_docs: int = score_setting(2000, "documents that the global SGD may learn from", between(0, 10**9))
+    phased_ttt_num_phases: int = score_setting(3, "parts of the prefix, each followed by global SGD", between(1, 1000))
+    phased_ttt_leave_out: int = score_setting(
+        448, "longest documents, scored by then, that the global SGD leaves out (published: seven batches in hand)", between(0, 10**9))
+    global_ttt_lr: float = score_setting(1e-3, "learning rate of the global SGD", RATE)
+    global_ttt_momentum: float = score_setting(0.9, "its momentum", below(0, 1))
+    global_ttt_epochs: int = score_setting(1, "passes over each of its chunks", between(0, 1000))
+    global_ttt_chunk_tokens: int = score_setting(32768, "tokens of one of its steps", between(1, 2**26))
+    global_ttt_batch_seqs: int = setting(32, "sequences of EVAL_SEQ_LEN tokens in one of its forwards on one rank", between(1, 2**20))
+    global_ttt_grad_clip: float = score_setting(1.0, "norm of its gradient, at most; 0: no limit", between(0, 1e6))
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> Config:
         """Read every setting from `environ`; ValueError names the variable, its value and what is allowed."""
-        values = {}
-        for f in fields(cls):
-            if (text := environ.get(f.name.upper())) is not None:
-                values[f.name] = parse_setting(f, text)
-        cfg = cls(**values)
+        given = {f.name: parse_setting(f, environ[f.name.upper()]) for f in fields(cls) if f.name.upper() in environ}
+        cfg = cls(**given)
         cfg.check_together()
         return cfg
 
     def check_together(self) -> None:
         """Conditions that join several settings; ValueError names them."""
-        head_dim = self.model_dim // self.num_heads
-        depths = len(self.train_loop_phase_depths)
+        head_dim, depths = self.model_dim // self.num_heads, len(self.train_loop_phase_depths)
+        doubles = self.ttt_chunk_doubles_at
         rules = [
             (self.model_dim % self.num_heads == 0, "MODEL_DIM must be a multiple of NUM_HEADS"),
             (self.num_heads % self.num_kv_heads == 0, "NUM_HEADS must be a multiple of NUM_KV_HEADS"),
             (self.rope_dims % 2 == 0 and self.rope_dims <= head_dim, f"ROPE_DIMS must be even and at most {head_dim}"),
             (self.loop_start <= self.loop_end < self.num_layers, "LOOP_START <= LOOP_END < NUM_LAYERS must hold"),
             (self.loop_end < self.parallel_start_layer, "LOOP_END must be below PARALLEL_START_LAYER"),
+            (self.gate_window <= self.model_dim or not self.smear_gate_enabled, "GATE_WINDOW must be at most MODEL_DIM"),
             (not self.train_loop_phase_fractions or len(self.train_loop_phase_fractions) == depths,
              "TRAIN_LOOP_PHASE_FRACTIONS must have one share for each of TRAIN_LOOP_PHASE_DEPTHS"),
             (self.max_wallclock_seconds == 0 or self.gptq_reserve_seconds < self.max_wallclock_seconds,
@@ -266,9 +285,8 @@ class Config:
             (self.val_batch_tokens // 8 >= self.eval_seq_len, "VAL_BATCH_TOKENS must be at least 8 * EVAL_SEQ_LEN"),
             (self.chunk_sizes[-1] <= self.ttt_eval_seq_len,
              "TTT_CHUNK_SIZE, doubled by TTT_CHUNK_DOUBLES_AT, must be at most TTT_EVAL_SEQ_LEN"),
-            (not self.ttt_chunk_doubles_at or self.ttt_context == "cache", "TTT_CHUNK_DOUBLES_AT needs TTT_CONTEXT=cache"),
-            (all(a < b for a, b in zip(self.ttt_chunk_doubles_at, self.ttt_chunk_doubles_at[1:]))
-             and all(at % size == 0 for at, size in zip(self.ttt_chunk_doubles_at, self.chunk_sizes[1:])),
+            (not doubles or self.ttt_context == "cache", "TTT_CHUNK_DOUBLES_AT needs TTT_CONTEXT=cache"),
+            (all(a < b for a, b in zip(doubles, doubles[1:])) and all(at % size == 0 for at, size in zip(doubles, self.chunk_sizes[1:])),
              "TTT_CHUNK_DOUBLES_AT must ascend, each a multiple of the chunks that begin there (TTT_CHUNK_SIZE times 2, 4, ...)"),
         ]
         for holds, message in rules:
@@ -320,35 +338,41 @@ class Config:
         return Path(self.data_dir, "datasets", f"fineweb10B_sp{self.vocab_size}_caseops", "datasets")
 
 
-# What an artifact carries: the settings that decide which function its tensors are.
-MODEL_SETTINGS = (
-    "vocab_size num_layers model_dim num_heads num_kv_heads mlp_mult xsa_last_n rope_base rope_dims logit_softcap ln_scale "
-    "skip_gates_enabled num_loops loop_start loop_end eval_loop_depth parallel_start_layer parallel_final_lane "
-    "gated_attn_enabled"
-).split()
+SETTING_TYPES = typing.get_type_hints(Config)
+STORED_SETTINGS = [f for f in fields(Config) if f.metadata["model"] or f.metadata["score"]]  # what an artifact carries
+NUMBER = {int: r"[+-]?[0-9]+", float: r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?"}  # ASCII, no underscores
 
 
-def parse_setting(f: Any, text: str) -> Any:
-    """The value of field `f` written as `text`; ValueError names the variable, its value and what is allowed."""
-    check: Check = f.metadata["check"]
-    kind, text = str(f.type), text.strip()
-    parse = {"int": int, "float": float, "str": str}.get(kind)
+def is_allowed(f: Field, value: Any) -> bool:
+    """Whether `value` is exactly of the type of setting `f`, finite, and what its rule accepts."""
+    kind = SETTING_TYPES[f.name]
+    items, item_kind = (value, typing.get_args(kind)[0]) if typing.get_origin(kind) is tuple else ((value,), kind)
+    if typing.get_origin(kind) is tuple and type(value) is not tuple or any(type(v) is not item_kind for v in items):
+        return False
+    return all(math.isfinite(v) for v in items if item_kind in NUMBER) and f.metadata["check"].accepts(value)
+
+
+def parse_setting(f: Field, text: str) -> Any:
+    """The value of setting `f` written as `text`; ValueError names the variable, its value and what is allowed."""
+    kind, text = SETTING_TYPES[f.name], text.strip()
+
+    def number(text: str, kind: type) -> Any:
+        if not re.fullmatch(NUMBER[kind], text) or len(text) > 40:
+            raise ValueError(text)
+        return kind(text)
+
     try:
-        if kind == "bool":
-            value: Any = {"0": False, "1": True}[text]
-        elif kind.startswith("tuple"):
-            items = [] if text in ("", "none") else text.split(",")
-            value = tuple((int if "int" in kind else float)(item) for item in items)
+        if typing.get_origin(kind) is tuple:
+            value = tuple(number(item.strip(), typing.get_args(kind)[0]) for item in text.split(",") if text not in ("", "none"))
         else:
-            value = parse(text)
-        numbers = value if isinstance(value, tuple) else (value,)
-        good = all(math.isfinite(n) for n in numbers if isinstance(n, float)) and check.accepts(value)
+            value = {"0": False, "1": True}[text] if kind is bool else text if kind is str else number(text, kind)
+        good = is_allowed(f, value)
     except (ValueError, KeyError):
         good = False
     if not good:
-        what = {"int": "a whole number, ", "float": "a number, "}.get(kind, "")
-        raise ValueError(f"{f.name.upper()}={text!r} is not allowed; it must be {what}{check.text} (default "
-                         f"{format_setting(f.default)})")
+        what = {int: "a whole number, ", float: "a number, "}.get(kind, "")
+        raise ValueError(f"{f.name.upper()}={text[:200]!r} is not allowed; it must be {what}{f.metadata['check'].text} (default "
+                         f"{format_setting(f.default)!r})")
     return value
 
 
@@ -358,7 +382,7 @@ def format_setting(value: Any) -> str:
         return str(int(value))
     if isinstance(value, tuple):
         return ",".join(map(format_setting, value)) or "none"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
 
 
 def misspelt_settings(environ: Mapping[str, str]) -> list[tuple[str, str]]:
@@ -371,26 +395,37 @@ def misspelt_settings(environ: Mapping[str, str]) -> list[tuple[str, str]]:
     return found
 
 
+def settings_help() -> str:
+    """Every setting, its default, what it does and what it may be, one a line."""
+    return "\n".join(f"{f.name.upper()}={format_setting(f.default)}  {f.metadata['doc']} ({f.metadata['check'].text})" for f in fields(Config))
+
+
 # ======================================================================================================================
-# 2. Run context
+# 2. Runtime
 #
-# What a process knows of its surroundings: its rank, its device, the log and the clock. On one process `Ranks` is the
-# identity, so nothing else asks whether torch.distributed is up.
+# What a process knows of its surroundings: its rank, its device, the log, the clock, and whether the run is asked to end.
+# On one process `Ranks` is the identity, so nothing else asks whether torch.distributed is up. A rank that fails says so on
+# a blackboard that all ranks watch, because a collective on an error path would wait for ever.
 # ======================================================================================================================
+
+EXIT_USER_ERROR, EXIT_OVER_LIMIT = 2, 3
+SIGNAL_GRACE_SECONDS = 25.0  # torchrun kills 30 s after it asked; a rank that waits for a dead one says so before that
 
 
 @dataclass
 class Ranks:
-    """The processes of a run. Tensor collectives run on the device, object collectives and the clock on the host."""
+    """The processes of a run. Tensor collectives run on the device, object collectives on the host."""
 
     rank: int = 0
     world: int = 1
     device: torch.device = torch.device("cpu")
     host_group: Any = None  # a gloo group: small decisions must not wait for the GPU
     local_world: int = 1  # processes on this machine
+    board: Any = None  # a store that any rank may write to and read from without waiting for another
+    notes: dict[str, str] = field(default_factory=dict)  # the same on one process
 
     @classmethod
-    def start(cls, environ: Mapping[str, str]) -> Ranks:
+    def start(cls, environ: Mapping[str, str], timeout_seconds: float = 1800.0) -> Ranks:
         """Join the other processes that torchrun started, if any; NCCL on CUDA, gloo on a CPU."""
         world, local_rank = int(environ.get("WORLD_SIZE", 1)), int(environ.get("LOCAL_RANK", 0))
         device = torch.device("cpu")
@@ -400,13 +435,17 @@ class Ranks:
                                  f"start torchrun with --nproc_per_node={torch.cuda.device_count()} at most")
             device = torch.device("cuda", local_rank)
             torch.cuda.set_device(device)
+            torch.backends.cuda.enable_cudnn_sdp(False)  # its gradient can be NaN with a mask at lengths like 2112 (torch 2.11 on)
         if world == 1:
             return cls(device=device)
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                             device_id=device if device.type == "cuda" else None)
-        host_group = torch.distributed.new_group(backend="gloo")
         warnings.filterwarnings("ignore", ".*deprecated.*(reduce_scatter|all_gather)_single", FutureWarning)  # not in torch 2.11
-        return cls(int(environ["RANK"]), world, device, host_group, int(environ.get("LOCAL_WORLD_SIZE", world)))
+        timeout = timedelta(seconds=timeout_seconds)
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout,
+                                             device_id=device if device.type == "cuda" else None)
+        host_group = torch.distributed.new_group(backend="gloo", timeout=timeout)
+        board = torch.distributed.TCPStore(environ["MASTER_ADDR"], int(environ["MASTER_PORT"]), is_master=False,
+                                           timeout=timedelta(seconds=30))
+        return cls(int(environ["RANK"]), world, device, host_group, int(environ.get("LOCAL_WORLD_SIZE", world)), board)
 
     def stop(self) -> None:
         if self.world > 1:
@@ -428,45 +467,132 @@ class Ranks:
 
     def agree(self, value: Any) -> Any:
         """Rank 0's `value`, on every rank."""
-        if self.world == 1:
-            return value
-        box = [value]
-        torch.distributed.broadcast_object_list(box, src=0, group=self.host_group)
-        return box[0]
+        return self.gather(value if self.rank == 0 else None)[0]
 
-    def agree_numbers(self, *values: float) -> list[float]:
-        """Rank 0's numbers, on every rank, without waiting for the device."""
-        if self.world == 1:
-            return list(values)
-        box = torch.tensor(values, dtype=torch.float64)
-        torch.distributed.broadcast(box, src=0, group=self.host_group)
-        return box.tolist()
+    def share(self, tensors: list[Tensor]) -> None:
+        """Rank 0's values into the host tensors of every rank."""
+        if self.world > 1:
+            for tensor in tensors:
+                torch.distributed.broadcast(tensor, src=0, group=self.host_group)
+
+    def post(self, topic: str, text: str) -> None:
+        """Leave a note of this rank, in place of its last one on the topic; waits for nobody."""
+        if self.board is None:
+            self.notes[topic] = text
+        else:
+            self.board.set(f"{topic}/{self.rank}", text)
+
+    def posted(self, topic: str) -> dict[int, str]:
+        """The latest notes on a topic, by rank; ranks that left none are not in it."""
+        if self.board is None:
+            return {0: self.notes[topic]} if topic in self.notes else {}
+        keys = {r: f"{topic}/{r}" for r in range(self.world)}
+        return {r: self.board.get(key).decode() for r, key in keys.items() if self.board.check([key])}
 
 
 class Log:
-    """Writes lines to standard output and to a file, a new one unless `goes_on`; silent on other ranks than 0."""
+    """Writes lines to standard output and appends them to a file, which it locks; silent on other ranks than 0.
 
-    def __init__(self, path: Path | None, speaks: bool = True, goes_on: bool = False) -> None:
-        self.speaks = speaks
-        self.path = path if speaks else None
-        if self.path is not None:
-            try:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                self.path.open("a" if goes_on else "x").close()
-            except FileExistsError:
-                raise ValueError(f"{self.path} exists; a log is never overwritten: choose another RUN_ID") from None
+    A file that cannot be written any more costs its lines, not the run: they still go to standard output.
+    """
+
+    def __init__(self, path: Path | None, enabled: bool = True) -> None:
+        self.enabled, self.path, self.file = enabled, path if enabled else None, None
+        if self.path is None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = self.path.open("a", encoding="utf-8", errors="backslashreplace")
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process is writing {self.path}: wait for it to end, or choose another RUN_ID") from None
 
     def __call__(self, text: str) -> None:
         """One line of prose."""
-        if self.speaks:
-            print(text, flush=True)
-        if self.path is not None:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(text + "\n")
+        if not self.enabled:
+            return
+        with_escapes = text.encode(sys.stdout.encoding or "utf-8", "backslashreplace").decode(sys.stdout.encoding or "utf-8")
+        print(with_escapes, flush=True)
+        try:
+            if self.file is not None:
+                self.file.write(text + "\n")
+                self.file.flush()
+        except OSError as error:
+            print(f"warning: {self.path} cannot be written any more ({error.strerror}); the run goes on without it", file=sys.stderr, flush=True)
+            self.file = None
 
     def record(self, word: str, /, **values: Any) -> None:
         """One line `word key:value key:value` for programs."""
         self(" ".join([word, *(f"{key}:{value}" for key, value in values.items())]))
+
+
+class Stopped(Exception):
+    """The run was asked to end by a signal, and every rank knows."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+class Watch:
+    """Notices signals and other ranks' failures while the main thread may be waiting inside a collective.
+
+    Between `with` and its end SIGTERM and SIGINT are kept, and `check` raises Stopped in all ranks at the same place.
+    """
+
+    def __init__(self, ranks: Ranks, log: Log) -> None:
+        self.ranks, self.log, self.number, self.since, self.over = ranks, log, 0, 0.0, threading.Event()
+        if ranks.world > 1:
+            threading.Thread(target=self._look, daemon=True).start()
+
+    def __enter__(self) -> Watch:
+        reader, writer = os.pipe2(os.O_NONBLOCK)
+        self._pipe, self._wakeup = (reader, writer), signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        self._before = {n: signal.signal(n, self._note) for n in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup)
+        for end in self._pipe:
+            os.close(end)
+        self._pipe, self.since = None, 0.0
+
+    _pipe: tuple[int, int] | None = None
+
+    def _note(self, number: int, frame: object) -> None:
+        self.number = self.number or number
+
+    def check(self) -> None:
+        """Raise Stopped if a signal has come to any rank; all ranks must call it at the same places."""
+        if number := max(self.ranks.gather(self.number)):
+            self.since = 0.0
+            raise Stopped(number)
+
+    def _look(self) -> None:
+        """In a thread: end this process when another rank has failed, or when a signal finds the main thread stuck."""
+        while not self.over.wait(0.5):
+            try:
+                failed = self.ranks.posted("failed")
+            except (RuntimeError, OSError):  # the store went with the process that held it
+                failed = {-1: "the process that held the ranks together has ended"}
+            if failed and self.ranks.rank not in failed and not self.over.is_set():
+                rank, text = next(iter(failed.items()))
+                self.end(f"rank {rank}: {text}" if rank >= 0 else text, EXIT_USER_ERROR)
+            if self._pipe is not None and not self.since:
+                try:
+                    self.since = time.monotonic() if os.read(self._pipe[0], 64) else 0.0
+                except (BlockingIOError, OSError):
+                    continue
+            elif self.since and time.monotonic() - self.since > SIGNAL_GRACE_SECONDS:
+                self.end("asked to end while waiting for the other ranks: one of them has ended or hangs", 128 + signal.SIGTERM)
+
+    def end(self, text: str, status: int) -> typing.NoReturn:
+        """Say why and leave at once, without any collective."""
+        self.log(f"error: {text}")
+        sys.stdout.flush()
+        os._exit(status)
 
 
 class Clock:
@@ -485,12 +611,23 @@ class Clock:
         return self.total_ms
 
     def elapsed_ms(self) -> float:
-        return self.total_ms + (0.0 if self._since is None else 1e3 * (time.perf_counter() - self._since))
+        return self.total_ms + (0.0 if self._since is None else since_ms(self._since))
+
+
+def since_ms(began: float) -> float:
+    """Milliseconds since a reading of time.perf_counter."""
+    return 1e3 * (time.perf_counter() - began)
 
 
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """The array as a tensor; on CUDA through pinned memory, so that the host does not wait."""
+    tensor = torch.from_numpy(array)
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 class Progress:
@@ -502,7 +639,7 @@ class Progress:
 
     def left_ms(self, done: float, total: float) -> int:
         """Estimated milliseconds until `total`, at the pace so far."""
-        return int(1e3 * (time.perf_counter() - self.began) * (total - done) / max(done, 1e-9))
+        return int(since_ms(self.began) * (total - done) / max(done, 1e-9))
 
     def __call__(self, phase: str, done: float, total: float) -> None:
         now = time.perf_counter()
@@ -513,12 +650,13 @@ class Progress:
 
 @dataclass
 class Run:
-    """What every stage needs: settings, ranks, log."""
+    """What every stage needs: settings, ranks, log, whether to compile, and the watch that says when to end."""
 
     cfg: Config
     ranks: Ranks
     log: Log
     compile: bool = False
+    watch: Watch | None = None
 
     @property
     def device(self) -> torch.device:
@@ -529,6 +667,32 @@ class Run:
         """Of activations: bfloat16 on CUDA, float32 on a CPU."""
         return torch.bfloat16 if self.device.type == "cuda" else torch.float32
 
+    def check_stop(self) -> None:
+        """Raise Stopped, on every rank, if the run was asked to end."""
+        if self.watch is not None:
+            self.watch.check()
+
+
+def write_atomically(path: str | Path, data: bytes) -> None:
+    """Write a file so that readers see the old bytes or the new ones, never a part: temporary name in the same folder,
+    fsync, rename. Raises OSError with a hint when the folder cannot be written or is full; the old file stays."""
+    path = Path(path)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=path.name[:100] + ".", suffix=".tmp", dir=path.parent)
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        hint = "free some space there or choose another place with ARTIFACT_DIR; a file of that name is left as it was"
+        raise OSError(error.errno, f"cannot write {len(data)} bytes to {path}: {error.strerror} ({hint})") from error
+
 
 # ======================================================================================================================
 # 3. Data
@@ -538,16 +702,17 @@ class Run:
 # builds batches, one reads shards, one counts bytes.
 # ======================================================================================================================
 
+SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
 PUBLISHED_VAL = {"documents": 50_000, "tokens": 47_853_344, "bytes": 151_080_645}
 PUBLISHED_NAME = "fineweb10B_sp8192_lossless_caps_caseops_v1_reserved"
 BUILD_HINT = "build the data with prepare_caseops_data.py, or set DATA_DIR or DATA_PATH to where it is"
-
 
 class Batch(NamedTuple):
     """T tokens of packed segments. `cu_seqlens` (N + 1,) int32 holds where segments start, T last, and may repeat T."""
 
     tokens: Tensor  # (T,) int64
     targets: Tensor  # (T,) int64
+    previous: Tensor  # (T,) int64, the token before each in its segment; -1 at the first, which has none
     cu_seqlens: Tensor  # (N + 1,) int32
     positions: Tensor  # (T,) int32, counted from the start of the segment
     max_seqlen: int
@@ -712,19 +877,22 @@ def segment_starts(tokens: np.ndarray, span: int, longest: int) -> np.ndarray:
     return np.repeat(starts, pieces) + nth * longest
 
 
-def make_batch(tokens: np.ndarray, targets: np.ndarray, starts: np.ndarray, longest: int, device: torch.device) -> Batch:
-    """Batch of packed segments; on CUDA the number of segments is rounded up (empty ones), so that few shapes occur."""
+def make_batch(tokens: np.ndarray, targets: np.ndarray, starts: np.ndarray, longest: int, device: torch.device,
+               first_position: int = 0, before: np.ndarray | None = None) -> Batch:
+    """The only constructor of a Batch: packed segments that begin at `starts`, none longer than `longest`.
+
+    A segment that goes on from one scored earlier (cached TTT) says at which position and after which token (`before`, one
+    a segment). On CUDA the number of segments is rounded up with empty ones, so that few shapes occur.
+    """
     count = len(tokens)
-    positions = np.arange(count, dtype=np.int32) - np.repeat(starts, np.diff(starts, append=count)).astype(np.int32)
+    positions = first_position + np.arange(count, dtype=np.int32) - np.repeat(starts, np.diff(starts, append=count)).astype(np.int32)
     slots = len(starts) + 1 if device.type == "cpu" else -(-(len(starts) + 1) // 64) * 64
     cu_seqlens = np.full(slots, count, dtype=np.int32)
     cu_seqlens[: len(starts)] = starts
-
-    def put(array: np.ndarray, dtype: type) -> Tensor:
-        tensor = torch.from_numpy(array.astype(dtype))
-        return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
-
-    return Batch(put(tokens, np.int64), put(targets, np.int64), put(cu_seqlens, np.int32), put(positions, np.int32), longest)
+    previous = np.empty(count, np.int64)
+    previous[1:] = tokens[:-1]
+    previous[starts] = -1 if before is None else before  # the only place that says who has a predecessor
+    return Batch(*(to_device(a, device) for a in (tokens.astype(np.int64), targets.astype(np.int64), previous, cu_seqlens, positions)), longest)
 
 
 class SpanLayout(NamedTuple):
@@ -817,19 +985,18 @@ class TrainLoader:
         return batches
 
 
+
 # ======================================================================================================================
 # 4. Attention
 #
-# One function for all of the program: causal attention over a packed stream of segments with grouped heads. Which library
-# does it is decided once, by resolve_attention(), because Dynamo can trace neither the choice nor the creation of an
-# operator. The order on a GPU is FlashAttention 3 (Hopper only), FlashAttention 4, and what torch itself brings
-# (FlashAttention 2). Everywhere else, and for float32, which no flash kernel takes, each segment goes through scaled dot
-# product attention; inside torch.compile that loop hides in an operator, since its trip count depends on the data.
+# One function for all of the program: causal attention over a packed stream of segments with grouped heads. On a GPU it is
+# torch's variable-length attention, whose kernel resolve_attention() chooses once: FlashAttention 3 (Hopper) or 4 if their
+# packages are installed, else FlashAttention 2, which torch brings. Everywhere else, and for float32, which no flash kernel
+# takes, each segment goes through scaled dot product attention; inside torch.compile, where a loop over segments cannot be,
+# all of them go through it at once under a mask.
 # ======================================================================================================================
 
-
-ATTENTION_BACKENDS = ("auto", "fa3", "fa4", "varlen", "sdpa")
-ATTENTION_HINTS = {
+FLASH_HINTS = {
     "fa3": "install the wheel flash_attn_3 from the PyTorch index (module flash_attn_interface)",
     "fa4": "pip install flash-attn-4 (module flash_attn.cute)",
     "varlen": "torch >= 2.11 has it (torch.nn.attention.varlen)",
@@ -837,191 +1004,52 @@ ATTENTION_HINTS = {
 
 
 class AttentionBackend(NamedTuple):
-    """One way to compute attention: its name for the log, the function, and why faster ones were passed over."""
+    """What computes attention on a GPU: its name for the log, torch's function, and why faster ones were passed over."""
 
     name: str
-    run: Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
+    varlen: Callable[..., Tensor] | None = None
     skipped: str = ""
 
 
-def segment_runs(cu_seqlens: Tensor) -> list[tuple[int, int]]:
-    """Segment bounds (N+1,) -> [(length, how many neighbours in a row have it), ...], empty segments left out."""
-    bounds = cu_seqlens.tolist()
-    runs: list[tuple[int, int]] = []
-    for length in (stop - start for start, stop in zip(bounds, bounds[1:])):
-        if runs and runs[-1][0] == length:
-            runs[-1] = (length, runs[-1][1] + 1)
-        elif length > 0:
-            runs.append((length, 1))
-    return runs
+attention_backend = AttentionBackend("sdpa")
 
 
-def split_runs(packed: Tensor, runs: list[tuple[int, int]]) -> list[Tensor]:
-    """(T, H, D) -> one (count, H, length, D) view a run. `split` has one backward node; T-sized slices would have many."""
-    parts = packed.split([length * count for length, count in runs])
-    return [part.view(count, length, *packed.shape[1:]).transpose(1, 2) for part, (length, count) in zip(parts, runs)]
-
-
-def join_runs(parts: list[Tensor]) -> Tensor:
-    """The inverse of split_runs: one contiguous (T, H, D)."""
-    return torch.cat([part.transpose(1, 2).reshape(-1, part.size(1), part.size(3)) for part in parts])
-
-
-def segment_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """attention() by a loop over the segments, neighbours of one length in one call; any device and float type, eager."""
-    runs = segment_runs(cu_seqlens)
-    assert sum(length * count for length, count in runs) == q.size(0), "cu_seqlens must end at the number of tokens"
-    if not runs:
-        return q.clone()
-    grouped = q.size(1) != k.size(1)
-    parts = zip(split_runs(q, runs), split_runs(k, runs), split_runs(v, runs))
-    return join_runs([F.scaled_dot_product_attention(*part, is_causal=True, enable_gqa=grouped) for part in parts])
-
-
-def segment_attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> list[Tensor]:
-    """Gradients of segment_attention for q, k, v, from the formulas: an operator's body cannot use autograd."""
-    runs, groups, scale = segment_runs(cu_seqlens), q.size(1) // k.size(1), q.size(2) ** -0.5
-    grads: list[list[Tensor]] = [[], [], []]
-    for grad_n, q_n, k_n, v_n in zip(*(split_runs(t, runs) for t in (grad, q, k, v))):
-        grad_n, q_n, k_n, v_n = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (grad_n, q_n, k_n, v_n))
-        grad_n, q_n = (t.unflatten(1, (-1, groups)) for t in (grad_n, q_n))            # (n, Hkv, groups, L, D)
-        k_n, v_n = k_n.unsqueeze(2), v_n.unsqueeze(2)                                  # (n, Hkv, 1, L, D)
-        scores = q_n @ k_n.mT * scale
-        future = torch.ones_like(scores[0, 0, 0], dtype=torch.bool).triu(1)
-        p = scores.masked_fill(future, -torch.inf).softmax(-1)
-        dp = grad_n @ v_n.mT
-        ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
-        grads[0].append((ds @ k_n).flatten(1, 2))
-        grads[1].append((ds.mT @ q_n).sum(2))
-        grads[2].append((p.mT @ grad_n).sum(2))
-    return [join_runs(parts).to(t.dtype) if parts else torch.zeros_like(t) for parts, t in zip(grads, (q, k, v))]
-
-
-@torch.library.custom_op(f"{OPERATORS}::segment_attention", mutates_args=())
-def segment_attention_op(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """segment_attention as an operator that torch.compile takes as it is."""
-    return segment_attention(q, k, v, cu_seqlens)
-
-
-@torch.library.custom_op(f"{OPERATORS}::segment_attention_backward", mutates_args=())
-def segment_attention_backward_op(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> list[Tensor]:
-    """segment_attention_backward as an operator."""
-    return segment_attention_backward(grad, q, k, v, cu_seqlens)
-
-
-segment_attention_op.register_fake(lambda q, k, v, cu_seqlens: q.new_empty(q.shape))
-segment_attention_backward_op.register_fake(
-    lambda grad, q, k, v, cu_seqlens: [q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)])
-segment_attention_op.register_autograd(
-    lambda ctx, grad: (*segment_attention_backward_op(grad.contiguous(), *ctx.saved_tensors), None),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
-
-
-def load_fa3() -> Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]:
-    """FlashAttention 3: the wheel brings operators that torch.compile knows."""
-    from flash_attn_interface import flash_attn_varlen_func
-
-    def run(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        out = flash_attn_varlen_func(q, k, v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens,
-                                     max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen, causal=True)
-        return out[0] if isinstance(out, tuple) else out                 # older builds return (out, lse)
-
-    return run
-
-
-def load_fa4() -> Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]:
-    """FlashAttention 4: the package has no torch operators, so its two kernels are wrapped here.
-
-    The two private functions are the ones that torch's own registry calls. That registry is of no use before torch 2.13:
-    it refuses the backward of a causal varlen call.
-    """
-    from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
-
-    return make_fa4_attention(_flash_attn_fwd, _flash_attn_bwd)
-
-
-def make_fa4_attention(fwd: Callable, bwd: Callable) -> Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]:
-    """The forward and backward functions of flash_attn.cute.interface -> an attention that torch.compile can trace."""
-
-    def segments(cu_seqlens: Tensor, max_seqlen: int) -> dict[str, Tensor | int | bool]:
-        return dict(cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens,
-                    max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen, causal=True)
-
-    @torch.library.custom_op(f"{OPERATORS}::fa4_forward", mutates_args=())
-    def forward_op(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, Tensor]:
-        out, lse = fwd(q, k, v, return_lse=True, **segments(cu_seqlens, max_seqlen))[:2]
-        return out, lse.contiguous()
-
-    @torch.library.custom_op(f"{OPERATORS}::fa4_backward", mutates_args=())
-    def backward_op(saved: list[Tensor], grad: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> list[Tensor]:
-        q, k, v, out, lse = saved
-        return list(bwd(q, k, v, out, grad, lse, **segments(cu_seqlens, max_seqlen))[:3])
-
-    def setup(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-        q, k, v, cu_seqlens, ctx.max_seqlen = inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(q, k, v, *output, cu_seqlens)
-
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, _: Tensor) -> tuple:
-        *saved, cu_seqlens = ctx.saved_tensors
-        return *backward_op(saved, grad.contiguous(), cu_seqlens, ctx.max_seqlen), None, None
-
-    forward_op.register_fake(lambda q, k, v, cu_seqlens, max_seqlen: (
-        q.new_empty(q.shape), q.new_empty((q.size(1), q.size(0)), dtype=torch.float32)))
-    backward_op.register_fake(lambda saved, grad, cu_seqlens, max_seqlen: [t.new_empty(t.shape) for t in saved[:3]])
-    forward_op.register_autograd(backward, setup_context=setup)
-    return lambda q, k, v, cu_seqlens, max_seqlen: forward_op(q, k, v, cu_seqlens, max_seqlen)[0]
-
-
-def load_varlen() -> Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]:
-    """torch's own variable-length attention. Causal is the window (-1, 0); newer versions want grouped heads announced."""
+def load_flash(name: str) -> Callable[..., Tensor]:
+    """torch's variable-length attention with kernel `name`, causal (the window (-1, 0)); ImportError if it is not installed."""
+    import torch.nn.attention as attention_library
     from torch.nn.attention.varlen import varlen_attn
 
-    flags = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-
-    def run(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, window_size=(-1, 0), **flags)
-
-    return run
-
-
-ATTENTION_LOADERS = {"fa3": load_fa3, "fa4": load_fa4, "varlen": load_varlen}
-ATTENTION_SDPA = AttentionBackend("sdpa", lambda q, k, v, cu_seqlens, max_seqlen: segment_attention(q, k, v, cu_seqlens))
-attention_backend = ATTENTION_SDPA
+    if name != "varlen":
+        attention_library.activate_flash_attention_impl(name.upper())
+    grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}  # torch 2.11 has no such flag
+    return partial(varlen_attn, window_size=(-1, 0), **grouped)
 
 
 def resolve_attention(name: str, device: torch.device) -> AttentionBackend:
-    """Choose the attention of this process; call it before compiling anything.
+    """Choose the attention of this process before anything is compiled; "auto" takes the first that can be loaded.
 
-    `name` is one of ATTENTION_BACKENDS; "auto" takes the first that imports. ValueError when a named one cannot be used.
+    Raises:
+        ValueError: the named one cannot be used here.
     """
     global attention_backend
-    if name not in ATTENTION_BACKENDS:
-        raise ValueError(f"ATTN_BACKEND={name!r}: allowed are {', '.join(ATTENTION_BACKENDS)}")
-    if name in ATTENTION_LOADERS and device.type != "cuda":
+    attention_backend = AttentionBackend("sdpa")
+    if name in FLASH_HINTS and device.type != "cuda":
         raise ValueError(f"ATTN_BACKEND={name} needs a CUDA device and this run is on {device.type}: use auto or sdpa")
     if name == "sdpa" or device.type != "cuda":
-        attention_backend = ATTENTION_SDPA
         return attention_backend
-    capability = torch.cuda.get_device_capability(device)[0]
-    fitting = [n for n in ATTENTION_LOADERS if n == "varlen" or capability == 9 or (n == "fa4" and capability > 9)]
-    skipped: list[str] = []
+    capability, skipped = torch.cuda.get_device_capability(device)[0], []
+    fitting = [n for n in FLASH_HINTS if n == "varlen" or capability == 9 or (n == "fa4" and capability > 9)]
     for candidate in fitting if name == "auto" else [name]:
         try:
-            attention_backend = AttentionBackend(candidate, ATTENTION_LOADERS[candidate](), "; ".join(skipped))
+            attention_backend = AttentionBackend(candidate, load_flash(candidate), "; ".join(skipped))
             return attention_backend
-        except (ImportError, OSError) as error:                          # OSError: a library built for another torch
+        except (ImportError, OSError, RuntimeError) as error:  # not there, built for another torch, or refused by it
             if name != "auto":
                 raise ValueError(f"ATTN_BACKEND={name} cannot be loaded ({error}): "
-                                 f"{ATTENTION_HINTS[name]}, or use ATTN_BACKEND=auto") from error
+                                 f"{FLASH_HINTS[name]}, or use ATTN_BACKEND=auto") from error
             skipped.append(f"{candidate}: {error}")
-    attention_backend = ATTENTION_SDPA._replace(skipped="; ".join(skipped))
+    attention_backend = AttentionBackend("sdpa", skipped="; ".join(skipped))
     return attention_backend
-
-
-def attention_backend_name() -> str:
-    """The backend that resolve_attention chose, for the log; "sdpa" before it was called."""
-    return attention_backend.name
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
@@ -1030,15 +1058,37 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: i
     q (T, H, D); k, v (T, Hkv, D) with H a multiple of Hkv; cu_seqlens (N+1,) int32 from 0 to T, non-decreasing (equal
     neighbours are empty segments, for padding); max_seqlen >= every segment's length. Returns (T, H, D).
     """
-    if attention_backend.name == "sdpa" or q.device.type == "cpu" or q.dtype not in (torch.bfloat16, torch.float16):
-        if torch.compiler.is_compiling():
-            return segment_attention_op(q, k, v, cu_seqlens)
-        return segment_attention(q, k, v, cu_seqlens)
-    return attention_backend.run(q, k, v, cu_seqlens, max_seqlen)
+    if attention_backend.varlen is not None and q.device.type != "cpu" and q.dtype in (torch.bfloat16, torch.float16):
+        return attention_backend.varlen(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    return (masked_attention if torch.compiler.is_compiling() else segment_attention)(q, k, v, cu_seqlens)
+
+
+def segment_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """attention() by a loop over the segments, neighbours of one length in one call; any device and float type, eager."""
+    runs = [(length, len(list(group))) for length, group in itertools.groupby(n for n in cu_seqlens.diff().tolist() if n)]
+    parts = []
+    for segments in zip(*(t.split([length * count for length, count in runs]) for t in (q, k, v))):  # one backward node a tensor
+        length = runs[len(parts)][0]
+        shaped = (t.unflatten(0, (-1, length)).transpose(1, 2) for t in segments)  # (segments, heads, length, D)
+        y = F.scaled_dot_product_attention(*shaped, is_causal=True, enable_gqa=q.size(1) != k.size(1))
+        parts.append(y.transpose(1, 2).flatten(0, 1))
+    return torch.cat(parts) if parts else q.clone()
+
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """attention() in one call with a (T, T) mask: for small T, under torch.compile."""
+    place = torch.arange(q.size(0), device=q.device, dtype=cu_seqlens.dtype)
+    segment = torch.searchsorted(cu_seqlens[1:].contiguous(), place, right=True)
+    mask = (segment[:, None] == segment) & (place[:, None] >= place)
+    y = F.scaled_dot_product_attention(*(t.transpose(0, 1)[None] for t in (q, k, v)), attn_mask=mask, enable_gqa=q.size(1) != k.size(1))
+    return y[0].transpose(0, 1)
 
 
 # ======================================================================================================================
 # 5. Model
+#
+# Every parameter is declared once, as a row of parameter_table: shape, first value, optimizer, how it is quantized and
+# stored. Construction, initialisation, optimizers, calibration, quantization and the artifact loop over these rows.
 #
 # One forward serves training, evaluation, calibration and test-time training. It takes every matrix product through
 # `linear(site, x, w)`, which it is handed: plain, plain and counting Hessians, or plain and a low-rank term. A site with
@@ -1051,6 +1101,7 @@ Site = tuple[int, int, str]  # (layer, visit, name); the head is (-1, 0, "head")
 Linear = Callable[[Site, Tensor, "Tensor | None"], "Tensor | None"]
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # visit, q (T, H, D), k and v (T, Hkv, D) -> (T, H, D)
 HEAD_SITE: Site = (-1, 0, "head")
+NORM_EPS = torch.finfo(torch.float32).eps  # what F.rms_norm adds when it is told nothing, in half precision too
 
 
 class Schedule(NamedTuple):
@@ -1078,6 +1129,67 @@ def num_skips(cfg: Config) -> int:
     return min(len(schedule.encoder), len(schedule.decoder))
 
 
+class MatrixGroup(NamedTuple):
+    """Matrices `first` to `last` of a bank that GPTQ takes alike: the input that their Hessian is of, and their rule."""
+
+    first: int
+    last: int
+    hessian: str
+    bits: int
+    clip_sigmas: float
+
+
+class Row(NamedTuple):
+    """A parameter: how it starts (a constant, a normal deviate, or which halves of a bank are orthogonal), and what becomes of it."""
+
+    name: str
+    shape: tuple[int, ...]
+    group: str  # of the optimizers
+    constant: float = 0.0
+    std: float = 0.0
+    orthogonal: tuple[int, ...] = ()  # parts of a bank (0: first L matrices, 1: second L); the others start at `constant`
+    matrices: tuple[MatrixGroup, ...] = ()  # GPTQ; else
+    int8: bool = False  # rows of int8, or float16
+
+
+def parameter_table(cfg: Config) -> list[Row]:
+    """All parameters of a model, under the names of the published state dict. L layers, d width, k kv width, h hidden."""
+    layers, d, k, h, skips = cfg.num_layers, cfg.model_dim, cfg.kv_dim, cfg.mlp_dim, num_skips(cfg)
+    bits, attn, mlp = cfg.matrix_bits, cfg.attn_clip_sigmas, cfg.mlp_clip_sigmas
+    rows = [
+        Row("tok_emb.weight", (cfg.vocab_size, d), "embedding", std=cfg.tied_embed_init_std,
+            matrices=(MatrixGroup(0, 1, "head", cfg.embed_bits, cfg.embed_clip_sigmas),)),
+        Row("qo_bank", (2 * layers, d, d), "bank", orthogonal=(0,),  # Q of layer i at i, output projection at L + i
+            matrices=(MatrixGroup(0, layers, "attn_in", bits, attn), MatrixGroup(layers, 2 * layers, "proj", bits, attn))),
+        Row("kv_bank", (2 * layers, k, d), "bank", orthogonal=(0, 1),  # K at i, V at L + i
+            matrices=(MatrixGroup(0, layers, "attn_in", bits, attn), MatrixGroup(layers, 2 * layers, "attn_in", bits, attn))),
+        Row("mlp_up_bank", (layers, h, d), "bank", orthogonal=(0,), matrices=(MatrixGroup(0, layers, "up", bits, mlp),)),
+        Row("mlp_down_bank", (layers, d, h), "bank", matrices=(MatrixGroup(0, layers, "down", bits, mlp),)),
+        Row("skip_weights", (skips, d), "small", constant=1.0),
+        Row("skip_gates", (skips, d), "small"),
+        Row("parallel_post_lambdas", (layers, 2, 2), "small", constant=1.0),  # [0]: attention's, [1]: the MLP's; by lane
+        Row("parallel_resid_lambdas", (layers, 2), "small", constant=1.1),
+    ]
+    for i in range(layers):
+        rows += [
+            Row(f"blocks.{i}.attn_scale", (d,), "small", constant=1.0),
+            Row(f"blocks.{i}.mlp_scale", (d,), "small", constant=1.0),
+            Row(f"blocks.{i}.resid_mix", (2, d), "small"),  # (1, 0): see init_weights
+            Row(f"blocks.{i}.attn.q_gain", (cfg.num_heads,), "small", constant=cfg.qk_gain_init),
+        ]
+        if cfg.gated_attn_enabled:
+            rows.append(Row(f"blocks.{i}.attn.attn_gate_w", (cfg.num_heads, d), "small", std=cfg.gated_attn_init_std,
+                            int8=cfg.gated_attn_quant_gate))
+    if cfg.smear_gate_enabled:
+        rows += [Row("smear_gate.weight", (1, cfg.gate_window), "small"), Row("smear_lambda", (1,), "small")]
+    return rows
+
+
+def attn_in_parts(cfg: Config) -> dict[str, int]:
+    """What one product makes of an attention's input, in order, and how wide each is."""
+    return {"q": cfg.model_dim, "k": cfg.kv_dim, "v": cfg.kv_dim, "gate": cfg.num_heads * cfg.gated_attn_enabled}
+
+
 def plain_linear(site: Site, x: Tensor, w: Tensor | None) -> Tensor | None:
     """x (..., in) times w (out, in), and nothing at a bypass."""
     return None if w is None else F.linear(x, w)
@@ -1092,106 +1204,96 @@ def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),))
 
 
+@torch.library.custom_op(f"{OPERATORS}::rotary_tables", mutates_args=())
+def rotary_tables(positions: Tensor, dims: int, base: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, float32 (T, 1, dims / 2), of rotary embeddings (Su et al. 2021).
+
+    An operator, so that the compiler cannot inline it: it would compute cos, sin and pow again in every kernel that rotates.
+    """
+    exponents = torch.arange(0, dims, 2, device=positions.device, dtype=torch.float32)
+    angles = positions.float()[:, None, None] * base ** (-exponents / max(dims, 1))
+    return angles.cos(), angles.sin()
+
+
+rotary_tables.register_fake(lambda positions, dims, base: tuple(
+    positions.new_empty((positions.size(0), 1, dims // 2), dtype=torch.float32) for _ in range(2)))
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding (Su et al. 2021) of the first dimensions of x (T, H, D); cos and sin are (T, 1, rotated / 2)."""
+    """Rotary embedding of the first dimensions of x (T, H, D); cos and sin are (T, 1, rotated / 2)."""
     half = cos.size(-1)
     a, b, rest = x[..., :half], x[..., half: 2 * half], x[..., 2 * half:]
     return torch.cat([a * cos + b * sin, b * cos - a * sin, rest], dim=-1)
 
 
-def exclude_self(y: Tensor, v: Tensor) -> Tensor:
-    """Exclusive self-attention: y (T, H, D) without its part along the value v (T, Hkv, D) of its own position."""
-    unit = F.normalize(v, dim=-1).unsqueeze(2)  # (T, Hkv, 1, D)
-    grouped = y.unflatten(1, (v.size(1), -1))  # (T, Hkv, H / Hkv, D)
-    return (grouped - (grouped * unit).sum(-1, keepdim=True) * unit).flatten(1, 2)
+def head_norm(x: Tensor, gain: Tensor | None = None) -> Tensor:
+    """RMSNorm of each head of x (T, H, D) in float32, times its gain (H,).
+
+    Norm and gain are one factor a row: so the gain's gradient comes out of sums over D that the norm's needs anyway.
+    """
+    factor = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + NORM_EPS)
+    return x.float() * (factor if gain is None else factor * gain.float()[:, None])
 
 
-class Attention(nn.Module):
-    """The small parameters of one layer's attention; its matrices are in the banks."""
+class LayerWeights(NamedTuple):
+    """What one layer's visits read, cast to the dtype of the activations once a forward.
 
-    def __init__(self, cfg: Config) -> None:
-        super().__init__()
-        self.q_gain = nn.Parameter(torch.empty(cfg.num_heads))
-        if cfg.gated_attn_enabled:
-            self.attn_gate_w = nn.Parameter(torch.empty(cfg.num_heads, cfg.model_dim))
+    What reads one input is one product: `attn_in` has the rows of Q, K, V and the gate. The scales behind attention and MLP
+    are multiplied into the rows of the projections before them, which spares a pass over the activations each way.
+    """
 
-
-class Block(nn.Module):
-    """The small parameters of one physical layer."""
-
-    def __init__(self, cfg: Config) -> None:
-        super().__init__()
-        self.attn_scale = nn.Parameter(torch.empty(cfg.model_dim))
-        self.mlp_scale = nn.Parameter(torch.empty(cfg.model_dim))
-        self.resid_mix = nn.Parameter(torch.empty(2, cfg.model_dim))
-        self.attn = Attention(cfg)
+    attn_in: Tensor  # (d + 2 k + heads, d)
+    proj: Tensor  # (d, d)
+    up: Tensor  # (h, d)
+    down: Tensor  # (d, h)
+    attn_scale: Tensor  # (d,)
+    mlp_scale: Tensor  # (d,)
+    resid_mix: Tensor  # (2, d)
+    q_gain: Tensor  # (heads,)
+    resid: Tensor  # (2,): what each lane keeps
+    post: Tensor  # (2, 2)
 
 
-class Pass(NamedTuple):
-    """What all visits of one forward share. Banks are cast to the dtype of the activations and taken apart, once."""
+class Context(NamedTuple):
+    """What all visits of one forward share."""
 
-    batch: Batch
     linear: Linear
     attend: Attend
     cos: Tensor
     sin: Tensor
-    qo: tuple[Tensor, ...]
-    kv: tuple[Tensor, ...]
-    up: tuple[Tensor, ...]
-    down: tuple[Tensor, ...]
+    layers: list[LayerWeights]
 
 
 class GPT(nn.Module):
-    """Looped-recurrence transformer. Parameter names are those of the published state dict."""
+    """Looped-recurrence transformer with the parameters of parameter_table."""
 
     def __init__(self, cfg: Config, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.cfg, self.dtype = cfg, dtype
-        layers, dim, kv_dim, hidden = cfg.num_layers, cfg.model_dim, cfg.kv_dim, cfg.mlp_dim
-        self.tok_emb = nn.Embedding(cfg.vocab_size, dim)
-        self.qo_bank = nn.Parameter(torch.empty(2 * layers, dim, dim))  # Q of layer i at i, output projection at L + i
-        self.kv_bank = nn.Parameter(torch.empty(2 * layers, kv_dim, dim))  # K at i, V at L + i
-        self.mlp_up_bank = nn.Parameter(torch.empty(layers, hidden, dim))
-        self.mlp_down_bank = nn.Parameter(torch.empty(layers, dim, hidden))
-        self.skip_weights = nn.Parameter(torch.empty(num_skips(cfg), dim))
-        self.skip_gates = nn.Parameter(torch.empty(num_skips(cfg), dim))
-        self.parallel_post_lambdas = nn.Parameter(torch.empty(layers, 2, 2))  # [0]: attention's, [1]: the MLP's; by lane
-        self.parallel_resid_lambdas = nn.Parameter(torch.empty(layers, 2))
-        self.blocks = nn.ModuleList(Block(cfg) for _ in range(layers))
+        for row in parameter_table(cfg):
+            *path, leaf = row.name.split(".")
+            owner: nn.Module = self
+            for part in path:
+                if part not in dict(owner.named_children()):
+                    owner.add_module(part, nn.Module())
+                owner = owner.get_submodule(part)
+            owner.register_parameter(leaf, nn.Parameter(torch.empty(row.shape)))
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Fill every parameter, on the CPU, from `seed` alone.
-
-        | parameter | initial value |
-        |---|---|
-        | tok_emb | normal, TIED_EMBED_INIT_STD |
-        | Q, K, V, up | orthogonal |
-        | output and down projections, skip_gates | 0 |
-        | attn_scale, mlp_scale, skip_weights, post lambdas | 1 |
-        | residual lambdas | 1.1 |
-        | resid_mix | (1, 0) |
-        | q_gain | QK_GAIN_INIT |
-        | attn_gate_w | normal, GATED_ATTN_INIT_STD |
-        """
-        cfg, layers = self.cfg, self.cfg.num_layers
-        generator = torch.Generator().manual_seed(seed)
-        self.tok_emb.weight.normal_(std=cfg.tied_embed_init_std, generator=generator)
-        for i in range(layers):
-            for matrix in (self.qo_bank[i], self.kv_bank[i], self.kv_bank[layers + i], self.mlp_up_bank[i]):
-                nn.init.orthogonal_(matrix, generator=generator)
-        for zero in (self.qo_bank[layers:], self.mlp_down_bank, self.skip_gates):
-            zero.zero_()
-        self.skip_weights.fill_(1.0)
-        self.parallel_post_lambdas.fill_(1.0)
-        self.parallel_resid_lambdas.fill_(1.1)
-        for block in self.blocks:
-            block.attn_scale.fill_(1.0)
-            block.mlp_scale.fill_(1.0)
-            block.resid_mix.copy_(torch.tensor([[1.0], [0.0]]).expand(2, cfg.model_dim))
-            block.attn.q_gain.fill_(cfg.qk_gain_init)
-            if cfg.gated_attn_enabled:
-                block.attn.attn_gate_w.normal_(std=cfg.gated_attn_init_std, generator=generator)
+        """Fill every parameter, on the CPU, from `seed` alone. Orthogonal matrices are drawn layer by layer over all banks."""
+        generator, table, layers = torch.Generator().manual_seed(seed), parameter_table(self.cfg), self.cfg.num_layers
+        banks = [row for row in table if row.orthogonal]
+        for row in table:
+            value = self.get_parameter(row.name).fill_(row.constant)
+            if row.std:
+                value.normal_(std=row.std, generator=generator)
+            if row.name.endswith("resid_mix"):
+                value[0] = 1.0
+            for layer in range(layers) if row is banks[-1] else ():
+                for bank in banks:
+                    for part in bank.orthogonal:
+                        nn.init.orthogonal_(self.get_parameter(bank.name)[part * layers + layer], generator=generator)
 
     def forward(self, batch: Batch, schedule: Schedule, linear: Linear = plain_linear, attend: Attend | None = None,
                 rows: Tensor | None = None) -> Tensor:
@@ -1208,12 +1310,14 @@ class GPT(nn.Module):
     def hidden_states(self, batch: Batch, schedule: Schedule, linear: Linear, attend: Attend) -> Tensor:
         """What the output head reads, (T, d)."""
         cfg = self.cfg
-        banks = (bank.to(self.dtype).unbind() for bank in (self.qo_bank, self.kv_bank, self.mlp_up_bank, self.mlp_down_bank))
-        shared = Pass(batch, linear, attend, *self._rotary(batch.positions), *banks)
-        x = x0 = rms_norm(F.embedding(batch.tokens, self.tok_emb.weight).to(self.dtype))
+        context = Context(linear, attend, *rotary_tables(batch.positions, cfg.rope_dims, cfg.rope_base), self._layer_weights())
+        embedded = F.embedding(batch.tokens, self.tok_emb.weight)
+        if cfg.smear_gate_enabled:
+            embedded = embedded + self._smear(embedded, batch.previous)
+        x = x0 = rms_norm(embedded.to(self.dtype))
         skips = []
         for visit, layer in enumerate(schedule.encoder):
-            x = self._serial_block(shared, layer, visit, x, x0)
+            x = self._serial_block(context, layer, visit, x, x0)
             skips.append(x)
         lanes = None
         for j, layer in enumerate(schedule.decoder):
@@ -1221,21 +1325,34 @@ class GPT(nn.Module):
             skip = skips.pop() if j < self.skip_weights.size(0) and skips else None
             if layer < cfg.parallel_start_layer:
                 x = x if skip is None else self._mix_skip(j, skip, x)
-                x = self._serial_block(shared, layer, visit, x, x0)
+                x = self._serial_block(context, layer, visit, x, x0)
             else:
                 lane0, lane1 = (x, x) if lanes is None else lanes
                 lane0 = lane0 if skip is None else self._mix_skip(j, skip, lane0)
-                lanes = self._parallel_block(shared, layer, visit, (lane0, lane1), x0)
+                lanes = self._parallel_block(context, layer, visit, (lane0, lane1), x0)
         if lanes is not None:
             x = {"mean": 0.5 * (lanes[0] + lanes[1]), "attn": lanes[0], "mlp": lanes[1]}[cfg.parallel_final_lane]
         return rms_norm(x)
 
-    def _rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines (T, 1, rotated / 2); positions count within a segment, only distances matter."""
-        exponents = torch.arange(0, self.cfg.rope_dims, 2, device=positions.device, dtype=torch.float32)
-        frequencies = self.cfg.rope_base ** (-exponents / max(self.cfg.rope_dims, 1))
-        angles = positions.float()[:, None, None] * frequencies
-        return angles.cos().to(self.dtype), angles.sin().to(self.dtype)
+    def _layer_weights(self) -> list[LayerWeights]:
+        """The weights by layer."""
+        layers, p = self.cfg.num_layers, dict(self.named_parameters())
+
+        def of_blocks(name: str) -> Tensor:
+            return torch.stack([p[f"blocks.{i}.{name}"] for i in range(layers)])
+
+        attn_scale, mlp_scale = of_blocks("attn_scale"), of_blocks("mlp_scale")
+        gates = [of_blocks("attn.attn_gate_w")] if self.cfg.gated_attn_enabled else []
+        stacked = LayerWeights(
+            torch.cat([self.qo_bank[:layers], self.kv_bank[:layers], self.kv_bank[layers:], *gates], dim=1),
+            self.qo_bank[layers:] * attn_scale[:, :, None], self.mlp_up_bank, self.mlp_down_bank * mlp_scale[:, :, None],
+            attn_scale, mlp_scale, of_blocks("resid_mix"), of_blocks("attn.q_gain"), self.parallel_resid_lambdas, self.parallel_post_lambdas)
+        return [LayerWeights(*tensors) for tensors in zip(*(t.to(self.dtype).unbind() for t in stacked))]
+
+    def _smear(self, embedded: Tensor, previous: Tensor) -> Tensor:
+        """SmearGate: a gated share of the embedding of the token before, none at the start of a segment; (T, d)."""
+        gate = torch.sigmoid(F.linear(embedded[:, : self.cfg.gate_window], self.smear_gate.weight))
+        return self.smear_lambda * gate * (previous >= 0)[:, None] * F.embedding(previous.clamp_min(0), self.tok_emb.weight)
 
     def _mix_skip(self, row: int, skip: Tensor, x: Tensor) -> Tensor:
         weighted = self.skip_weights[row].to(self.dtype) * skip
@@ -1246,59 +1363,74 @@ class GPT(nn.Module):
     def _normed(self, x: Tensor, layer: int) -> Tensor:
         return rms_norm(x) / math.sqrt(layer + 1) if self.cfg.ln_scale else rms_norm(x)
 
-    def _serial_block(self, shared: Pass, layer: int, visit: int, x: Tensor, x0: Tensor) -> Tensor:
-        block = self.blocks[layer]
-        mix, scales = block.resid_mix.to(self.dtype), (block.attn_scale.to(self.dtype), block.mlp_scale.to(self.dtype))
+    def _serial_block(self, context: Context, layer: int, visit: int, x: Tensor, x0: Tensor) -> Tensor:
+        mix = context.layers[layer].resid_mix
         x = mix[0] * x + mix[1] * x0
-        x = x + scales[0] * self._attention(shared, layer, visit, self._normed(x, layer))
-        return x + scales[1] * self._mlp(shared, layer, visit, self._normed(x, layer))
+        x = x + self._attention(context, layer, visit, self._normed(x, layer))
+        return x + self._mlp(context, layer, visit, self._normed(x, layer))
 
-    def _parallel_block(self, shared: Pass, layer: int, visit: int, lanes: tuple[Tensor, Tensor], x0: Tensor) -> tuple[Tensor, Tensor]:
+    def _parallel_block(self, context: Context, layer: int, visit: int, lanes: tuple[Tensor, Tensor], x0: Tensor) -> tuple[Tensor, Tensor]:
         """Attention reads lane 0, the MLP lane 1; both write to both."""
-        block = self.blocks[layer]
-        mix = block.resid_mix.to(self.dtype)
-        resid, post = self.parallel_resid_lambdas[layer].to(self.dtype), self.parallel_post_lambdas[layer].to(self.dtype)
-        a = self._attention(shared, layer, visit, self._normed(mix[0] * lanes[0] + mix[1] * x0, layer))
-        m = self._mlp(shared, layer, visit, self._normed(lanes[1], layer))
-        a, m = block.attn_scale.to(self.dtype) * a, block.mlp_scale.to(self.dtype) * m
+        weights = context.layers[layer]
+        mix, resid, post = weights.resid_mix, weights.resid, weights.post
+        a = self._attention(context, layer, visit, self._normed(mix[0] * lanes[0] + mix[1] * x0, layer))
+        m = self._mlp(context, layer, visit, self._normed(lanes[1], layer))
         return (resid[0] * lanes[0] + post[0, 0] * a + post[1, 0] * m, resid[1] * lanes[1] + post[0, 1] * a + post[1, 1] * m)
 
-    def _attention(self, shared: Pass, layer: int, visit: int, n: Tensor) -> Tensor:
-        """Attention of normalised input n (T, d), gate and output projection included."""
-        cfg, linear, attn = self.cfg, shared.linear, self.blocks[layer].attn
-        q = linear((layer, visit, "q"), n, shared.qo[layer]).unflatten(-1, (cfg.num_heads, cfg.head_dim))
-        k = linear((layer, visit, "k"), n, shared.kv[layer]).unflatten(-1, (cfg.num_kv_heads, cfg.head_dim))
-        v = linear((layer, visit, "v"), n, shared.kv[cfg.num_layers + layer]).unflatten(-1, (cfg.num_kv_heads, cfg.head_dim))
-        q = rotate(rms_norm(q), shared.cos, shared.sin) * attn.q_gain.to(self.dtype)[:, None]
-        k = rotate(rms_norm(k), shared.cos, shared.sin)
-        y = shared.attend(visit, q, k, v)
-        if layer >= cfg.num_layers - cfg.xsa_last_n:
-            y = exclude_self(y, v)
-        if cfg.gated_attn_enabled:
-            y = y * torch.sigmoid(linear((layer, visit, "gate"), n, attn.attn_gate_w.to(self.dtype))).unsqueeze(-1)
-        y = linear((layer, visit, "proj"), y.flatten(1), shared.qo[cfg.num_layers + layer])
-        bypass = linear((layer, visit, "o"), n, None)
-        return y if bypass is None else y + bypass
+    def _attention(self, context: Context, layer: int, visit: int, n: Tensor) -> Tensor:
+        """What attention of the normalised input n (T, d) adds: gate, output projection and scale included."""
+        cfg, weights, linear = self.cfg, context.layers[layer], context.linear
+        q, k, v, gate = linear((layer, visit, "attn_in"), n, weights.attn_in).split(list(attn_in_parts(cfg).values()), dim=-1)
+        q, k, v = (t.unflatten(-1, (-1, cfg.head_dim)) for t in (q, k, v))
+        q = rotate(head_norm(q, weights.q_gain), context.cos, context.sin).to(self.dtype)
+        k = rotate(head_norm(k), context.cos, context.sin).to(self.dtype)
+        y = context.attend(visit, q, k, v)
+        gate = torch.sigmoid(gate) if cfg.gated_attn_enabled else torch.ones_like(y[..., 0])
+        y = exclude_self(y, v, gate) if layer >= cfg.num_layers - cfg.xsa_last_n else y * gate.unsqueeze(-1)
+        y = linear((layer, visit, "proj"), y.flatten(1), weights.proj)
+        bypass = linear((layer, visit, "attn_bypass"), n, None)
+        return y if bypass is None else y + weights.attn_scale * bypass
 
-    def _mlp(self, shared: Pass, layer: int, visit: int, n: Tensor) -> Tensor:
-        linear = shared.linear
+    def _mlp(self, context: Context, layer: int, visit: int, n: Tensor) -> Tensor:
+        """What the MLP of the normalised input n (T, d) adds, its scale included."""
+        weights, linear = context.layers[layer], context.linear
         if linear is plain_linear:
-            return fused_mlp(n, shared.up[layer], shared.down[layer])
-        h = F.leaky_relu(linear((layer, visit, "up"), n, shared.up[layer]), 0.5).square()
-        y = linear((layer, visit, "down"), h, shared.down[layer])
-        bypass = linear((layer, visit, "mlp"), n, None)
-        return y if bypass is None else y + bypass
+            return fused_mlp(n, weights.up, weights.down)
+        h = F.leaky_relu(linear((layer, visit, "up"), n, weights.up), 0.5).square()
+        y = linear((layer, visit, "down"), h, weights.down)
+        bypass = linear((layer, visit, "mlp_bypass"), n, None)
+        return y if bypass is None else y + weights.mlp_scale * bypass
 
 
 # ======================================================================================================================
 # 6. Optimizers
 #
-# Muon (Jordan et al. 2024) on the four banks, AdamW on the rest. The large tensors are sharded along their first axis:
-# gradients are reduce-scattered, each rank updates its rows, the rows are all-gathered. Their storage is padded to equal
-# shares, so both collectives work in place. The small parameters live in one flat gradient and take one all-reduce.
+# Muon (Jordan et al. 2024) on the banks, AdamW on the rest. A group of the parameter table is a row of optimizer_groups
+# with all its hyper-parameters. Large tensors are sharded along their first axis: gradients are reduce-scattered, each rank
+# updates its rows, the rows are all-gathered. Their storage is padded to equal shares, so both collectives work in place.
+# The small parameters live in one flat gradient and take one all-reduce.
 # ======================================================================================================================
 
-BANKS = ("qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank")
+
+class Group(NamedTuple):
+    """The rule of one group of parameters."""
+
+    kind: str  # "muon" or "adamw"
+    lr: float
+    weight_decay: float
+    sharded: bool
+    betas: tuple[float, float] = (0.0, 0.0)
+    eps: float = 0.0
+
+
+def optimizer_groups(cfg: Config) -> dict[str, Group]:
+    """The groups of the parameter table."""
+    adam = dict(betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps)
+    return {
+        "bank": Group("muon", cfg.matrix_lr, cfg.muon_wd, sharded=True),
+        "embedding": Group("adamw", cfg.tied_embed_lr, cfg.embed_wd, sharded=True, **adam),
+        "small": Group("adamw", cfg.scalar_lr, cfg.adam_wd, sharded=False, **adam),
+    }
 
 
 def orthogonalize(update: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
@@ -1321,32 +1453,45 @@ class ShardedTensor:
     """A parameter whose update is shared out: rank r owns rows [r * share, (r + 1) * share) of its padded storage."""
 
     def __init__(self, param: nn.Parameter, ranks: Ranks) -> None:
-        self.param, self.ranks = param, ranks
-        rows = param.size(0)
-        share = -(-rows // ranks.world)
-        padded = torch.zeros(share * ranks.world, *param.shape[1:], device=param.device, dtype=param.dtype)
-        padded[:rows] = param.data
-        self.storage, self.full_grad = padded, torch.zeros_like(padded)
-        param.data, param.grad = padded[:rows], self.full_grad[:rows]
-        mine = slice(ranks.rank * share, (ranks.rank + 1) * share)
-        self.shard = self.storage[mine]
-        self.grad = self.full_grad if ranks.world == 1 else torch.zeros_like(self.shard)
-        self._work: Any = None
+        self.ranks, self.rows = ranks, param.size(0)
+        share = -(-self.rows // ranks.world)
+        self.storage = torch.zeros(share * ranks.world, *param.shape[1:], device=param.device, dtype=param.dtype)
+        self.storage[: self.rows] = param.data
+        self.full_grad = torch.zeros_like(self.storage)
+        param.data, param.grad = self.storage[: self.rows], self.full_grad[: self.rows]
+        self.own = slice(ranks.rank * share, (ranks.rank + 1) * share)
+        self.shard = nn.Parameter(self.storage[self.own])
+        self.shard.grad = self.full_grad if ranks.world == 1 else torch.zeros_like(self.shard)
+        self._pending: Any = None
 
     def start_reduce(self) -> None:
-        """Begin to sum the gradient's rows over the ranks into `grad`."""
+        """Begin to sum the gradient's rows over the ranks into `shard.grad`."""
         if self.ranks.world > 1:
-            self._work = torch.distributed.reduce_scatter_tensor(self.grad, self.full_grad, async_op=True)
+            self._pending = torch.distributed.reduce_scatter_tensor(self.shard.grad, self.full_grad, async_op=True)
 
     def start_gather(self) -> None:
         """Begin to hand the updated rows to all ranks."""
         if self.ranks.world > 1:
-            self._work = torch.distributed.all_gather_into_tensor(self.storage, self.shard, async_op=True)
+            self._pending = torch.distributed.all_gather_into_tensor(self.storage, self.shard.data, async_op=True)
 
     def wait(self) -> None:
-        if self._work is not None:
-            self._work.wait()
-            self._work = None
+        if self._pending is not None:
+            self._pending.wait()
+            self._pending = None
+
+    def whole(self, shard: Tensor) -> Tensor:
+        """All rows of a tensor of which every rank has a shard like its own of the parameter."""
+        if self.ranks.world == 1:
+            return shard.clone()
+        full = torch.empty_like(self.storage)
+        torch.distributed.all_gather_into_tensor(full, shard.contiguous())
+        return full[: self.rows].clone()
+
+    def own_rows(self, whole: Tensor) -> Tensor:
+        """This rank's shard of `whole`, padding included."""
+        padded = torch.zeros(self.storage.shape, dtype=whole.dtype)
+        padded[: self.rows] = whole
+        return padded[self.own]
 
 
 class Optimizers:
@@ -1356,63 +1501,55 @@ class Optimizers:
     """
 
     def __init__(self, model: GPT, cfg: Config, ranks: Ranks) -> None:
-        self.cfg, self.ranks = cfg, ranks
+        self.cfg, self.ranks, self.groups = cfg, ranks, optimizer_groups(cfg)
         self.ns_dtype = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
-        named = dict(model.named_parameters())
-        self.banks = [ShardedTensor(named.pop(name), ranks) for name in BANKS]
-        self.embedding = ShardedTensor(named.pop("tok_emb.weight"), ranks)
-        self.momenta = [torch.zeros_like(bank.shard) for bank in self.banks]
-        self.small = list(named.values())
-        self.flat_grad = torch.zeros(sum(p.numel() for p in self.small), device=ranks.device)
-        for param, view in zip(self.small, self.flat_grad.split([p.numel() for p in self.small])):
+        members = {name: [model.get_parameter(row.name) for row in parameter_table(cfg) if row.group == name] for name in self.groups}
+        assert {id(p) for m in members.values() for p in m} == {id(p) for p in model.parameters()}, "every parameter has one group"
+        small = [p for name, group in self.groups.items() if not group.sharded for p in members[name]]
+        self.flat_grad = torch.zeros(sum(p.numel() for p in small), device=ranks.device)
+        for param, view in zip(small, self.flat_grad.split([p.numel() for p in small])):
             param.grad = view.view_as(param)
-        self.embedding_rows = nn.Parameter(self.embedding.shard)
-        self.embedding_rows.grad = self.embedding.grad
-        groups = [  # parameters, learning rate, weight decay
-            ([self.embedding_rows], cfg.tied_embed_lr, cfg.embed_wd),
-            (self.small, cfg.scalar_lr, cfg.adam_wd),
-        ]
+        self.sharded = {name: [ShardedTensor(p, ranks) for p in members[name]] for name, group in self.groups.items() if group.sharded}
+        self.large = [tensor for tensors in self.sharded.values() for tensor in tensors]
+        self.momenta = {name: [torch.zeros_like(t.shard) for t in self.sharded[name]]
+                        for name, group in self.groups.items() if group.kind == "muon"}
         self.adamw = torch.optim.AdamW(
-            [{"params": p, "lr": lr, "base_lr": lr, "weight_decay": wd} for p, lr, wd in groups],
-            betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=True)
-        covered = {id(p) for p in [*(b.param for b in self.banks), self.embedding.param, *self.small]}
-        assert covered == {id(p) for p in model.parameters()}, "every parameter has one optimizer"
+            [{"params": [t.shard for t in self.sharded[name]] if g.sharded else members[name], "lr": g.lr, "base_lr": g.lr,
+              "betas": g.betas, "eps": g.eps, "weight_decay": g.weight_decay} for name, g in self.groups.items() if g.kind == "adamw"],
+            fused=True)
 
     def zero_grad(self) -> None:
-        torch._foreach_zero_([*(b.full_grad for b in self.banks), self.embedding.full_grad, self.flat_grad])
+        torch._foreach_zero_([*(t.full_grad for t in self.large), self.flat_grad])
 
     @torch.no_grad()
     def step(self, lr_scale: float, step: int) -> Tensor:
         """Update from the accumulated gradients; returns the norm of the averaged gradient, a 0-d tensor."""
-        large = [*self.banks, self.embedding]
-        for tensor in large:
+        for tensor in self.large:
             tensor.start_reduce()
         self.ranks.sum(self.flat_grad)
-        for tensor in large:
+        for tensor in self.large:
             tensor.wait()
-        norm = self._average_and_clip(large)
-        momentum = self._momentum(step)
-        torch._foreach_mul_(self.momenta, momentum)
-        torch._foreach_add_(self.momenta, [bank.grad for bank in self.banks])
-        for bank, buffer in zip(self.banks, self.momenta):
-            self._muon_update(bank, buffer, momentum, self.cfg.matrix_lr * lr_scale)
-            bank.start_gather()
+        norm = self._average_and_clip()
+        for name, buffers in self.momenta.items():
+            self._muon(self.groups[name], self.sharded[name], buffers, self._momentum(step), lr_scale)
         for group in self.adamw.param_groups:
             group["lr"] = group["base_lr"] * lr_scale
         self.adamw.step()
-        self.embedding.start_gather()
-        for tensor in large:
+        for name, tensors in self.sharded.items():
+            for tensor in tensors if name not in self.momenta else ():
+                tensor.start_gather()
+        for tensor in self.large:
             tensor.wait()
         return norm
 
-    def _average_and_clip(self, large: list[ShardedTensor]) -> Tensor:
+    def _average_and_clip(self) -> Tensor:
         """Divide the summed gradients by the ranks and clip their norm, which is that of the average over all ranks."""
-        shards = [tensor.grad for tensor in large]
-        norms = torch.stack(torch._foreach_norm([*shards, self.flat_grad])).square()
+        grads = [*(t.shard.grad for t in self.large), self.flat_grad]
+        norms = torch.stack(torch._foreach_norm(grads)).square()
         norm = (self.ranks.sum(norms[:-1].sum()) + norms[-1]).sqrt() / self.ranks.world
         limit = self.cfg.grad_clip_norm
         clip = torch.clamp(limit / (norm + 1e-6), max=1.0) if limit > 0 else torch.ones_like(norm)
-        torch._foreach_mul_([*shards, self.flat_grad], clip / self.ranks.world)
+        torch._foreach_mul_(grads, clip / self.ranks.world)
         return norm
 
     def _momentum(self, step: int) -> float:
@@ -1420,36 +1557,48 @@ class Optimizers:
         warm = min(step / cfg.muon_momentum_warmup_steps, 1.0) if cfg.muon_momentum_warmup_steps else 1.0
         return (1 - warm) * cfg.muon_momentum_warmup_start + warm * cfg.muon_momentum
 
-    def _muon_update(self, bank: ShardedTensor, buffer: Tensor, momentum: float, lr: float) -> None:
-        update = torch.add(bank.grad, buffer, alpha=momentum)  # Nesterov
-        if self.cfg.muon_row_normalize:
-            update = update / update.norm(dim=-1, keepdim=True).clamp_min(1e-7)
-        update = orthogonalize(update, self.cfg.muon_backend_steps, self.ns_dtype).to(bank.shard.dtype)
-        scale = math.sqrt(max(1.0, update.size(-2) / update.size(-1)))
-        bank.shard.mul_(1 - lr * self.cfg.muon_wd).add_(update, alpha=-lr * scale)
+    def _muon(self, group: Group, banks: list[ShardedTensor], buffers: list[Tensor], momentum: float, lr_scale: float) -> None:
+        """Nesterov momentum, orthogonalised; each bank's rows travel while the next bank is worked on."""
+        torch._foreach_mul_(buffers, momentum)
+        torch._foreach_add_(buffers, [bank.shard.grad for bank in banks])
+        lr = group.lr * lr_scale
+        for bank, buffer in zip(banks, buffers):
+            update = torch.add(bank.shard.grad, buffer, alpha=momentum)
+            if self.cfg.muon_row_normalize:
+                update = update / update.norm(dim=-1, keepdim=True).clamp_min(1e-7)
+            update = orthogonalize(update, self.cfg.muon_backend_steps, self.ns_dtype).to(bank.shard.dtype)
+            scale = math.sqrt(max(1.0, update.size(-2) / update.size(-1)))
+            bank.shard.mul_(1 - lr * group.weight_decay).add_(update, alpha=-lr * scale)
+            bank.start_gather()
 
-    def state(self) -> dict[str, Any]:
-        """All optimizer state of this rank, copied."""
-        adamw = [{k: v.clone() for k, v in self.adamw.state[p].items()} if p in self.adamw.state else None
-                 for group in self.adamw.param_groups for p in group["params"]]
-        return {"momenta": [m.clone() for m in self.momenta], "adamw": adamw}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        for mine, saved in zip(self.momenta, state["momenta"]):
-            mine.copy_(saved)
+    def _slots(self) -> Iterator[tuple[str, ShardedTensor | None, Tensor]]:
+        """Every tensor of optimizer state: its name, the sharded parameter that it is cut like, and itself."""
+        for name, buffers in self.momenta.items():
+            for i, (tensor, buffer) in enumerate(zip(self.sharded[name], buffers)):
+                yield f"{name}.{i}.momentum", tensor, buffer
+        cut = {id(t.shard): t for t in self.large}
         params = [p for group in self.adamw.param_groups for p in group["params"]]
-        for param, saved in zip(params, state["adamw"]):
-            if saved is None:
-                self.adamw.state.pop(param, None)
-            else:
-                self.adamw.state[param] = {k: v.clone() for k, v in saved.items()}
+        for i, param in enumerate(params):
+            state = self.adamw.state[param]
+            if not state:  # AdamW fills it at its first step; a state can be put back before that
+                state |= {"step": torch.zeros((), device=param.device), "exp_avg": torch.zeros_like(param), "exp_avg_sq": torch.zeros_like(param)}
+            for key, value in state.items():
+                yield f"adamw.{i}.{key}", cut.get(id(param)) if value.dim() else None, value
+
+    def state(self) -> dict[str, Tensor]:
+        """All optimizer state, copied; shards are joined, so that it is the same on every rank and for any number of them."""
+        return {name: value.clone() if tensor is None else tensor.whole(value) for name, tensor, value in self._slots()}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        for name, tensor, value in self._slots():
+            value.copy_(state[name] if tensor is None else tensor.own_rows(state[name].cpu()))
 
 
 # ======================================================================================================================
 # 7. Training
 #
 # The schedules are functions of the finished share of the run, by time or by steps. The warm-up runs every graph and
-# then puts back the complete state, the same state that a snapshot holds.
+# then puts back the complete state, the same state that a checkpoint holds.
 # ======================================================================================================================
 
 
@@ -1468,10 +1617,10 @@ def depth_at(cfg: Config, frac: float) -> int:
 
 
 def learning_rate_scale(cfg: Config, frac: float) -> float:
-    """1 until the warm-down begins, then linear to MIN_LR at the end."""
-    if cfg.warmdown_frac == 0 or frac <= 1 - cfg.warmdown_frac:
+    """1 until the warm-down begins, then falling to 0 at the end of the run, but never below MIN_LR."""
+    if cfg.warmdown_frac == 0 or frac < 1 - cfg.warmdown_frac:
         return 1.0
-    return cfg.min_lr + (1 - cfg.min_lr) * max(0.0, 1 - frac) / cfg.warmdown_frac
+    return max((1 - frac) / cfg.warmdown_frac, cfg.min_lr)
 
 
 def compiled(run: Run, function: Callable[..., Any], dynamic: bool = False) -> Callable[..., Any]:
@@ -1507,12 +1656,12 @@ class Trainer:
     def __init__(self, run: Run, model: GPT, loader: TrainLoader) -> None:
         self.run, self.cfg, self.model, self.loader = run, run.cfg, model, loader
         self.optimizers = Optimizers(model, run.cfg, run.ranks)
-        self.params = [p.data for p in model.parameters()]
+        self.names, self.params = [name for name, _ in model.named_parameters()], [p.data for p in model.parameters()]
         self.ema = [p.clone() for p in self.params]
         self.forward = compiled(run, model)
-        self.step = 0
-        self.depth = 0
+        self.step = self.depth = self.trained = 0
         self.late_graphs = 0  # made after the warm-up, on the clock: there should be none
+        self.reserve_seconds = run.cfg.gptq_reserve_seconds
         self.clock = Clock(run.device)
 
     def train_step(self, depth: int, lr_scale: float) -> Tensor:
@@ -1531,22 +1680,25 @@ class Trainer:
         self.step += 1
         return total
 
-    def snapshot(self) -> dict[str, Any]:
-        """A copy of the complete state of this rank: nothing that a step changes is left out."""
-        return {
-            "params": [p.clone() for p in self.params], "ema": [p.clone() for p in self.ema],
-            "optimizers": self.optimizers.state(), "position": self.loader.position, "step": self.step,
-            "rng": torch.get_rng_state(), "elapsed_ms": self.clock.total_ms, "depth": self.depth,
-        }
+    def snapshot(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """A copy of the complete state, the same on every rank: tensors by name, and numbers. A collective."""
+        tensors = {"rng": torch.get_rng_state()}
+        tensors |= {f"param.{name}": p.clone() for name, p in zip(self.names, self.params)}
+        tensors |= {f"ema.{name}": p.clone() for name, p in zip(self.names, self.ema)}
+        tensors |= {f"optimizer.{name}": value for name, value in self.optimizers.state().items()}
+        return tensors, {"position": self.loader.position, "step": self.step, "depth": self.depth, "trained": self.trained,
+                         "elapsed_ms": self.clock.total_ms}
 
-    def restore(self, state: dict[str, Any]) -> None:
-        for mine, saved in zip([*self.params, *self.ema], [*state["params"], *state["ema"]]):
-            mine.copy_(saved)
-        self.optimizers.load_state(state["optimizers"])
-        self.loader.seek(state["position"])
-        self.step, self.depth = state["step"], state["depth"]
-        self.clock.total_ms = state["elapsed_ms"]
-        torch.set_rng_state(state["rng"].cpu())  # a checkpoint is read onto the device; this state lives on the host
+    @torch.no_grad()
+    def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        for kind, values in (("param", self.params), ("ema", self.ema)):
+            for name, value in zip(self.names, values):
+                value.copy_(tensors[f"{kind}.{name}"])
+        self.optimizers.load_state({name.removeprefix("optimizer."): t for name, t in tensors.items() if name.startswith("optimizer.")})
+        self.loader.seek(numbers["position"])
+        self.step, self.depth, self.trained = numbers["step"], numbers["depth"], numbers["trained"]
+        self.clock.total_ms = numbers["elapsed_ms"]
+        torch.set_rng_state(tensors["rng"].cpu())
 
     def warm_up(self) -> None:
         """Run WARMUP_STEPS steps at the first depth and at each prewarmed one, then put everything back."""
@@ -1557,107 +1709,156 @@ class Trainer:
                 self.train_step(depth, 1.0)
             synchronize(self.run.device)
             self.run.log(f"warm-up: depth {depth} after {time.perf_counter() - began:.1f} s")
-        self.restore(before)
+        self._reserve_time_for_hessians()
+        self.restore(*before)
         self.loader.wait_ms, self.late_graphs = 0.0, 0
+
+    def _reserve_time_for_hessians(self) -> None:
+        """Keep what the Hessians will take, by the time of one batch, and a margin: they count as training.
+
+        Raises:
+            ValueError: the cap does not leave time for them.
+        """
+        cfg, calibration = self.cfg, Calibration(self.cfg, self.run.device)
+        if not cfg.max_wallclock_seconds:
+            return
+        times = []
+        for _ in range(2):  # the first has everything to load
+            synchronize(self.run.device)
+            began = time.perf_counter()
+            calibration.add(self.model, self.loader.next())
+            synchronize(self.run.device)
+            times.append(time.perf_counter() - began)
+        batch_seconds = max(self.run.ranks.gather(min(times)))
+        need = 1.1 * cfg.gptq_calibration_batches * batch_seconds + 0.5
+        self.reserve_seconds = max(cfg.gptq_reserve_seconds, need)
+        self.run.log.record("reserve", seconds=f"{self.reserve_seconds:.2f}", batch_ms=f"{1e3 * batch_seconds:.1f}", batches=cfg.gptq_calibration_batches)
+        if self.reserve_seconds >= cfg.max_wallclock_seconds:
+            raise ValueError(f"the Hessians alone would take {need:.0f} s here, MAX_WALLCLOCK_SECONDS is {cfg.max_wallclock_seconds:g}: "
+                             "give it more time, or set GPTQ_CALIBRATION_BATCHES or TRAIN_BATCH_TOKENS lower")
 
     def load_averaged_weights(self) -> None:
         """From here on the model holds the moving average, which is what is exported."""
         torch._foreach_copy_(self.params, self.ema)
+        self.trained = 1
 
 
-class Checkpoints:
-    """The complete state of a run on disk: a file a rank, and an index that is replaced last, when all files are there.
+class Checkpoint:
+    """What a run leaves on disk so that the same command goes on from there: an index, and while it trains one state file.
 
-    A run that finds an index of its RUN_ID goes on from it. The files go when the artifact is written.
+    Rank 0 alone reads and writes; the others are told. The index is written last and removed first, and holds the state's
+    hash. Stages: "training" (a state), "exported" (an artifact of the hash that the index holds), "done".
     """
 
     def __init__(self, run: Run) -> None:
-        self.run, self.index = run, output_path(run.cfg, ".checkpoint")
+        self.run, self.index = run, output_path(run.cfg, ".run.json")
         every = run.cfg.checkpoint_every
         self.steps = int(every) if every.isdigit() else 0
         self.seconds = float(every[:-1]) if every.endswith("s") else 0.0
         self.last = time.perf_counter()
-        self.last_step = 0
-
-    def state_path(self, step: int) -> Path:
-        return output_path(self.run.cfg, f".checkpoint.step{step}.rank{self.run.ranks.rank}")
+        self.found = self._read() if run.ranks.rank == 0 else {}
+        self.found = run.ranks.agree(self.found)
+        if problem := self.found.get("problem"):
+            raise ValueError(problem)
 
     def due(self, step: int) -> bool:
         return bool(self.steps and step % self.steps == 0) or bool(self.seconds and time.perf_counter() - self.last >= self.seconds)
 
     def write(self, trainer: Trainer) -> None:
-        """Save the state of this step, with the clock stopped, and drop the one before."""
+        """Save the state of this step, with the clock stopped, and drop the one before. A collective."""
         trainer.clock.stop()
-        buffer = io.BytesIO()
-        torch.save(trainer.snapshot(), buffer)
-        write_atomically(self.state_path(trainer.step), buffer.getvalue())
-        self.run.ranks.gather(None)
-        before = self._read_index()
-        self.run.ranks.gather(None)
+        tensors, numbers = trainer.snapshot()
         if self.run.ranks.rank == 0:
-            content = {"step": trainer.step, "ranks": self.run.ranks.world, "settings": self._fingerprint()}
-            write_atomically(self.index, json.dumps(content).encode())
-        self.run.ranks.gather(None)
-        if before is not None and before["step"] != trainer.step:
-            self.state_path(before["step"]).unlink(missing_ok=True)
+            data = safetensors.torch.save({name: t.cpu().contiguous() for name, t in tensors.items()})
+            path = output_path(self.run.cfg, f".state{trainer.step}")
+            write_atomically(path, data)
+            self._set("training", state=path.name, sha256=hashlib.sha256(data).hexdigest(), **numbers)
+            self._sweep(keep=path.name)
         self.last = time.perf_counter()
         self.run.log.record("checkpoint", step=trainer.step, path=self.index)
         trainer.clock.start()
 
     def resume(self, trainer: Trainer) -> None:
-        """Go on from the index, if there is one; ValueError if it is of other settings or another number of ranks."""
-        if (index := self._read_index()) is None:
+        """Put back the state that the index names, if there is one. A collective; ValueError if the state is damaged."""
+        if self.found.get("stage") != "training":
             return
-        if (index["ranks"], index["settings"]) != (self.run.ranks.world, self._fingerprint()):
-            raise ValueError(f"{self.index} is a checkpoint of {index['ranks']} ranks with settings or code that differ from this "
-                             "run's; start it as it was started, or choose another RUN_ID")
-        trainer.restore(torch.load(self.state_path(index["step"]), map_location=self.run.device, weights_only=True))
+        tensors, _ = trainer.snapshot()  # what the others read into
+        tensors = {name: t.cpu() for name, t in tensors.items()}
+        problem = ""
+        if self.run.ranks.rank == 0:
+            path = output_path(self.run.cfg, "").with_name(self.found["state"])
+            data = path.read_bytes() if path.exists() else b""
+            if hashlib.sha256(data).hexdigest() == self.found["sha256"]:
+                tensors = safetensors.torch.load(data)
+            else:
+                problem = f"{path}, the state of this run, is {'damaged' if data else 'not there'}; delete {self.index} to start again from step 0"
+        if problem := self.run.ranks.agree(problem):
+            raise ValueError(problem)
+        self.run.ranks.share([tensors[name] for name in sorted(tensors)])
+        trainer.restore(tensors, self.found)
         self.run.log(f"resumed from step {trainer.step}, {trainer.clock.total_ms / 1e3:.1f} s of training done")
 
-    def remove(self) -> None:
-        if (index := self._read_index()) is not None:
-            self.state_path(index["step"]).unlink(missing_ok=True)
-            self.run.ranks.gather(None)
-            self.index.unlink(missing_ok=True)
+    def exported(self, data: bytes, **numbers: Any) -> None:
+        """Write the artifact; from now on the run goes on with scoring it. On rank 0."""
+        self._set("exported", artifact_sha256=hashlib.sha256(data).hexdigest(), **numbers, before=self.found)
+        write_atomically(output_path(self.run.cfg, ".artifact"), data)
+        self._sweep(keep="")
 
-    def _read_index(self) -> dict[str, Any] | None:
-        return json.loads(self.index.read_text()) if self.index.exists() else None
+    def done(self) -> None:
+        if self.run.ranks.rank == 0:
+            self._set("done")
 
-    def _fingerprint(self) -> str:
-        """Changes with the code and with every setting but the checkpoints' own."""
-        settings = {f.name: format_setting(getattr(self.run.cfg, f.name)) for f in fields(Config) if f.name != "checkpoint_every"}
-        code = [hashlib.sha256(path.read_bytes()).hexdigest() for path in code_files()]
-        return hashlib.sha256(json.dumps([settings, code]).encode()).hexdigest()
+    def _set(self, stage: str, **values: Any) -> None:
+        self.found = {"stage": stage, "settings": fingerprint(self.run.cfg), **values}
+        write_atomically(self.index, json.dumps(self.found).encode())
+
+    def _sweep(self, keep: str) -> None:
+        """Remove this run's other states and what an interrupted write left."""
+        for path in self.index.parent.glob(f"{self.run.cfg.run_id}.*"):
+            name = path.name.removeprefix(self.run.cfg.run_id)
+            if path.name != keep and (re.fullmatch(r"\.state[0-9]+", name) or name.endswith(".tmp")):
+                path.unlink(missing_ok=True)
+
+    def _read(self) -> dict[str, Any]:
+        """The index; {} if there is none, {"problem": words} if the run cannot go on from it."""
+        try:
+            found = json.loads(self.index.read_text())
+            if not isinstance(found, dict) or found.get("stage") not in ("training", "exported", "done"):
+                raise ValueError("no index")
+        except FileNotFoundError:
+            self._sweep(keep="")
+            return {}
+        except (ValueError, OSError):
+            return {"problem": f"{self.index} is damaged; delete it to start this run again, or choose another RUN_ID"}
+        if found["stage"] == "done":
+            return {"problem": f"run {self.run.cfg.run_id} is complete: its log ends with the score; choose another RUN_ID, or score its "
+                               "artifact again with EVAL_ONLY=1"}
+        if found.get("settings") != fingerprint(self.run.cfg):
+            return {"problem": f"{self.index} is of a run with settings or code that differ from this one's; start it as it was started, "
+                               "or choose another RUN_ID"}
+        path = output_path(self.run.cfg, ".artifact")
+        if found["stage"] == "exported" and not (path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == found["artifact_sha256"]):
+            return found["before"]  # it was ended before the artifact was there
+        return found
 
 
-class Termination:
-    """Whether SIGTERM has come since training began; outside of training it ends the program as always."""
-
-    def __enter__(self) -> Termination:
-        self.asked = False
-        self._before = signal.signal(signal.SIGTERM, lambda number, frame: setattr(self, "asked", True))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGTERM, self._before)
+def fingerprint(cfg: Config) -> str:
+    """Changes with the code and with every setting but the checkpoints' own."""
+    settings = {f.name: format_setting(getattr(cfg, f.name)) for f in fields(Config) if f.name != "checkpoint_every"}
+    return hashlib.sha256(json.dumps([settings, hashlib.sha256(own_source()).hexdigest()]).encode()).hexdigest()
 
 
-def train(run: Run, trainer: Trainer, val: ValData, checkpoints: Checkpoints) -> bool:
+def train(run: Run, trainer: Trainer, val: ValData, checkpoint: Checkpoint) -> None:
     """Train until the time cap (less the Hessians' reserve) or ITERATIONS; evaluation and checkpoints stop the clock.
 
-    Returns False if SIGTERM came: then a checkpoint has been written and the run must end.
+    Raises:
+        Stopped: the run was asked to end; the trainer is at the end of a step.
     """
-    with Termination() as termination:
-        return train_steps(run, trainer, val, checkpoints, termination)
-
-
-def train_steps(run: Run, trainer: Trainer, val: ValData, checkpoints: Checkpoints, termination: Termination) -> bool:
-    """The loop of `train`."""
     cfg, log = run.cfg, run.log
-    budget_ms = 1e3 * (cfg.max_wallclock_seconds - cfg.gptq_reserve_seconds) if cfg.max_wallclock_seconds else 0.0
+    budget_ms = 1e3 * (cfg.max_wallclock_seconds - trainer.reserve_seconds) if cfg.max_wallclock_seconds else 0.0
     pace = Pace(run, trainer)
     trainer.clock.start()
-    frac = trainer.step / cfg.iterations if not budget_ms else trainer.clock.total_ms / budget_ms
+    frac = trainer.step / cfg.iterations if not budget_ms else run.ranks.agree(trainer.clock.total_ms) / budget_ms
     while True:
         done = frac >= 1 or trainer.step >= cfg.iterations
         if cfg.val_loss_every and (trainer.step % cfg.val_loss_every == 0 or done):
@@ -1674,15 +1875,13 @@ def train_steps(run: Run, trainer: Trainer, val: ValData, checkpoints: Checkpoin
             log.record("phase", step=trainer.step, frac=f"{frac:.3f}", depth=depth)
         lr_scale = learning_rate_scale(cfg, frac)
         loss = trainer.train_step(depth, lr_scale)
-        elapsed_ms, stop, save = pace.after_step(trainer.clock.elapsed_ms(), termination.asked, checkpoints.due(trainer.step))
+        elapsed_ms, save = pace.after_step(trainer.clock.elapsed_ms(), checkpoint.due(trainer.step))
         frac = elapsed_ms / budget_ms if budget_ms else trainer.step / cfg.iterations
         pace.report(trainer, loss, min(frac, 1.0), lr_scale)
-        if stop or save:
-            checkpoints.write(trainer)
-        if stop:
-            return False
+        run.check_stop()
+        if save:
+            checkpoint.write(trainer)
     trainer.clock.stop()
-    return True
 
 
 class Pace:
@@ -1692,15 +1891,15 @@ class Pace:
         self.run, self.events = run, []
         self.last_step, self.last_ms = trainer.step, trainer.clock.total_ms
 
-    def after_step(self, *values: float) -> list[float]:
-        """Rank 0's numbers (time, whether to stop, whether to save), on every rank."""
+    def after_step(self, *values: float) -> tuple[float, ...]:
+        """Rank 0's numbers (time, whether to save), on every rank."""
         if self.run.device.type == "cuda":
             event = torch.cuda.Event()
             event.record()
             self.events.append(event)
             if len(self.events) > 2:
                 self.events.pop(0).synchronize()
-        return self.run.ranks.agree_numbers(*values)
+        return self.run.ranks.agree(values)
 
     def report(self, trainer: Trainer, loss: Tensor, frac: float, lr_scale: float) -> None:
         cfg, log, step = self.run.cfg, self.run.log, trainer.step
@@ -1717,12 +1916,12 @@ class Pace:
         if not math.isfinite(mean):
             raise ValueError(f"the loss is {mean} at step {step}; lower MATRIX_LR, TIED_EMBED_LR or SCALAR_LR")
         if step == 3 and cfg.max_wallclock_seconds:
-            self._warn_if_slow(step_ms)
+            self._warn_if_slow(trainer, step_ms)
 
-    def _warn_if_slow(self, step_ms: float) -> None:
+    def _warn_if_slow(self, trainer: Trainer, step_ms: float) -> None:
         """The record's batch on a machine that will not get far with it: say so while there is time to stop."""
         cfg = self.run.cfg
-        steps = 1e3 * (cfg.max_wallclock_seconds - cfg.gptq_reserve_seconds) / step_ms
+        steps = 1e3 * (cfg.max_wallclock_seconds - trainer.reserve_seconds) / step_ms
         if cfg.train_batch_tokens >= Config.train_batch_tokens and steps < 1000:
             self.run.log(
                 f"warning: at {step_ms / 1e3:.1f} s a step this machine takes about {steps:.0f} steps in "
@@ -1770,25 +1969,91 @@ def check_memory(run: Run, model: GPT, layout: SpanLayout) -> None:
 # 8. Quantization
 #
 # GPTQ (Frantar et al. 2022): round a matrix column by column and let the columns still to come make up for the error, as
-# the inverse Hessian of the layer's input says. All matrices of one shape go through it together, shared out over the
-# ranks. The scale of a row is set beforehand from its standard deviation.
+# the inverse Hessian of the layer's input says. All matrices of one group go through it together, shared out over the
+# ranks. The scale of a row is set beforehand from its standard deviation. What a code stands for is a quantizer's
+# business: `scalar` rounds to the nearest step, `trellis` looks for the best path through two interleaved sets of levels.
 # ======================================================================================================================
+
+
+@dataclass(frozen=True, eq=False)
+class Quantized:
+    """A matrix, or a bank of matrices, as small integers with one scale a row.
+
+    codes: int8 (..., rows, cols); scales: float16 (..., rows); method: the quantizer that gives weights back from them.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    method: str = "scalar"
+
+
+class ScalarQuantizer:
+    """A code is its level."""
+
+    def scales(self, weights: Tensor, bits: int, clip_sigmas: float) -> Tensor:
+        """Step of every row, float16 (..., rows): clip_sigmas standard deviations over the largest code."""
+        return (clip_sigmas * weights.std(dim=-1) / (2 ** (bits - 1) - 1)).clamp(2.0**-24, 65504.0).to(torch.float16)
+
+    def rounding(self, shape: tuple[int, int], bits: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+        """A function from values in steps, (matrices, rows), a column of each matrix, to their codes and levels."""
+        limit = 2 ** (bits - 1) - 1
+
+        def nearest(values: Tensor) -> tuple[Tensor, Tensor]:
+            codes = values.round().clamp_(-limit, limit)
+            return codes, codes
+
+        return nearest
+
+    def levels(self, codes: Tensor) -> Tensor:
+        """What codes (..., rows, cols) stand for, in steps, float32."""
+        return codes.float()
+
+
+class TrellisQuantizer:
+    """A code and the quantizer that the codes above it lead to make a level; see the trellis below."""
+
+    def scales(self, weights: Tensor, bits: int, clip_sigmas: float) -> Tensor:
+        """As ScalarQuantizer.scales, but the trellis has finer steps; its codes take as many bytes as scalar ones and no range
+        needs clipping. Its scales keep 5 bits of mantissa: steps need not be more exact, and half of their bytes are saved."""
+        steps = clip_sigmas * weights.std(dim=-1) / (2 ** (bits - 1) - 1) * TRELLIS_STEP
+        mantissa, exponent = torch.frexp(steps)
+        return torch.ldexp((mantissa * 64).round() / 64, exponent).clamp(2.0**-20, 65000.0).to(torch.float16)
+
+    def rounding(self, shape: tuple[int, int], bits: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+        """As ScalarQuantizer.rounding."""
+        return partial(trellis_round, segments=trellis_segments(*shape))
+
+    def levels(self, codes: Tensor) -> Tensor:
+        """As ScalarQuantizer.levels."""
+        return trellis_levels(codes.float(), trellis_quantizers(codes).float())
+
+
+QUANTIZERS = {"scalar": ScalarQuantizer(), "trellis": TrellisQuantizer()}
+
+
+def dequantize(quantized: Quantized) -> Tensor:
+    """The weights that the codes stand for: levels * scales, float32 (..., rows, cols)."""
+    return QUANTIZERS[quantized.method].levels(quantized.codes) * quantized.scales.float().unsqueeze(-1)
 
 
 class Calibration:
     """A `linear` that also sums x^T x of every matrix's input, by layer; the visits of a looped layer add up."""
 
-    GROUPS = {"q": "qkv", "proj": "proj", "up": "up", "down": "down", "head": "head"}  # k and v read what q reads
-
     def __init__(self, cfg: Config, device: torch.device) -> None:
-        layers, dim = cfg.num_layers, cfg.model_dim
-        shapes = {"qkv": (layers, dim), "proj": (layers, dim), "up": (layers, dim), "down": (layers, cfg.mlp_dim), "head": (1, dim)}
-        self.hessians = {name: torch.zeros(n, d, d, device=device) for name, (n, d) in shapes.items()}
+        self.schedule = loop_schedule(cfg, cfg.eval_loop_depth)
+        groups = {m.hessian: (m.last - m.first, row.shape[-1]) for row in parameter_table(cfg) for m in row.matrices}
+        self.hessians = {name: torch.zeros(n, d, d, device=device) for name, (n, d) in groups.items()}
+
+    @torch.no_grad()
+    def add(self, model: GPT, batches: list[Batch]) -> None:
+        """Sum over these batches as well."""
+        for batch in batches:
+            model(batch, self.schedule, self)
 
     def __call__(self, site: Site, x: Tensor, w: Tensor | None) -> Tensor | None:
         layer, _, name = site
-        if (group := self.GROUPS.get(name)) is not None:
-            hessian = self.hessians[group][max(layer, 0)]
+        if name in self.hessians:
+            hessian = self.hessians[name][max(layer, 0)]
             if x.dtype == torch.float32:
                 hessian.addmm_(x.T, x)
             else:
@@ -1796,59 +2061,24 @@ class Calibration:
         return plain_linear(site, x, w)
 
 
-@torch.no_grad()
 def collect_hessians(run: Run, model: GPT, loader: TrainLoader) -> dict[str, Tensor]:
     """Sums of x^T x over GPTQ_CALIBRATION_BATCHES batches of training data at EVAL_LOOP_DEPTH, over all ranks.
 
     Returns:
-        By input: "qkv", "proj", "up" (L, d, d), "down" (L, h, h), "head" (1, d, d), float32.
+        By site: "attn_in", "proj", "up" (L, d, d), "down" (L, h, h), "head" (1, d, d), float32.
     """
     cfg, began, progress = run.cfg, time.perf_counter(), Progress(run.log)
-    calibration, schedule = Calibration(cfg, run.device), loop_schedule(cfg, cfg.eval_loop_depth)
+    calibration = Calibration(cfg, run.device)
     for i in range(cfg.gptq_calibration_batches):
-        for batch in loader.next():
-            model(batch, schedule, calibration)
+        run.check_stop()
+        calibration.add(model, loader.next())
         progress("hessians", i + 1, cfg.gptq_calibration_batches)
     for hessian in calibration.hessians.values():
         run.ranks.sum(hessian)
     synchronize(run.device)
     run.log.record("hessians", batches=cfg.gptq_calibration_batches, tokens=cfg.gptq_calibration_batches * cfg.train_batch_tokens,
-                   time_ms=int(1e3 * (time.perf_counter() - began)))
+                   time_ms=int(since_ms(began)))
     return calibration.hessians
-
-
-def row_scales(weights: Tensor, bits: int, clip_sigmas: float, quantizer: str = "scalar") -> Tensor:
-    """Step of every row, float16 (..., rows): clip_sigmas standard deviations over the largest code.
-
-    The trellis has finer steps; its codes take as many bytes as scalar ones and no range needs clipping. Its scales keep
-    5 bits of mantissa: steps need not be more exact, and half the bytes of the scales are saved.
-    """
-    scales = clip_sigmas * weights.std(dim=-1) / (2 ** (bits - 1) - 1)
-    if quantizer == "scalar":
-        return scales.clamp(2.0**-24, 65504.0).to(torch.float16)
-    mantissa, exponent = torch.frexp(scales * TRELLIS_STEP)
-    return torch.ldexp((mantissa * 64).round() / 64, exponent).clamp(2.0**-20, 65000.0).to(torch.float16)
-
-
-def round_to_codes(weights: Tensor, scales: Tensor, bits: int) -> Tensor:
-    """Nearest codes of weights (..., rows) at scales of the same shape, clipped symmetrically, as float32."""
-    limit = 2 ** (bits - 1) - 1
-    return (weights / scales).round().clamp(-limit, limit)
-
-
-def inverse_factor(hessian: Tensor, log: Log) -> Tensor:
-    """Upper Cholesky factors of the inverses of hessian (N, C, C), damped by 1 % of the mean diagonal, more if it must be."""
-    diagonal = hessian.diagonal(dim1=-2, dim2=-1)
-    mean = diagonal.mean(-1).clamp_min(1e-12)
-    for damping in (0.01, 0.1, 1.0, 10.0):
-        damped = hessian + torch.diag_embed((damping * mean)[:, None].expand_as(diagonal))
-        factor, failed = torch.linalg.cholesky_ex(damped)
-        if not failed.any():
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
-            if not failed.any():
-                return upper
-        log(f"warning: a Hessian is not positive definite at damping {damping:g} of its mean diagonal; using more")
-    raise ValueError("a Hessian cannot be inverted at any damping: the calibration inputs are not finite or far too large")
 
 
 def hessian_error(error: Tensor, hessian: Tensor) -> Tensor:
@@ -1856,57 +2086,87 @@ def hessian_error(error: Tensor, hessian: Tensor) -> Tensor:
     return ((error @ hessian) * error).sum((-2, -1))
 
 
-def gptq(weights: Tensor, hessian: Tensor, bits: int, clip_sigmas: float, log: Log, quantizer: str = "scalar") -> Quantized:
-    """Quantize matrices weights (N, R, C) against hessian (N, C, C); never worse than rounding to nearest.
+def damped_factor(hessian: Tensor, log: Log) -> Tensor:
+    """Lower Cholesky factors of hessian (N, C, C), damped in place by 1 % of the mean diagonal, more if it must be."""
+    diagonal, damped = hessian.diagonal(dim1=-2, dim2=-1), 0.0
+    mean = diagonal.mean(-1, keepdim=True).clamp_min(1e-12)
+    for damping in (0.01, 0.1, 1.0, 10.0):
+        diagonal += (damping - damped) * mean
+        damped = damping
+        factor, failed = torch.linalg.cholesky_ex(hessian)
+        if not failed.any():
+            return factor
+        log(f"warning: a Hessian is not positive definite at damping {damping:g} of its mean diagonal; using more")
+    raise ValueError("a Hessian cannot be factored at any damping: the calibration inputs are not finite or far too large")
 
-    Columns go in order of descending diagonal, in blocks of 128; columns that no input reaches become 0.
+
+def gptq(weights: Tensor, hessian: Tensor, bits: int, clip_sigmas: float, log: Log, method: str = "scalar") -> Quantized:
+    """Quantize matrices weights (N, R, C) against hessian (N, C, C), damped; never worse by it than rounding to nearest.
+
+    Columns go in order of descending diagonal; columns that no input reaches become 0.
 
     Raises:
-        ValueError: a weight or Hessian is not finite, or no damping makes a Hessian invertible.
+        ValueError: a weight or Hessian is not finite, or no damping makes a Hessian positive definite.
     """
     weights, hessian = weights.float(), hessian.float()
-    if not (torch.isfinite(weights).all() and torch.isfinite(hessian).all()):
+    if not all(torch.isfinite(torch.stack(t.aminmax())).all() for t in (weights, hessian)):
         raise ValueError("a weight or its Hessian is NaN or infinite: the training diverged; lower the learning rates")
-    scales = row_scales(weights, bits, clip_sigmas, quantizer)
-    steps = scales.float()
-    dead = hessian.diagonal(dim1=-2, dim2=-1) == 0  # (N, C)
-    order = torch.argsort(hessian.diagonal(dim1=-2, dim2=-1), dim=-1, descending=True, stable=True)
-    work = weights.masked_fill(dead[:, None, :], 0.0).gather(-1, order[:, None, :].expand_as(weights))
-    permuted = hessian + torch.diag_embed(dead.float())
-    permuted = permuted.gather(-1, order[:, None, :].expand_as(hessian)).gather(-2, order[:, :, None].expand_as(hessian))
-    rounding = partial(scalar_round, bits=bits)
-    if quantizer == "trellis":
-        rounding = partial(trellis_round, segments=trellis_segments(*weights.shape[1:]))
-    codes, levels = gptq_columns(work, inverse_factor(permuted, log), steps, rounding)
-    codes, levels = (torch.zeros_like(t).scatter_(-1, order[:, None, :].expand_as(t), t) for t in (codes, levels))
-    coarse = row_scales(weights, bits, clip_sigmas).float()[..., None]
-    nearest = round_to_codes(weights, coarse, bits) * coarse
-    errors = [hessian_error(quantized - weights, hessian) for quantized in (levels * steps[..., None], nearest)]
-    for index in (errors[0] > errors[1]).nonzero().ravel().tolist():  # so little to gain that feedback does harm
-        codes[index] = rounding((weights[index] / steps[index, :, None]).T)[0].T
-    return Quantized(codes.to(torch.int8).cpu(), scales.cpu(), quantizer)
+    quantizer, scalar = QUANTIZERS[method], QUANTIZERS["scalar"]
+    scales, rounding = quantizer.scales(weights, bits, clip_sigmas), quantizer.rounding(weights.shape[1:], bits)
+    steps, diagonal = scales.float(), hessian.diagonal(dim1=-2, dim2=-1)
+    order = torch.argsort(diagonal, dim=-1, descending=True, stable=True).flip(-1)[..., None]  # (N, C, 1): the first one last
+    columns = weights.masked_fill(diagonal[:, None] == 0, 0.0).mT  # (N, C, R): a column is contiguous from here on
+    columns = columns.gather(1, order.expand_as(columns))
+    permuted = hessian.gather(1, order.expand_as(hessian)).gather(2, order.mT.expand_as(hessian))
+    sorted_diagonal = permuted.diagonal(dim1=-2, dim2=-1)
+    sorted_diagonal += sorted_diagonal == 0
+    factor = damped_factor(permuted, log)
+    codes, error = gptq_columns(columns, factor, steps, rounding)
+    coarse = (scales if method == "scalar" else scalar.scales(weights, bits, clip_sigmas)).float()[:, None]
+    nearest = scalar.rounding(weights.shape[1:], bits)(columns / coarse)[1].mul_(coarse).sub_(columns)
+    for index in nearest_is_better(nearest, factor, error).nonzero().ravel().tolist():  # so little to gain that feedback does harm
+        codes[index] = rounding(columns[index] / steps[index])[0]
+    codes = torch.empty_like(codes).scatter_(1, order.expand_as(codes), codes).mT.contiguous()
+    return Quantized(codes.cpu(), scales.cpu(), method)
 
 
-def scalar_round(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Codes and levels, which are the same, of values in steps."""
-    codes = round_to_codes(values, torch.ones((), device=values.device), bits)
-    return codes, codes
+def gptq_columns(columns: Tensor, factor: Tensor, steps: Tensor, rounding: Callable[[Tensor], tuple[Tensor, Tensor]],
+                 few: int = 16) -> tuple[Tensor, Tensor]:
+    """Codes (N, C, R) int8 of columns (N, C, R) by the Hessian's lower factor (N, C, C), the last column first; errors (N,).
+
+    With H = L L^T and E = weights - levels * steps, the outputs' squared error trace(E H E^T) is |E L|^2, and column k of E L is
+    L_kk (E_k + sum over j > k of E_j L_jk / L_kk): so k aims at its weights plus that sum. It is what the inverse Hessian's factor
+    gives (Frantar et al. 2022), without the inverse. The sum is taken by halves, so that nearly all of it is matrix products.
+    """
+    pivots = factor.diagonal(dim1=-2, dim2=-1)
+    feedback, aims = factor / pivots[:, None], columns.clone()
+    codes, errors = torch.empty_like(columns, dtype=torch.int8), torch.empty_like(columns)
+
+    def quantize_range(begin: int, end: int) -> None:
+        if end - begin > few:
+            middle = (begin + end) // 2
+            quantize_range(middle, end)
+            aims[:, begin:middle].baddbmm_(feedback[:, middle:end, begin:middle].mT, errors[:, middle:end])
+            quantize_range(begin, middle)
+            return
+        for j in reversed(range(begin, end)):
+            codes[:, j], levels = rounding(aims[:, j] / steps)
+            errors[:, j] = columns[:, j] - levels * steps
+            aims[:, begin:j].addcmul_(feedback[:, j, begin:j, None], errors[:, j: j + 1])
+
+    quantize_range(0, columns.size(1))
+    missed = aims.sub_(columns).add_(errors)  # by how much each level is off its aim
+    return codes, (missed.square_().sum(-1) * pivots.square()).sum(-1)
 
 
-def gptq_columns(work: Tensor, factor: Tensor, steps: Tensor, rounding: Callable[[Tensor], tuple[Tensor, Tensor]],
-                 block: int = 128) -> tuple[Tensor, Tensor]:
-    """Codes and levels of work (N, R, C), changed in place, by `factor` (N, C, C), the upper factor of the inverse Hessian."""
-    codes, levels, columns = torch.empty_like(work), torch.empty_like(work), work.size(-1)
-    for begin in range(0, columns, block):
-        end = min(begin + block, columns)
-        errors = work.new_empty(*work.shape[:2], end - begin)
-        for j in range(begin, end):
-            codes[..., j], levels[..., j] = rounding(work[..., j] / steps)
-            error = (work[..., j] - levels[..., j] * steps) / factor[:, j, j, None]
-            work[..., j + 1: end] -= error[..., None] * factor[:, j, None, j + 1: end]
-            errors[..., j - begin] = error
-        work[..., end:] -= errors @ factor[:, begin:end, end:]
-    return codes, levels
+def nearest_is_better(error: Tensor, factor: Tensor, bound: Tensor, block: int = 128) -> Tensor:
+    """Is |E L|^2 of error E^T (N, C, R) and lower factor L (N, C, C) below `bound`, (N,)? Followed only until no one's is."""
+    total = torch.zeros_like(bound)
+    for begin in reversed(range(0, factor.size(-1), block)):
+        total += (factor[:, begin:, begin: begin + block].mT @ error[:, begin:]).square_().sum((1, 2))
+        if (total >= bound).all():
+            break
+    return total < bound
 
 
 # ---- trellis ----
@@ -2010,76 +2270,56 @@ def trellis_search(values: Tensor) -> tuple[Tensor, Tensor]:
     return candidates.gather(0, path)[0], levels.gather(0, path)[0]
 
 
-class MatrixGroup(NamedTuple):
-    """Matrices of one bank that are quantized alike: rows `first` to `last` of the bank, their Hessian, their rule."""
-
-    bank: str
-    first: int
-    last: int
-    hessian: str
-    bits: int
-    clip_sigmas: float
-
-
-def matrix_groups(cfg: Config) -> list[MatrixGroup]:
-    """Every tensor that GPTQ takes; `MATRIX_CLIP_SIGMAS` is for matrices that are neither attention nor MLP: none here."""
-    layers, bits = cfg.num_layers, cfg.matrix_bits
-    return [
-        MatrixGroup("qo_bank", 0, layers, "qkv", bits, cfg.attn_clip_sigmas),
-        MatrixGroup("qo_bank", layers, 2 * layers, "proj", bits, cfg.attn_clip_sigmas),
-        MatrixGroup("kv_bank", 0, layers, "qkv", bits, cfg.attn_clip_sigmas),
-        MatrixGroup("kv_bank", layers, 2 * layers, "qkv", bits, cfg.attn_clip_sigmas),
-        MatrixGroup("mlp_up_bank", 0, layers, "up", bits, cfg.mlp_clip_sigmas),
-        MatrixGroup("mlp_down_bank", 0, layers, "down", bits, cfg.mlp_clip_sigmas),
-        MatrixGroup("tok_emb.weight", 0, 1, "head", cfg.embed_bits, cfg.embed_clip_sigmas),
-    ]
+Tensors = dict[str, "Tensor | Quantized"]  # a model as an artifact stores it, by parameter
 
 
 @torch.no_grad()
-def quantize(run: Run, model: GPT, hessians: dict[str, Tensor],
-             clip_factor: float = 1.0) -> tuple[dict[str, Tensor | Quantized], float]:
+def quantize(run: Run, model: GPT, hessians: dict[str, Tensor], clip_factor: float = 1.0) -> tuple[Tensors, float]:
     """Every parameter as the artifact stores it, and the sum of the matrices' Hessian-weighted squared errors.
 
-    The matrices of a group are shared out over the ranks.
-
-    GPTQ for the matrices, with their clip sigmas times clip_factor; int8 for the gates, float16 for tensors of up to
-    65,536 elements. Logs how large the error of each group's outputs is, relative to the outputs.
+    GPTQ for the matrices, with their clip sigmas times clip_factor; int8 or float16, as the table says, for the rest.
     """
-    cfg, ranks = run.cfg, run.ranks
-    state = {name: p.detach() for name, p in model.named_parameters()}
-    parts: dict[str, list[Quantized]] = {}
+    tensors: Tensors = {}
     total_error = 0.0
-    for group in matrix_groups(cfg):
-        clip_sigmas, energy = group.clip_sigmas * clip_factor, torch.zeros(2, dtype=torch.float64, device=run.device)
-        weights = state[group.bank]
-        weights = weights[None] if weights.dim() == 2 else weights[group.first: group.last]
-        mine = slice(len(weights) * ranks.rank // ranks.world, len(weights) * (ranks.rank + 1) // ranks.world)
-        part = None
-        if mine.start < mine.stop:
-            hessian = hessians[group.hessian][mine]
-            part = gptq(weights[mine], hessian, group.bits, clip_sigmas, run.log, cfg.quantizer)
-            error = dequantize(part).to(run.device) - weights[mine]
-            energy += torch.stack([hessian_error(e.float(), hessian).double().sum() for e in (error, weights[mine])])
-        ranks.sum(energy)
-        total_error += energy[0].item()
-        run.log.record("gptq", tensor=group.bank, first=group.first, matrices=len(weights), clip_sigmas=f"{clip_sigmas:.4f}",
-                       relative_error=f"{(energy[0] / energy[1].clamp_min(1e-30)).item():.4e}")
-        parts.setdefault(group.bank, []).extend(p for p in ranks.gather(part) if p is not None)
-    tensors: dict[str, Tensor | Quantized] = {}
-    for name, value in state.items():
-        if name in parts:
-            codes = torch.cat([p.codes for p in parts[name]])
-            scales = torch.cat([p.scales for p in parts[name]])
-            tensors[name] = Quantized(codes.reshape(value.shape), scales.reshape(value.shape[:-1]), cfg.quantizer)
-        elif name.endswith("attn_gate_w") and cfg.gated_attn_quant_gate:
+    for row in parameter_table(run.cfg):
+        value = model.get_parameter(row.name).detach()
+        if not torch.isfinite(value).all():
+            raise ValueError(f"{row.name} is NaN or infinite: the training diverged; lower the learning rates")
+        if row.matrices:
+            bank = value.reshape(-1, *row.shape[-2:])
+            parts = []
+            for group in row.matrices:
+                found, error = quantize_group(run, row.name, bank[group.first: group.last], hessians[group.hessian], group, clip_factor)
+                parts += found
+                total_error += error
+            codes, scales = torch.cat([p.codes for p in parts]), torch.cat([p.scales for p in parts])
+            tensors[row.name] = Quantized(codes.reshape(row.shape), scales.reshape(row.shape[:-1]), run.cfg.quantizer)
+        elif row.int8:
             scales = (value.abs().amax(-1) / 127).clamp(2.0**-24, 65504.0).to(torch.float16)
-            codes = round_to_codes(value, scales.float()[:, None], 8)
-            tensors[name] = Quantized(codes.to(torch.int8).cpu(), scales.cpu())
+            codes = (value / scales.float()[:, None]).round().clamp(-127, 127)
+            tensors[row.name] = Quantized(codes.to(torch.int8).cpu(), scales.cpu())
         else:
-            if not torch.isfinite(value).all():
-                raise ValueError(f"{name} is NaN or infinite: the training diverged; lower the learning rates")
-            tensors[name] = value.to(torch.float16).cpu()
+            tensors[row.name] = value.clamp(-65504.0, 65504.0).to(torch.float16).cpu()
     return tensors, total_error
+
+
+def quantize_group(run: Run, name: str, weights: Tensor, hessian: Tensor, group: MatrixGroup, clip_factor: float) -> tuple[list[Quantized], float]:
+    """Matrices (N, R, C) of one group, shared out over the ranks, and their Hessian-weighted squared error. A collective.
+
+    Logs how large the error of the group's outputs is, relative to the outputs.
+    """
+    cfg, ranks, clip_sigmas = run.cfg, run.ranks, group.clip_sigmas * clip_factor
+    run.check_stop()
+    own = slice(len(weights) * ranks.rank // ranks.world, len(weights) * (ranks.rank + 1) // ranks.world)
+    energy, part = torch.zeros(2, dtype=torch.float64, device=run.device), None
+    if own.start < own.stop:
+        part = gptq(weights[own], hessian[own], group.bits, clip_sigmas, run.log, cfg.quantizer)
+        error = dequantize(part).to(run.device) - weights[own]
+        energy += torch.stack([hessian_error(e.float(), hessian[own]).double().sum() for e in (error, weights[own])])
+    ranks.sum(energy)
+    run.log.record("gptq", tensor=name, first=group.first, matrices=len(weights), clip_sigmas=f"{clip_sigmas:.4f}",
+                   relative_error=f"{(energy[0] / energy[1].clamp_min(1e-30)).item():.4e}")
+    return [p for p in ranks.gather(part) if p is not None], energy[0].item()
 
 
 TARGET_ROUNDS = 4
@@ -2087,8 +2327,7 @@ TARGET_SLACK = 0.001
 CLIP_FACTORS = (0.4, 2.5)
 
 
-def quantize_and_pack(run: Run, model: GPT, hessians: dict[str, Tensor],
-                      code_bytes: int) -> tuple[dict[str, Tensor | Quantized], bytes]:
+def quantize_and_pack(run: Run, model: GPT, hessians: dict[str, Tensor], code_bytes: int) -> tuple[Tensors, bytes]:
     """The tensors and, on rank 0, the artifact. ARTIFACT_TARGET_BYTES, if set, is filled up to TARGET_SLACK.
 
     If it is not, the clip sigmas stay as they were set, unless the artifact would be over the cap: then it is made to fit.
@@ -2100,9 +2339,7 @@ def quantize_and_pack(run: Run, model: GPT, hessians: dict[str, Tensor],
     best, best_size, error_as_set = ({}, b""), math.inf, 0.0
     for attempt in range(TARGET_ROUNDS):
         tensors, error = quantize(run, model, hessians, factor)
-        data = b""
-        if run.ranks.rank == 0:
-            data = pack_artifact(tensors, {name: getattr(cfg, name) for name in MODEL_SETTINGS}, cfg.compressor)
+        data = pack_artifact(tensors, cfg) if run.ranks.rank == 0 else b""
         size = run.ranks.agree(len(data)) + code_bytes
         if not target and size <= ARTIFACT_CAP_BYTES:
             return tensors, data
@@ -2126,15 +2363,9 @@ def quantize_and_pack(run: Run, model: GPT, hessians: dict[str, Tensor],
     return best
 
 
-def model_from_tensors(cfg: Config, tensors: Mapping[str, Tensor | Quantized], run: Run) -> GPT:
-    """The model that an artifact's tensors are; ValueError if names or shapes are not those of the configuration."""
-    model = GPT(cfg, run.dtype)
-    expected = {name: p.shape for name, p in model.named_parameters()}
-    found = {name: t.codes.shape if isinstance(t, Quantized) else t.shape for name, t in tensors.items()}
-    if found != expected:
-        wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-        raise ValueError(f"the artifact does not hold this model: {wrong[0]} has shape {tuple(found.get(wrong[0], ()))}, "
-                         f"the configuration wants {tuple(expected.get(wrong[0], ()))} ({len(wrong)} such tensors)")
+def model_from_tensors(run: Run, tensors: Tensors) -> GPT:
+    """The model that an artifact's tensors are, on the run's device."""
+    model = GPT(run.cfg, run.dtype)
     with torch.no_grad():
         for name, param in model.named_parameters():
             value = tensors[name]
@@ -2143,321 +2374,234 @@ def model_from_tensors(cfg: Config, tensors: Mapping[str, Tensor | Quantized], r
 
 
 # ======================================================================================================================
-# 9. Artifact container
+# 9. Artifact
 #
-# One file holds everything that evaluation needs: the configuration, a table of tensors and their values. There is no
-# pickle in it, every size is checked before memory is taken for it, and a damaged or hostile file can do nothing but
-# raise ArtifactError. All integers are little-endian:
+# One file holds everything that evaluation needs: the stored settings and the tensors of the parameter table. The table
+# follows from the settings, so the file carries none of its own, and whatever in it does not fit is an ArtifactError before
+# memory is taken for it. Integers are little-endian:
 #
 #     offset  size  field
-#     0       8     magic "\x89CAPSGPT"
-#     8       4     format version, 1
-#     12      4     H, bytes of the header
-#     16      32    SHA-256 of everything else in the file (bytes 0-15, then bytes 48 to the end)
-#     48      H     header: JSON under brotli (configuration, compressor, tensor table, stream lengths)
-#     48+H    ...   payload: the streams one after another, in table order, nothing between or after them
-#
-# A plain tensor is one stream: its bytes, first all lowest bytes, then all second bytes and so on, under brotli (lzma if
-# that is the compressor). A quantized tensor has such a stream for its scales. Its codes follow one stream a matrix,
-# stored column after column because neighbours in a column resemble each other most. With the compressor "rans" they
-# come last, all tensors' together: the tables of the coder below, its states, and one stream of its words a tensor.
+#     0       8     magic "\x89CAPSGP2"
+#     8       4     P, bytes of the packed part
+#     12      32    SHA-256 of everything else in the file
+#     44      P     a safetensors file under brotli: "settings" (JSON as bytes), a float16 tensor for every plain parameter,
+#                   NAME.scales and NAME.codes (columns together) for every quantized one
+#     44+P    ...   with COMPRESSOR=rans: the codes of the matrices, by the coder below, in place of their NAME.codes
 # ======================================================================================================================
 
-
-ARTIFACT_MAGIC = b"\x89CAPSGPT"
-ARTIFACT_VERSION = 1
-ARTIFACT_PREFIX = struct.Struct("<8sII32s")
-ARTIFACT_MAX_HEADER_BYTES = 1 << 20
-ARTIFACT_MAX_TENSOR_BYTES = 1 << 28
-ARTIFACT_MAX_ROWS = 1 << 20
-ARTIFACT_MAX_WIDTH = 1 << 20
-COMPRESSORS = ("brotli", "lzma", "rans")
-PLAIN_DTYPES = {"float16": torch.float16, "float32": torch.float32, "int32": torch.int32}
-QUANTIZE_METHODS = ("scalar", "trellis")
+ARTIFACT_MAGIC = b"\x89CAPSGP2"
+ARTIFACT_PREFIX = struct.Struct("<8sI32s")
+ARTIFACT_MAX_FILE_BYTES = 1 << 26
+ARTIFACT_MAX_PLAIN_BYTES = 1 << 28
+ARTIFACT_MAX_WEIGHTS = 1 << 27
+ARTIFACT_MAX_CODES_PER_BYTE = 128  # a sixteenth of a bit each: bounds the work that a small file can ask for
 
 
 class ArtifactError(ValueError):
-    """The file is no artifact of this format, or it is damaged."""
+    """The file is no artifact of this program, or it is damaged."""
 
 
-@dataclass(frozen=True, eq=False)
-class Quantized:
-    """A matrix, or a bank of matrices, as small integers with one scale a row.
-
-    codes: int8 (..., rows, cols); scales: float16 (..., rows); method: how the two give weights back, see dequantize.
-    """
-
-    codes: Tensor
-    scales: Tensor
-    method: str = "scalar"
+def stored_settings(cfg: Config) -> dict[str, Any]:
+    """The settings that an artifact carries, as JSON has them."""
+    return {f.name: getattr(cfg, f.name) for f in STORED_SETTINGS}
 
 
-def dequantize(quantized: Quantized) -> Tensor:
-    """The weights that the codes stand for: levels * scales, float32 (..., rows, cols); a scalar code is its level."""
-    assert quantized.method in QUANTIZE_METHODS, quantized.method
-    levels = quantized.codes.float()
-    if quantized.method == "trellis":
-        levels = trellis_levels(levels, trellis_quantizers(quantized.codes).float())
-    return levels * quantized.scales.float().unsqueeze(-1)
+def uses_coder(row: Row, compressor: str) -> bool:
+    """Whether the codes of a parameter go through the entropy coder."""
+    return compressor == "rans" and bool(row.matrices)
 
 
-def pack_artifact(tensors: dict[str, Tensor | Quantized], config: dict, compressor: str) -> bytes:
-    """The bytes of an artifact file; unpack_artifact gives back the same integers and the same floats, bit for bit.
-
-    config must be JSON; compressor is one of COMPRESSORS. Raises ValueError for what cannot be stored: an unknown
-    compressor, dtype or method, scales that are not finite (the message names the tensor).
-    """
-    if compressor not in COMPRESSORS:
-        raise ValueError(f"COMPRESSOR={compressor!r}: allowed are {', '.join(COMPRESSORS)}")
-    table = [_table_entry(name, tensor) for name, tensor in tensors.items()]
-    jobs: list[bytes] = []
-    for tensor in tensors.values():
-        jobs.append(_byte_planes(tensor.scales if isinstance(tensor, Quantized) else tensor))
-        if isinstance(tensor, Quantized) and compressor != "rans":
-            matrices = tensor.codes.cpu().numpy()
-            jobs += [matrices[index].T.tobytes() for index in np.ndindex(matrices.shape[:-2])]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        streams = list(pool.map(lambda job: _compress(job, compressor), jobs))
-    if compressor == "rans":
-        streams += encode_codes([_as_bank(t) for t in tensors.values() if isinstance(t, Quantized)])
-    header = {"config": config, "compressor": compressor, "tensors": table, "streams": [len(s) for s in streams]}
-    text = json.dumps(header, separators=(",", ":"), allow_nan=False).encode()
-    if len(text) > ARTIFACT_MAX_HEADER_BYTES:
-        raise ValueError(f"the artifact's header takes {len(text)} bytes, more than {ARTIFACT_MAX_HEADER_BYTES}")
-    packed_header = brotli.compress(text, quality=11)
-    body = b"".join([packed_header, *streams])
-    start = struct.pack("<8sII", ARTIFACT_MAGIC, ARTIFACT_VERSION, len(packed_header))
-    return start + hashlib.sha256(start + body).digest() + body
+def pack_artifact(tensors: Tensors, cfg: Config) -> bytes:
+    """The bytes of an artifact file; unpack_artifact gives back the same integers and the same floats, bit for bit."""
+    header = {"compressor": cfg.compressor, "settings": stored_settings(cfg)}
+    plain = {"settings": torch.frombuffer(bytearray(json.dumps(header, allow_nan=False).encode()), dtype=torch.uint8)}
+    banks = []
+    for row in parameter_table(cfg):
+        tensor = tensors[row.name]
+        if not isinstance(tensor, Quantized):
+            plain[row.name] = tensor.contiguous()
+            continue
+        plain[row.name + ".scales"] = tensor.scales.contiguous()
+        if uses_coder(row, cfg.compressor):
+            banks.append(as_bank(tensor))
+        else:
+            plain[row.name + ".codes"] = tensor.codes.mT.contiguous()
+    packed = brotli.compress(safetensors.torch.save(plain), quality=11, lgwin=24)
+    coded = join_streams(encode_codes(banks)) if banks else b""
+    start = struct.pack("<8sI", ARTIFACT_MAGIC, len(packed))
+    return start + hashlib.sha256(start + packed + coded).digest() + packed + coded
 
 
-def unpack_artifact(data: bytes) -> tuple[dict, dict[str, Tensor | Quantized]]:
-    """(config, tensors) of an artifact, on the CPU. Raises ArtifactError when the file is not of this format.
+def unpack_artifact(data: bytes) -> tuple[Config, Tensors]:
+    """The settings of an artifact, all others at their defaults, and its tensors, on the CPU.
 
-    The tensors take at most ARTIFACT_MAX_TENSOR_BYTES, unpacking them at most four times that.
+    Raises:
+        ArtifactError: the file is damaged, or anything in it does not fit the settings in it.
     """
     if len(data) < ARTIFACT_PREFIX.size or data[:8] != ARTIFACT_MAGIC:
-        raise ArtifactError("this is not an artifact of train_gpt.py (wrong first bytes)")
-    _, version, header_bytes, digest = ARTIFACT_PREFIX.unpack_from(data)
-    if version != ARTIFACT_VERSION:
-        raise ArtifactError(f"artifact format {version}; this program reads format {ARTIFACT_VERSION}")
-    view = memoryview(data)
-    body = view[ARTIFACT_PREFIX.size :]
-    if hashlib.sha256(bytes(view[:16]) + body).digest() != digest:
+        raise ArtifactError("this is not an artifact of this train_gpt.py (wrong first bytes)")
+    if len(data) > ARTIFACT_MAX_FILE_BYTES:
+        raise ArtifactError(f"{len(data)} bytes are more than an artifact may have ({ARTIFACT_MAX_FILE_BYTES})")
+    _, packed_bytes, digest = ARTIFACT_PREFIX.unpack_from(data)
+    body = data[ARTIFACT_PREFIX.size:]
+    if hashlib.sha256(data[:12] + body).digest() != digest:
         raise ArtifactError("the artifact is cut short or damaged (its checksum does not match); copy or make it again")
-    if header_bytes > len(body):
-        raise ArtifactError("the artifact's header is longer than the file")
-    header = _parse_header(bytes(body[:header_bytes]))
-    streams = _cut_streams(body[header_bytes:], header["streams"])
-    return header["config"], _unpack_tensors(header["tensors"], streams, header["compressor"])
-
-
-def size_table(data: bytes, tensors: dict[str, Tensor | Quantized]) -> list[dict[str, str | int]]:
-    """Where the bytes of an artifact with these tensors are: one row for every large quantized tensor, one for the rest.
-
-    Columns: tensor, weights, bytes, bits_per_weight (scales included) and entropy: bits a weight, scales not included,
-    of the best code that knows nothing but the tensor (and the quantizer of a trellis).
-    """
-    header_bytes = ARTIFACT_PREFIX.unpack_from(data)[2]
-    header = _parse_header(data[ARTIFACT_PREFIX.size : ARTIFACT_PREFIX.size + header_bytes])
-    lengths, rows, listed = iter(header["streams"]), {}, 0
-    for entry in header["tensors"]:
-        own = next(lengths)
-        if entry["kind"] == "plain":
-            continue
-        if header["compressor"] != "rans":
-            own += sum(next(lengths) for _ in range(math.prod(entry["shape"][:-2])))
-        rows[entry["name"]] = own
-    if header["compressor"] == "rans":
-        next(lengths), next(lengths)
-        rows = {name: own + next(lengths) for name, own in rows.items()}
-    table = []
-    for name, size in rows.items():
-        weights = tensors[name].codes.numel()
-        if weights <= 8192:
-            continue
-        listed += size
-        table.append({"tensor": name, "weights": weights, "bytes": size, "bits_per_weight": f"{8 * size / weights:.4f}",
-                      "entropy": f"{_table_entropy(tensors[name]) / weights:.4f}"})
-    return [*table, {"tensor": "rest", "bytes": len(data) - listed}]
-
-
-def _table_entropy(quantized: Quantized) -> float:
-    """Bits of the codes with one frequency table a quantizer."""
-    symbols = quantized.codes.cpu().int() + 128
-    if quantized.method == "trellis":
-        symbols = symbols + 256 * trellis_quantizers(quantized.codes.cpu())
-    return _entropy_bits(np.bincount(symbols.ravel().numpy(), minlength=512).reshape(2, 256))
-
-
-def write_atomically(path: str | Path, data: bytes) -> None:
-    """Write a file so that readers see the old bytes or the new ones, never a part: temporary name in the same folder,
-    fsync, rename. Raises OSError with a hint when the folder cannot be written or is full; the old file stays."""
-    path = Path(path)
-    temporary = None
+    if packed_bytes > len(body):
+        raise ArtifactError("the artifact's packed part is longer than the file")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=path.name + ".", suffix=".tmp", dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-        hint = "free some space there or choose another place with ARTIFACT_DIR; a file of that name is left as it was"
-        raise OSError(error.errno, f"cannot write {len(data)} bytes to {path}: {error.strerror} ({hint})") from error
+        plain = safetensors.torch.load(decompress(body[:packed_bytes], ARTIFACT_MAX_PLAIN_BYTES))
+    except (safetensors.SafetensorError, ValueError, RuntimeError, OverflowError, MemoryError, KeyError) as error:
+        raise ArtifactError(f"the artifact's packed part is no safetensors file ({str(error)[:200]})") from error
+    cfg, compressor = stored_config(plain.pop("settings", torch.zeros(0)))
+    return cfg, take_tensors(cfg, compressor, plain, body[packed_bytes:])
 
 
-def _table_entry(name: str, tensor: Tensor | Quantized) -> dict:
-    if not isinstance(tensor, Quantized):
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        if dtype not in PLAIN_DTYPES:
-            raise ValueError(f"{name}: {dtype} cannot be stored, only {', '.join(PLAIN_DTYPES)}; convert it first")
-        return {"name": name, "kind": "plain", "dtype": dtype, "shape": list(tensor.shape)}
-    codes, scales = tensor.codes, tensor.scales
-    if tensor.method not in QUANTIZE_METHODS:
-        raise ValueError(f"{name}: unknown quantization {tensor.method!r}")
-    if codes.dtype != torch.int8 or scales.dtype != torch.float16 or codes.ndim < 2 or scales.shape != codes.shape[:-1]:
-        raise ValueError(f"{name}: codes must be int8 (..., rows, cols) and scales float16 (..., rows)")
-    if not torch.isfinite(scales).all():
-        raise ValueError(f"{name}: its scales are not all finite, the weights behind it have diverged")
-    return {"name": name, "kind": tensor.method, "shape": list(codes.shape)}
-
-
-def _parse_header(packed: bytes) -> dict:
-    """The header as a dict whose every field has been checked."""
-    text = _decompress(packed, "brotli", ARTIFACT_MAX_HEADER_BYTES, exact=False)
+def stored_config(stored: Tensor) -> tuple[Config, str]:
+    """The settings in an artifact's header, every one of them checked, and its compressor."""
     try:
-        header = json.loads(text)
+        header = json.loads(stored.numpy().tobytes())
     except (ValueError, RecursionError) as error:
-        raise ArtifactError("the artifact's header is not JSON") from error
-    if not isinstance(header, dict) or set(header) != {"config", "compressor", "tensors", "streams"}:
-        raise ArtifactError("the artifact's header has other fields than this format")
-    if not isinstance(header["config"], dict) or header["compressor"] not in COMPRESSORS:
-        raise ArtifactError("the artifact's configuration or compressor is not of this format")
-    if not isinstance(header["tensors"], list) or not isinstance(header["streams"], list):
-        raise ArtifactError("the artifact's tensor table or stream list is not a list")
-    table = header["tensors"]
-    for entry in table:
-        _check_entry(entry)
-    if len({entry["name"] for entry in table}) != len(table):
-        raise ArtifactError("the artifact's tensor table repeats a name")
-    rows = sum(entry["shape"][-2] for entry in table if entry["kind"] != "plain")
-    tensor_bytes = sum(_entry_bytes(entry) for entry in table)
-    if tensor_bytes > ARTIFACT_MAX_TENSOR_BYTES or rows > ARTIFACT_MAX_ROWS:
-        raise ArtifactError(f"the artifact's tensor table asks for {tensor_bytes} bytes in {rows} rows, out of bounds")
-    return header
+        raise ArtifactError("the artifact's settings are not JSON") from error
+    if not isinstance(header, dict) or set(header) != {"compressor", "settings"} or header["compressor"] not in ("brotli", "rans"):
+        raise ArtifactError("the artifact's header is not of this program")
+    settings = header["settings"]
+    if not isinstance(settings, dict) or set(settings) != {f.name for f in STORED_SETTINGS}:
+        raise ArtifactError("the artifact has not the settings of this program's models")
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
+    for f in STORED_SETTINGS:
+        if not is_allowed(f, values[f.name]):
+            raise ArtifactError(f"the artifact's {f.name.upper()}={str(values[f.name])[:100]} must be {f.metadata['check'].text}")
+    cfg = replace(Config(val_batch_tokens=max(Config.val_batch_tokens, 8 * values["eval_seq_len"])), **values)
+    try:
+        cfg.check_together()
+    except ValueError as error:
+        raise ArtifactError(f"the artifact's settings do not go together: {error}") from error
+    return cfg, header["compressor"]
 
 
-def _entry_bytes(entry: dict) -> int:
-    """Memory that the tensor of a table row takes."""
-    shape = entry["shape"]
-    if entry["kind"] == "plain":
-        return math.prod(shape) * PLAIN_DTYPES[entry["dtype"]].itemsize
-    return math.prod(shape) + 2 * math.prod(shape[:-1])
+def take_tensors(cfg: Config, compressor: str, plain: dict[str, Tensor], coded: bytes) -> Tensors:
+    """The tensors of the parameter table out of an artifact's two parts, which they use up."""
+    table = parameter_table(cfg)
+    weights = sum(math.prod(row.shape) for row in table)
+    codes = sum(math.prod(row.shape) for row in table if uses_coder(row, compressor))
+    if weights > ARTIFACT_MAX_WEIGHTS or codes > ARTIFACT_MAX_CODES_PER_BYTE * len(coded):
+        raise ArtifactError(f"the artifact's settings ask for {weights} weights, which cannot be in it")
 
+    def take(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+        tensor = plain.pop(name, None)
+        if tensor is None or tensor.dtype != dtype or tuple(tensor.shape) != shape:
+            found = "missing" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
+            raise ArtifactError(f"the artifact does not hold this model: {name} must be {dtype} {shape}, it is {found}")
+        if dtype.is_floating_point and not torch.isfinite(tensor).all():
+            raise ArtifactError(f"the artifact's {name} is not finite")
+        return tensor
 
-def _check_entry(entry: object) -> None:
-    """Raise ArtifactError unless this is a row of the tensor table."""
-    kind = entry.get("kind") if isinstance(entry, dict) else None
-    fields = {"name", "kind", "shape", "dtype"} if kind == "plain" else {"name", "kind", "shape"}
-    if not isinstance(kind, str) or kind not in ("plain", *QUANTIZE_METHODS) or set(entry) != fields:
-        raise ArtifactError(f"the artifact's tensor table has a row that is none: {str(entry)[:200]}")
-    shape = entry["shape"]
-    sizes_fit = isinstance(shape, list) and len(shape) <= 4 and all(type(n) is int and 0 <= n < 1 << 31 for n in shape)
-    dtype_fits = kind != "plain" or (isinstance(entry["dtype"], str) and entry["dtype"] in PLAIN_DTYPES)
-    if not (isinstance(entry["name"], str) and sizes_fit and dtype_fits and (kind == "plain" or len(shape) >= 2)):
-        raise ArtifactError(f"the artifact's tensor table has an impossible row: {str(entry)[:200]}")
-    if kind != "plain" and math.prod(shape[:-2]) * max(1, shape[-1]) > ARTIFACT_MAX_WIDTH:
-        raise ArtifactError(f"the artifact's tensor table has a row with too many columns: {str(entry)[:200]}")
-
-
-def _cut_streams(payload: memoryview, lengths: list) -> list[memoryview]:
-    """The payload cut in streams of these lengths, which must use it up."""
-    if not all(type(n) is int and 0 <= n <= len(payload) for n in lengths) or sum(lengths) != len(payload):
-        raise ArtifactError("the artifact's streams do not add up to its payload")
-    ends = np.cumsum([0, *lengths]).tolist()
-    return [payload[start:end] for start, end in zip(ends, ends[1:])]
-
-
-def _unpack_tensors(table: list[dict], streams: list[memoryview], compressor: str) -> dict[str, Tensor | Quantized]:
-    """The tensors of a checked table; every stream is used once."""
-    matrix_counts = [math.prod(entry["shape"][:-2]) if entry["kind"] != "plain" else 0 for entry in table]
-    quantized_count = sum(entry["kind"] != "plain" for entry in table)
-    expected = len(table) + (2 + quantized_count if compressor == "rans" else sum(matrix_counts))
-    if len(streams) != expected:
-        raise ArtifactError(f"the artifact has {len(streams)} streams where its table needs {expected}")
-    remaining = iter(streams)
-    tensors: dict[str, Tensor | Quantized] = {}
-    for entry, matrices in zip(table, matrix_counts):
-        shape = entry["shape"]
-        if entry["kind"] == "plain":
-            tensors[entry["name"]] = _from_planes(next(remaining), PLAIN_DTYPES[entry["dtype"]], shape, compressor)
+    tensors: Tensors = {}
+    for row in table:
+        if not row.matrices and not row.int8:
+            tensors[row.name] = take(row.name, torch.float16, row.shape)
             continue
-        scales = _from_planes(next(remaining), torch.float16, shape[:-1], compressor)
-        codes = np.empty((matrices, *shape[-2:]), np.int8)
-        if compressor != "rans":
-            rows, cols = shape[-2:]
-            for matrix in codes:
-                column_major = _decompress(next(remaining), compressor, rows * cols)
-                matrix[:] = np.frombuffer(column_major, np.int8).reshape(cols, rows).T
-        tensors[entry["name"]] = Quantized(torch.from_numpy(codes).reshape(shape), scales, entry["kind"])
+        scales = take(row.name + ".scales", torch.float16, row.shape[:-1])
+        stored = (*row.shape[:-2], row.shape[-1], row.shape[-2])
+        values = torch.zeros(row.shape, dtype=torch.int8) if uses_coder(row, compressor) else take(row.name + ".codes", torch.int8, stored).mT
+        tensors[row.name] = Quantized(values.contiguous(), scales, cfg.quantizer if row.matrices else "scalar")
+    if plain or (coded and compressor != "rans"):
+        raise ArtifactError(f"the artifact holds more than its model: {', '.join([*plain][:3]) or f'{len(coded)} bytes'}")
     if compressor == "rans":
-        banks = [_as_bank(t) for t in tensors.values() if isinstance(t, Quantized)]
-        decode_codes(next(remaining), next(remaining), b"".join(remaining), banks)
+        decode_codes(cut_streams(coded), [as_bank(tensors[row.name]) for row in table if uses_coder(row, compressor)])
     return tensors
 
 
-def _as_bank(quantized: Quantized) -> Bank:
-    """The codes (..., rows, cols) seen as (matrices, rows, cols), sharing memory when they can."""
-    shape = quantized.codes.shape
-    codes = quantized.codes.cpu().numpy().reshape(math.prod(shape[:-2]), *shape[-2:])
-    return Bank(codes, quantized.method == "trellis")
+def as_bank(quantized: Quantized) -> Bank:
+    """The codes (..., rows, cols) seen as (matrices, rows, cols), sharing memory."""
+    return Bank(quantized.codes.reshape(-1, *quantized.codes.shape[-2:]).numpy(), quantized.method == "trellis")
 
 
-def _byte_planes(tensor: Tensor) -> bytes:
-    """The bytes of a tensor, all first bytes of the elements before all second ones and so on."""
-    values = tensor.detach().cpu().contiguous().numpy()
-    return values.reshape(-1, 1).view(np.uint8).T.tobytes()
+def join_streams(streams: list[bytes]) -> bytes:
+    """[bytes, ...] -> their number and lengths, then themselves."""
+    return struct.pack(f"<{len(streams) + 1}I", len(streams), *map(len, streams)) + b"".join(streams)
 
 
-def _from_planes(stream: memoryview, dtype: torch.dtype, shape: list[int], compressor: str) -> Tensor:
-    count = math.prod(shape)
-    planes = _decompress(stream, compressor, count * dtype.itemsize)
-    interleaved = np.frombuffer(planes, np.uint8).reshape(dtype.itemsize, count).T.copy()
-    return torch.from_numpy(interleaved).reshape(-1).view(dtype).reshape(shape)
+def cut_streams(joined: bytes) -> list[bytes]:
+    """The inverse of join_streams; ArtifactError unless it adds up."""
+    count = int.from_bytes(joined[:4], "little")
+    if len(joined) < 4 * (count + 1):
+        raise ArtifactError("the artifact's coded part is cut short")
+    lengths = struct.unpack_from(f"<{count}I", joined, 4)
+    ends = np.cumsum([4 * (count + 1), *lengths]).tolist()
+    if ends[-1] != len(joined):
+        raise ArtifactError("the artifact's streams do not add up to its coded part")
+    return [joined[start:end] for start, end in zip(ends, ends[1:])]
 
 
-LZMA_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": 1 << 22, "lc": 0, "lp": 0, "pb": 0}]
-
-
-def _compress(data: bytes, compressor: str) -> bytes:
-    if compressor == "lzma":
-        return lzma.compress(data, format=lzma.FORMAT_RAW, filters=LZMA_FILTERS)
-    return brotli.compress(data, quality=11, lgwin=24)
-
-
-def _decompress(stream: bytes | memoryview, compressor: str, size: int, exact: bool = True) -> bytes:
-    """At most size bytes out of a stream (exactly size unless told otherwise); it is never expanded further."""
-    stream = bytes(stream)
+def decompress(stream: bytes, limit: int) -> bytes:
+    """What a brotli stream holds, at most `limit` bytes; it is never expanded further."""
     try:
-        if compressor == "lzma":
-            decoder = lzma.LZMADecompressor(format=lzma.FORMAT_RAW, filters=LZMA_FILTERS)
-            plain = decoder.decompress(stream, max_length=size + 1)
-        else:
-            decoder, plain, more = brotli.Decompressor(), b"", stream
-            while len(plain) <= size and not decoder.is_finished():
-                piece = decoder.process(more, output_buffer_limit=size + 1)
-                if not piece and not more:
-                    break
-                plain, more = plain + piece, b""
-    except (brotli.error, lzma.LZMAError, EOFError) as error:
-        raise ArtifactError("a stream of the artifact cannot be decompressed") from error
-    if len(plain) > size or (exact and len(plain) != size):
-        raise ArtifactError(f"a stream of the artifact does not hold the {size} bytes that its table says")
-    return plain
+        decoder, parts, size, more = brotli.Decompressor(), [], 0, stream
+        while size <= limit and not decoder.is_finished():
+            piece = decoder.process(more, output_buffer_limit=1 << 20)
+            if not piece and not more and decoder.can_accept_more_data():
+                break
+            parts.append(piece)
+            size, more = size + len(piece), b""
+    except brotli.error as error:
+        raise ArtifactError("a part of the artifact cannot be decompressed") from error
+    if size > limit or not decoder.is_finished():
+        raise ArtifactError("a part of the artifact is cut short, or larger than a model can be")
+    return b"".join(parts)
+
+
+def size_table(data: bytes, tensors: Tensors) -> list[dict[str, str | int]]:
+    """Where the bytes of an artifact with these tensors are: one row for every matrix bank in the coder, one for the rest.
+
+    Columns: tensor, weights, bytes, bits_per_weight (scales not included) and entropy: bits a weight of the best code that
+    knows nothing but the tensor (and the quantizer of a trellis).
+    """
+    coded = data[ARTIFACT_PREFIX.size + ARTIFACT_PREFIX.unpack_from(data)[1]:]
+    lengths = [len(s) for s in cut_streams(coded)[2:]] if coded else []
+    banks = [(name, t) for name, t in tensors.items() if isinstance(t, Quantized) and t.codes.numel() > 65536]
+    rows = [{"tensor": name, "weights": t.codes.numel(), **({"bytes": size, "bits_per_weight": f"{8 * size / t.codes.numel():.4f}"} if size else {}),
+             "entropy": f"{table_entropy(t) / t.codes.numel():.4f}"}
+            for (name, t), size in itertools.zip_longest(banks, lengths if len(lengths) == len(banks) else []) if t is not None]
+    return [*rows, {"tensor": "rest", "bytes": len(data) - sum(lengths)}]
+
+
+def table_entropy(quantized: Quantized) -> float:
+    """Bits of the codes with one frequency table a quantizer."""
+    symbols = quantized.codes.int() + 128
+    if quantized.method == "trellis":
+        symbols = symbols + 256 * trellis_quantizers(quantized.codes)
+    return entropy_bits(np.bincount(symbols.ravel().numpy(), minlength=512).reshape(2, 256))
+
+
+# ---- code ----
+# The rules count the code with the model. What counts is what is shipped: this file as one brotli payload that a few
+# readable lines run. The run counts those bytes, and a record folder ships them, the readable source beside it.
+
+PACKED_HEAD = '''"""train_gpt.py, packed to count few bytes: it runs as the readable source does, which lies beside it in source/."""
+import base64, linecache, brotli
+PACKED_SOURCE = brotli.decompress(base64.b85decode("'''
+PACKED_TAIL = '''"))
+linecache.cache["train_gpt_source.py"] = (len(PACKED_SOURCE), None, PACKED_SOURCE.decode().splitlines(True), "train_gpt_source.py")
+exec(compile(PACKED_SOURCE, "train_gpt_source.py", "exec"))
+'''
+
+
+def own_source() -> bytes:
+    """The readable source of this program, also when it runs packed."""
+    return globals().get("PACKED_SOURCE") or Path(__file__).read_bytes()
+
+
+def pack_code(source: bytes) -> bytes:
+    """The packed file that runs `source`; the same bytes every time."""
+    payload = base64.b85encode(brotli.compress(source, quality=11, lgwin=24))
+    return PACKED_HEAD.encode() + payload + PACKED_TAIL.encode()
+
+
+@lru_cache(maxsize=1)
+def packed_code() -> bytes:
+    """This program as it is shipped and counted."""
+    return pack_code(own_source())
 
 
 # ---- entropy coder ("rans") ----
@@ -2534,9 +2678,6 @@ def encode_codes(banks: list[Bank]) -> list[bytes]:
     """[tables, states, words of each bank], for decode_codes with banks of the same shapes."""
     models, slots = [], []
     for bank in banks:
-        if bank.codes.size == 0:
-            slots.append((np.empty(0, np.uint16), np.empty(0, np.uint16), []))
-            continue
         fit = _fit_bank(bank)
         models.append(fit.model)
         frequencies = fit.model.frequencies()
@@ -2546,9 +2687,11 @@ def encode_codes(banks: list[Bank]) -> list[bytes]:
     return [_pack_models(models), *_rans_encode(slots, _lane_count(banks))]
 
 
-def decode_codes(tables: memoryview, states: memoryview, words: bytes, banks: list[Bank]) -> None:
-    """Fill the codes of banks with those that encode_codes was given; words are those of all banks, joined."""
-    banks = [bank for bank in banks if bank.codes.size]
+def decode_codes(streams: list[bytes], banks: list[Bank]) -> None:
+    """Fill the codes of banks with those that encode_codes was given."""
+    if len(streams) != 2 + len(banks):
+        raise ArtifactError(f"the artifact has {len(streams)} streams of codes where its model needs {2 + len(banks)}")
+    tables, states, words = streams[0], streams[1], b"".join(streams[2:])
     decoder = _RansDecoder(states, words, _lane_count(banks))
     for bank, model in zip(banks, _unpack_models(tables, banks)):
         decoder.load(model.frequencies())
@@ -2680,7 +2823,7 @@ class _Fit(NamedTuple):
 def _fit_bank(bank: Bank) -> _Fit:
     """The better of the models that the bank allows."""
     fits = [_fit_model(bank, predicted) for predicted in ([False, True] if bank.can_predict else [False])]
-    return min((fit for fit in fits if fit is not None), key=lambda fit: _entropy_bits(fit.counts))
+    return min((fit for fit in fits if fit is not None), key=lambda fit: entropy_bits(fit.counts))
 
 
 def _fit_model(bank: Bank, predicted: bool) -> _Fit | None:
@@ -2707,7 +2850,7 @@ def _fit_model(bank: Bank, predicted: bool) -> _Fit | None:
     return _Fit(model, context, differences, [len(step.features) for step in steps], counts)
 
 
-def _entropy_bits(counts: np.ndarray) -> float:
+def entropy_bits(counts: np.ndarray) -> float:
     """Bits of symbols that occurred so often, (..., symbols), with a table each; the tables themselves come free."""
     share = counts / np.maximum(counts.sum(-1, keepdims=True), 1)
     return float(-(counts * np.log2(np.where(counts > 0, share, 1.0))).sum())
@@ -2722,9 +2865,9 @@ def _pack_models(models: list[_BankModel]) -> bytes:
     return brotli.compress(b"".join(parts), quality=11)
 
 
-def _unpack_models(stream: memoryview, banks: list[Bank]) -> list[_BankModel]:
+def _unpack_models(stream: bytes, banks: list[Bank]) -> list[_BankModel]:
     limit = len(banks) * (_MODEL_FIELDS.itemsize + RANS_CONTEXTS * (2 + 2 * 256))
-    data = _decompress(stream, "brotli", limit, exact=False)
+    data = decompress(stream, limit)
     models, position = [], 0
     for bank in banks:
         if position + _MODEL_FIELDS.itemsize > len(data):
@@ -2774,7 +2917,7 @@ def _rans_encode(slots: list[tuple[np.ndarray, np.ndarray, list[int]]], lane_cou
 class _RansDecoder:
     """Reads what _rans_encode wrote; the caller gives the same tables and contexts in the same order."""
 
-    def __init__(self, states: memoryview, words: bytes, lane_count: int) -> None:
+    def __init__(self, states: bytes, words: bytes, lane_count: int) -> None:
         if len(states) != 4 * lane_count or len(words) % 2:
             raise ArtifactError("the artifact's coder states or words are cut short")
         self.state = np.frombuffer(states, "<u4").astype(np.uint32)
@@ -2825,11 +2968,12 @@ class _RansDecoder:
 
 
 class Score(NamedTuple):
-    """What scoring some targets gave."""
+    """What scoring some targets gave, and how long it took."""
 
     nats: float
     tokens: int
     num_bytes: int
+    time_ms: float
     losses: np.ndarray  # (targets of the validation set,) float32; NaN where another rank scored
 
     @property
@@ -2842,9 +2986,14 @@ class Score(NamedTuple):
         """Bits per byte of original text."""
         return self.nats / math.log(2) / max(self.num_bytes, 1)
 
-    def report(self, log: Log, name: str, time_ms: float) -> None:
+    def report(self, log: Log, name: str) -> Score:
+        """One line; ValueError if the score is no number."""
         log.record("eval", name=name, val_loss=f"{self.val_loss:.8f}", val_bpb=f"{self.val_bpb:.8f}", tokens=self.tokens,
-                   bytes=self.num_bytes, time_ms=int(time_ms))
+                   bytes=self.num_bytes, time_ms=int(self.time_ms))
+        if not math.isfinite(self.nats):
+            raise ValueError(f"the score {name} is not finite: the weights or their adaptation diverged; lower the learning rates "
+                             "(TTT_LORA_LR and GLOBAL_TTT_LR if it is only the one with test-time training)")
+        return self
 
 
 def pack_segments(starts: np.ndarray, total: int, limit: int) -> list[tuple[int, int]]:
@@ -2885,7 +3034,11 @@ def evaluate(run: Run, model: GPT, val: ValData, name: str, depth: int) -> Score
     losses = np.full(count, np.nan, dtype=np.float32)
     sums = np.zeros(len(runs))
     scored = 0
-    for i in range(ranks.rank, len(runs), ranks.world):
+    for first_of_round in range(0, len(runs), ranks.world):
+        run.check_stop()
+        i = first_of_round + ranks.rank
+        if i >= len(runs):
+            continue
         first, last = runs[i]
         begin, end = int(bounds[first]), int(bounds[last])
         part = forward(evaluation_batch(run, val, bounds[first: last + 1]), schedule)[: end - begin].float().cpu().numpy()
@@ -2895,9 +3048,7 @@ def evaluate(run: Run, model: GPT, val: ValData, name: str, depth: int) -> Score
         progress(f"eval_{name}", i + 1, len(runs))
     gathered = ranks.gather((sums, scored))
     assert sum(n for _, n in gathered) == count, "every target is scored exactly once"
-    score = Score(float(sum(s for s, _ in gathered).sum()), count, val.num_bytes, losses)
-    score.report(run.log, name, 1e3 * (time.perf_counter() - began))
-    return score
+    return Score(float(sum(s for s, _ in gathered).sum()), count, val.num_bytes, since_ms(began), losses).report(run.log, name)
 
 
 # ======================================================================================================================
@@ -2905,79 +3056,200 @@ def evaluate(run: Run, model: GPT, val: ValData, name: str, depth: int) -> Score
 #
 # Documents are scored chunk by chunk, longest documents first, each with low-rank adapters of its own (Hu et al. 2021)
 # that take one AdamW step on a chunk after that chunk has been scored. Between the phases the weights of the model
-# itself learn from documents already scored. Which rank does what depends on document order alone, never on timing.
+# itself learn from documents already scored. A document's score does not depend on which others are scored beside it, so
+# the plan that deals documents to batches and batches to ranks is free: it is made, alike on every rank, to end soonest.
 #
 # What a chunk sees of the earlier ones is computed again with the adapters of the moment (TTT_CONTEXT=window, the record:
 # many forwards a token), or is the keys and values as they were when those chunks were scored (cache: one).
 # ======================================================================================================================
 
+# What the plan reckons with. The first two are the published run's on an H100, the others are reckoned: a captured step has
+# no launches to wait for, and AdamW moves 40 bytes a value of the adapters at 85 % of 3.35 TB/s.
+TTT_TOKENS_PER_SECOND = 411_000  # forwarded and learned
+TTT_STEP_SECONDS = 0.012  # beside its tokens
+TTT_CAPTURED_STEP_SECONDS = 0.003
+TTT_SECONDS_PER_ADAPTER_VALUE = 40 / (0.85 * 3.35e12)
+
+
+class PhasePlan(NamedTuple):
+    """A part of the scoring order (longest documents first), how it is dealt to the ranks, and what is learned after it."""
+
+    documents: range
+    batches: tuple[range, ...]  # neighbours in the scoring order, at most TTT_BATCH_SIZE
+    ranks: tuple[tuple[int, ...], ...]  # for each rank, its batches in the order it runs them
+    seconds: tuple[float, ...]  # reckoned, for each rank, with the constants above
+    learns: range  # whose text the global SGD learns from then, shortest first; empty after the last part
+
+
+def chunk_bounds(cfg: Config, length: int) -> list[int]:
+    """Where the chunks of a document begin, and where the last one ends: at or behind `length`."""
+    bounds = [0]
+    while bounds[-1] < length:
+        bounds.append(bounds[-1] + (cfg.ttt_chunk_size << sum(bounds[-1] >= at for at in cfg.ttt_chunk_doubles_at)))
+    return bounds
+
+
+def adapter_shapes(cfg: Config) -> dict[str, tuple[str, int, int]]:
+    """Adapters by name: the site that they add to, the width in and the width out."""
+    d, k = cfg.model_dim, cfg.kv_dim
+    shapes = {"head": ("head", d, cfg.vocab_size), "k": ("attn_in", d, k), "mlp": ("mlp_bypass", d, d), "attn": ("attn_bypass", d, d),
+              "q": ("attn_in", d, d), "v": ("attn_in", d, k)}
+    enabled = {"k": cfg.ttt_k_lora, "mlp": cfg.ttt_mlp_lora, "attn": cfg.ttt_o_lora, "q": cfg.ttt_q_lora, "v": cfg.ttt_v_lora}
+    return {name: shape for name, shape in shapes.items() if enabled.get(name, True)}
+
+
+def adapter_values(cfg: Config) -> int:
+    """Values of one document's adapters."""
+    visits = loop_schedule(cfg, cfg.eval_loop_depth).visits
+    return sum(cfg.ttt_lora_rank * (i + o) * (1 if name == "head" else visits) for name, (_, i, o) in adapter_shapes(cfg).items())
+
+
+def chunk_seconds(cfg: Config, bounds: np.ndarray, live: np.ndarray) -> np.ndarray:
+    """Reckoned seconds of steps that end at bounds[1:] with so many documents, (steps,)."""
+    if cfg.ttt_context == "window":
+        tokens, beside = live * np.minimum(bounds[1:], cfg.ttt_eval_seq_len), TTT_STEP_SECONDS
+    else:
+        tokens, beside = live * np.diff(bounds), TTT_CAPTURED_STEP_SECONDS + live * adapter_values(cfg) * TTT_SECONDS_PER_ADAPTER_VALUE
+    return cfg.ttt_grad_steps * (tokens / TTT_TOKENS_PER_SECOND + beside)
+
+
+def deal(costs: np.ndarray, hands: int) -> list[list[int]]:
+    """Indices of `costs` dealt to `hands`, the dearest first, each to whom has least; every hand in ascending order."""
+    held, sums = [[] for _ in range(hands)], np.zeros(hands)
+    for index in np.argsort(-costs, kind="stable"):
+        hand = int(sums.argmin())
+        held[hand].append(int(index))
+        sums[hand] += costs[index]
+    return [sorted(indices) for indices in held]
+
+
+def phase_ends(cfg: Config, count: int) -> list[tuple[int, int]]:
+    """(documents scored, documents learned from) at each pause for global SGD.
+
+    A pause comes with the first whole batch, cut from the short end, at which as many are scored as are learned from and left out.
+    """
+    prefix, size = min(cfg.phased_ttt_prefix_docs, count) if cfg.phased_ttt_enabled else 0, cfg.ttt_batch_size
+    ends: dict[int, int] = {}
+    for phase in range(1, cfg.phased_ttt_num_phases + 1):
+        learned = prefix * phase // cfg.phased_ttt_num_phases
+        end = count - (count - learned - cfg.phased_ttt_leave_out) // size * size
+        if learned and 0 < end < count:
+            ends[end] = learned
+    return sorted(ends.items())
+
+
+def plan_ttt(cfg: Config, lengths: np.ndarray, world: int) -> list[PhasePlan]:
+    """The plan of test-time training for documents of `lengths`, descending, on `world` ranks: the same on every rank."""
+    bounds = np.array(chunk_bounds(cfg, int(lengths[0])))
+    alone = np.cumsum(chunk_seconds(cfg, bounds, np.ones(len(bounds) - 1)))
+    beside = np.cumsum(chunk_seconds(cfg, bounds, np.zeros(len(bounds) - 1)))
+    last_chunk = np.searchsorted(bounds, lengths) - 1
+    work = np.append(0.0, np.cumsum((alone - beside)[last_chunk])).tolist()  # of the documents before each place
+    beside = beside[last_chunk].tolist()
+    ends, plans, begin = [*phase_ends(cfg, len(lengths)), (len(lengths), 0)], [], 0
+    for end, learned in ends:
+        plans.append(plan_phase(cfg, range(begin, end), work, beside, world)._replace(
+            learns=range(end - 1, end - 1 - learned, -1)))
+        begin = end
+    return plans
+
+
+def plan_phase(cfg: Config, part: range, work: list[float], beside: list[float], world: int) -> PhasePlan:
+    """The best of several numbers of batches: few share the steps' fixed costs, many can be dealt evenly.
+
+    work[i] is what the documents before place i cost by their tokens, beside[i] what the steps of a batch cost whose longest is i.
+    """
+
+    def cut(limit: float) -> list[range]:
+        """Batches that cost at most `limit` each, but for single documents that cost more."""
+        batches, first = [], part.start
+        while first < part.stop:
+            last = bisect.bisect_right(work, work[first] + limit - beside[first]) - 1
+            batches.append(range(first, min(max(last, first + 1), first + cfg.ttt_batch_size, part.stop)))
+            first = batches[-1].stop
+        return batches
+
+    plans, whole = [], work[part.stop] - work[part.start] + sum(beside[part.start: part.stop])
+    fewest = len(cut(whole))
+    for count in sorted({*range(fewest, fewest + 2 * world), *(world * n for n in (1, 2, 3, 4, 5, 6, 8, 12, 16))}):
+        low, high = 0.0, whole
+        for _ in range(24 if count > fewest else 0):  # the lowest limit that needs no more batches
+            middle = (low + high) / 2
+            low, high = (low, middle) if len(cut(middle)) <= count else (middle, high)
+        batches = cut(high)
+        costs = np.array([work[b.stop] - work[b.start] + beside[b.start] for b in batches])
+        ranks = deal(costs, world)
+        plans.append(PhasePlan(part, tuple(batches), tuple(map(tuple, ranks)), tuple(float(costs[r].sum()) for r in ranks), range(0)))
+    return min(plans, key=lambda plan: max(plan.seconds))
+
 
 class Adapters:
-    """Low-rank terms x A^T B^T for a batch of documents at every visit, with their AdamW; callable through `bind()`.
+    """Low-rank terms x A^T B^T for documents side by side at every visit, with their AdamW (Loshchilov and Hutter 2019).
 
-    A (visits, documents, rank, in) starts uniform in +-1/sqrt(in), the same draw for every document; B (visits,
-    documents, out, rank) starts at 0. "o" and "mlp" are the bypasses around attention and MLP.
+    A (documents, visits, rank, in) starts uniform in +-1/sqrt(in), the same draw for every document; B (documents, visits,
+    out, rank) starts at 0. A document that has ended is left out by taking fewer of the first axis.
     """
 
     def __init__(self, run: Run, schedule: Schedule, documents: int) -> None:
-        cfg, visits = run.cfg, schedule.visits
-        dim, kv_dim = cfg.model_dim, cfg.kv_dim
-        shapes = {"head": (1, dim, cfg.vocab_size)}
-        shapes |= {"q": (visits, dim, dim)} if cfg.ttt_q_lora else {}
-        shapes |= {"k": (visits, dim, kv_dim)} if cfg.ttt_k_lora else {}
-        shapes |= {"v": (visits, dim, kv_dim)} if cfg.ttt_v_lora else {}
-        shapes |= {"o": (visits, dim, dim)} if cfg.ttt_o_lora else {}
-        shapes |= {"mlp": (visits, dim, dim)} if cfg.ttt_mlp_lora else {}
+        cfg, self.documents, self.initial = run.cfg, documents, {}
+        self.shapes, self.parts = adapter_shapes(cfg), attn_in_parts(cfg)
         generator = torch.Generator().manual_seed(cfg.seed)
-        rank, self.documents = cfg.ttt_lora_rank, documents
-        self.initial = {name: ((torch.rand(n, 1, rank, i, generator=generator) * 2 - 1) / math.sqrt(i)).to(run.device)
-                        for name, (n, i, _) in sorted(shapes.items())}
-        self.a = {name: initial.repeat(1, documents, 1, 1).requires_grad_() for name, initial in self.initial.items()}
-        self.b = {name: torch.zeros(n, documents, o, rank, device=run.device, requires_grad=True)
-                  for name, (n, _, o) in sorted(shapes.items())}
-        self.params = [*self.a.values(), *self.b.values()]
-        self.cfg, self.updates = cfg, torch.zeros((), device=run.device)
-        lr = torch.tensor(cfg.ttt_lora_lr, device=run.device) if cfg.ttt_lora_lr_power else cfg.ttt_lora_lr
-        self.adamw = torch.optim.AdamW(self.params, lr=lr, betas=(cfg.ttt_beta1, cfg.ttt_beta2), eps=1e-10,
-                                       weight_decay=cfg.ttt_weight_decay, fused=True, capturable=run.device.type == "cuda")
+        self.values: dict[str, Tensor] = {}
+        for name, (_, i, o) in self.shapes.items():
+            visits = 1 if name == "head" else schedule.visits
+            draw = torch.rand(visits, 1, cfg.ttt_lora_rank, i, generator=generator) * 2 - 1
+            self.initial[name] = (draw / math.sqrt(i)).transpose(0, 1).to(run.device)
+            self.values[f"a.{name}"] = torch.empty(documents, visits, cfg.ttt_lora_rank, i, device=run.device)
+            self.values[f"b.{name}"] = torch.empty(documents, visits, o, cfg.ttt_lora_rank, device=run.device)
+        self.first, self.second = ({name: torch.empty_like(t) for name, t in self.values.items()} for _ in range(2))
+        self.steps = {name: torch.zeros((), device=run.device) for name in self.values}
+        self.cfg, self.updates, self.lr = cfg, torch.zeros((), device=run.device), torch.tensor(cfg.ttt_lora_lr, device=run.device)
+        self.capturable = run.device.type == "cuda"
 
     @torch.no_grad()
     def reset(self) -> None:
         """As before the first chunk: fresh adapters, no optimizer state."""
         for name, initial in self.initial.items():
-            self.a[name].copy_(initial.expand_as(self.a[name]))
-            self.b[name].zero_()
-        for state in self.adamw.state.values():
-            for value in state.values():
-                value.zero_()
-        self.updates.zero_()
+            self.values[f"a.{name}"].copy_(initial.expand_as(self.values[f"a.{name}"]))
+            self.values[f"b.{name}"].zero_()
+        for tensor in (*self.first.values(), *self.second.values(), *self.steps.values(), self.updates):
+            tensor.zero_()
 
-    def bind(self) -> Linear:
+    def live(self, documents: int) -> dict[str, Tensor]:
+        """The adapters of the first `documents`, as leaves that share their memory."""
+        return {name: tensor[:documents].detach().requires_grad_() for name, tensor in self.values.items()}
+
+    def bind(self, live: dict[str, Tensor]) -> Linear:
         """`linear` for one forward: each visit's slice is taken here, once, so that its gradient is gathered once."""
-        a = {name: tensor.unbind(0) for name, tensor in self.a.items()}
-        b = {name: tensor.unbind(0) for name, tensor in self.b.items()}
-        documents = self.documents
+        by_visit = {name: tensor.unbind(1) for name, tensor in live.items()}
+        names, parts = {name: site for name, (site, _, _) in self.shapes.items()}, self.parts
+
+        def delta(name: str, visit: int, x: Tensor) -> Tensor:
+            a, b = by_visit[f"a.{name}"][visit].to(x.dtype), by_visit[f"b.{name}"][visit].to(x.dtype)
+            return (x.unflatten(0, (a.size(0), -1)) @ a.mT @ b.mT).flatten(0, 1)
 
         def linear(site: Site, x: Tensor, w: Tensor | None) -> Tensor | None:
-            _, visit, name = site
-            y = plain_linear(site, x, w)
-            if name not in a:
-                return y
-            low = x.unflatten(0, (documents, -1)) @ a[name][visit].to(x.dtype).mT  # (documents, W, rank)
-            delta = (low @ b[name][visit].to(x.dtype).mT).flatten(0, 1)
-            return delta if y is None else y + delta
+            y, (_, visit, place) = plain_linear(site, x, w), site
+            if place == "attn_in":
+                cut = zip(parts, y.split(list(parts.values()), dim=-1))
+                return torch.cat([part + delta(name, visit, x) if name in names else part for name, part in cut], dim=-1)
+            here = [delta(name, visit, x) for name in names if names[name] == place]
+            return sum(here, start=y) if y is not None and here else here[0] if here else y
 
         return linear
 
-    def learn(self, loss: Tensor) -> None:
+    @torch.no_grad()
+    def learn(self, loss: Tensor, live: dict[str, Tensor]) -> None:
         """One AdamW step on `loss`. The gradients are never accumulated: a captured graph writes them anew each time."""
-        for param, grad in zip(self.params, torch.autograd.grad(loss, self.params)):
-            param.grad = grad
-        if isinstance(lr := self.adamw.param_groups[0]["lr"], Tensor):
+        cfg, count = self.cfg, next(iter(live.values())).size(0)
+        grads = [grad.contiguous() for grad in torch.autograd.grad(loss, list(live.values()))]  # the compiler's may have other strides
+        if cfg.ttt_lora_lr_power:
             self.updates += 1
-            lr.copy_(self.cfg.ttt_lora_lr * self.updates**self.cfg.ttt_lora_lr_power)
-        self.adamw.step()
-        self.adamw.zero_grad(set_to_none=True)
+            self.lr.copy_(cfg.ttt_lora_lr * self.updates**cfg.ttt_lora_lr_power)
+        fused_adamw(
+            [t.detach() for t in live.values()], grads, [self.first[n][:count] for n in live], [self.second[n][:count] for n in live], [],
+            [self.steps[n] for n in live], fused=True, capturable=self.capturable, amsgrad=False, maximize=False, beta1=cfg.ttt_beta1,
+            beta2=cfg.ttt_beta2, lr=self.lr if cfg.ttt_lora_lr_power else cfg.ttt_lora_lr, weight_decay=cfg.ttt_weight_decay, eps=1e-10)
 
 
 class Documents:
@@ -2995,55 +3267,39 @@ class Documents:
         return len(self.starts)
 
     def text(self, document: int) -> np.ndarray:
-        """Tokens of a document, BOS first, without the BOS that follows."""
-        start, length = int(self.starts[document]), int(self.lengths[document])
-        last = start + length == len(self.tokens) - 1
-        return self.tokens[start: start + length + last]
+        """Entries of a document, BOS first, with the BOS that follows if there is one."""
+        start = int(self.starts[document])
+        return self.tokens[start: start + int(self.lengths[document]) + 1]
 
 
-class Window(NamedTuple):
-    """One chunk of every document of a batch with what it may look at; documents padded to W tokens, W a row.
+class Chunk(NamedTuple):
+    """A step's input: one chunk of every document that has not ended, with the earlier tokens that it computes again."""
 
-    Only the rows of the chunks go through the output head, the same number a document; those that are no target fill up.
-    """
-
-    batch: Batch
-    rows: Tensor  # (documents * chunk size,): rows (of documents * W) that are scored
-    slots: Tensor  # where their losses go: document * longest + position, or behind all of them
-    weights: Tensor  # a row's share in the training loss; 0 in a document's last chunk
-    trains: bool
+    batch: Batch  # a row of equal width a document
+    rows: Tensor | None  # (documents * chunk size,) the tokens of the batch that are scored; None: all of them
+    weights: Tensor  # (documents * chunk size,) shares in the training loss; 0 in a document's last chunk
 
 
-def chunk_window(run: Run, documents: Documents, members: range, slots: int, chunk: int) -> Window:
-    """The window of chunk `chunk` for the documents `members` in `slots` places."""
-    cfg, size = run.cfg, run.cfg.ttt_chunk_size
-    lengths = np.zeros(slots, np.int64)
-    lengths[: len(members)] = documents.lengths[members.start: members.stop]
-    begin, end = np.minimum(chunk * size, lengths), np.minimum((chunk + 1) * size, lengths)
-    first = np.where(end > begin, np.maximum(0, end - cfg.ttt_eval_seq_len), end)
-    width = int((end - first).max())
-    if run.compile:
-        width = min(-(-width // 256) * 256, max(cfg.ttt_eval_seq_len, size))
-    tokens, targets = np.zeros((slots, width), np.int64), np.zeros((slots, width), np.int64)
-    for i, document in enumerate(members):
-        at, n = int(documents.starts[document] + first[i]), int(end[i] - first[i])
-        tokens[i, :n], targets[i, :n] = documents.tokens[at: at + n], documents.tokens[at + 1: at + 1 + n]
-    place = begin[:, None] + np.arange(size)  # position in the document
-    scored, trains = place < end[:, None], end < lengths
-    document, longest = np.arange(slots)[:, None], int(lengths.max())
-    rows = document * width + np.minimum(place - first[:, None], width - 1)
-    places = np.where(scored, document * longest + place, slots * longest)
-    weights = scored * (trains / np.maximum(end - begin, 1))[:, None]
-    batch = make_batch(tokens.ravel(), targets.ravel(), np.arange(slots) * width, width, run.device)
-
-    def put(array: np.ndarray) -> Tensor:
-        tensor = torch.from_numpy(array.ravel())
-        return tensor if run.device.type == "cpu" else tensor.pin_memory().to(run.device, non_blocking=True)
-
-    return Window(batch, put(rows), put(places), put(weights.astype(np.float32)), bool(trains.any()))
+def make_chunk(run: Run, documents: Documents, members: range, begin: int, end: int) -> Chunk:
+    """The chunk from position `begin` to `end` of `members`, which may run over the documents' number: those are empty."""
+    cfg, cached, count = run.cfg, run.cfg.ttt_context == "cache", len(members)
+    starts, lengths = np.zeros((2, count), np.int64)
+    known = members.stop - members.start - max(0, members.stop - len(documents))
+    starts[:known], lengths[:known] = (a[members.start: members.start + known] for a in (documents.starts, documents.lengths))
+    stops = np.minimum(end, lengths)
+    firsts = np.full(count, begin) if cached else np.maximum(0, stops - cfg.ttt_eval_seq_len)
+    width = end - begin if cached else max(int((stops - firsts).max()), end - begin if run.compile else 1)
+    place, chunk = firsts[:, None] + np.arange(width), begin + np.arange(end - begin)
+    at = np.where(place < stops[:, None], starts[:, None] + place, 0)
+    tokens, targets = (np.where(place < stops[:, None], documents.tokens[at + shift], 0).ravel() for shift in (0, 1))
+    before = documents.tokens[np.where(begin < lengths, starts + begin - 1, 0)].astype(np.int64) if cached and begin else None
+    batch = make_batch(tokens, targets, np.arange(count) * width, width, run.device, begin if cached else 0, before)
+    weights = ((chunk < stops[:, None]) & (end < lengths)[:, None]) / np.float32(end - begin)
+    rows = np.arange(count)[:, None] * width + np.clip(chunk - firsts[:, None], 0, width - 1)
+    return Chunk(batch, None if cached else to_device(rows.ravel(), run.device), to_device(weights.astype(np.float32).ravel(), run.device))
 
 
-class Cache:
+class KVCache:
     """Keys and values of the positions already scored, at every visit, for documents that go on chunk by chunk together.
 
     A ring: position p of a document lies at place p % places, where `places` is a number of whole chunks: what a chunk
@@ -3056,15 +3312,15 @@ class Cache:
         shape = (schedule.visits, documents, cfg.num_kv_heads, places, cfg.head_dim)
         self.keys, self.values = (torch.zeros(shape, dtype=run.dtype, device=run.device) for _ in range(2))
         self.begin = torch.zeros((), dtype=torch.int64, device=run.device)
-        self.documents, self.places = documents, places
+        self.places = places
 
-    def bind(self, size: int, seen: int, fresh: list[tuple[Tensor, Tensor]]) -> Attend:
+    def bind(self, documents: int, size: int, seen: int, made: list[tuple[Tensor, Tensor]]) -> Attend:
         """`attend` for one forward: a chunk of `size` tokens looks at the first `seen` places and at itself.
 
-        Its own keys and values, (documents, Hkv, chunk, D) a visit, are appended to `fresh`; the gradient runs through
+        Its own keys and values, (documents, Hkv, chunk, D) a visit, are appended to `made`; the gradient runs through
         these alone. The chunk that they will replace in the ring is out of sight already.
         """
-        documents, last, chunk = self.documents, self.begin - 1, torch.arange(size, device=self.begin.device)
+        last, chunk = self.begin - 1, torch.arange(size, device=self.begin.device)
         held = last - (last - torch.arange(seen, device=last.device)) % self.places  # position there; below 0: none yet
         old = (held >= 0) & (held >= self.begin + size - self.places)
         mask = torch.cat([old.expand(size, seen), chunk[:, None] >= chunk], dim=1)
@@ -3072,9 +3328,9 @@ class Cache:
         def attend(visit: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             groups = q.size(1) // k.size(1)
             k, v = (t.unflatten(0, (documents, size)).transpose(1, 2) for t in (k, v))
-            fresh.append((k.detach(), v.detach()))
-            keys = torch.cat([self.keys[visit][:, :, :seen], k], dim=2)
-            values = torch.cat([self.values[visit][:, :, :seen], v], dim=2)
+            made.append((k.detach(), v.detach()))
+            keys = torch.cat([self.keys[visit][:documents, :, :seen], k], dim=2)
+            values = torch.cat([self.values[visit][:documents, :, :seen], v], dim=2)
             q = q.unflatten(1, (-1, groups)).unflatten(0, (documents, size)).permute(0, 2, 3, 1, 4).flatten(2, 3)
             y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask.repeat(groups, 1))
             return y.unflatten(2, (groups, size)).permute(0, 3, 1, 2, 4).flatten(2, 3).flatten(0, 1)
@@ -3082,171 +3338,144 @@ class Cache:
         return attend
 
     @torch.no_grad()
-    def store(self, fresh: list[tuple[Tensor, Tensor]]) -> None:
+    def store(self, made: list[tuple[Tensor, Tensor]]) -> None:
         """Put a chunk's keys and values in their places; the next chunk begins."""
-        size = fresh[0][0].size(2)
+        documents, _, size, _ = made[0][0].shape
         places = (self.begin + torch.arange(size, device=self.begin.device)) % self.places
-        for kept, new in zip((self.keys, self.values), zip(*fresh)):
-            kept.index_copy_(3, places, torch.stack(new))
+        for kept, new in zip((self.keys, self.values), zip(*made)):
+            kept[:, :documents].index_copy_(3, places, torch.stack(new))
         self.begin += size
 
 
-class ChunkStep:
-    """A step of cached TTT, in tensors that stay where they are: score a chunk of every document, then learn from it.
+class TTTScorer:
+    """Scores batches of documents with adapters that learn from each chunk after it has been scored.
 
-    On CUDA the whole step (forward, backward, AdamW, cache) is captured once for each number of places in sight, and
-    replayed: nothing in a batch of documents waits for the host.
+    With a cache on CUDA the whole step (forward, backward, AdamW, cache) is captured once for each number of documents, size
+    of chunk and number of places in sight, and replayed: nothing in a batch of documents waits for the host.
     """
-
-    def __init__(self, run: Run, losses_of: Callable[..., Any], adapters: Adapters, cache: Cache, size: int) -> None:
-        self.run, self.losses_of, self.adapters, self.cache, self.size = run, losses_of, adapters, cache, size
-        rows = adapters.documents * size
-        self.tokens, self.targets = (torch.zeros(rows, dtype=torch.int64, device=run.device) for _ in range(2))
-        self.weights, self.losses = (torch.zeros(rows, device=run.device) for _ in range(2))
-        self.bounds = torch.arange(0, rows + 1, size, dtype=torch.int32, device=run.device)
-        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        if run.device.type == "cuda":
-            self.capture()
-
-    def places_in_sight(self, begin: int) -> int:
-        """Places that a chunk from position `begin` on looks at: the filled ones, on CUDA rounded up to one of a few numbers."""
-        filled = min(begin, self.cache.places)
-        if self.run.device.type == "cuda":
-            filled = 2 ** max(8, math.ceil(math.log2(max(filled, 1))))
-        return min(filled, self.cache.places)
-
-    def capture(self) -> None:
-        """Record a graph for each number of places. What adapters and cache hold is lost: a reset comes next."""
-        stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
-        for seen in sorted({self.places_in_sight(begin) for begin in range(0, self.cache.places + 1, self.size)}):
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(2):  # compiles, and makes the optimizer's state
-                    self.work(seen, trains=True)
-            torch.cuda.current_stream().wait_stream(stream)
-            self.graphs[seen] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graphs[seen], pool=pool, capture_error_mode="thread_local"):
-                self.work(seen, trains=True)
-
-    def work(self, seen: int, trains: bool) -> None:
-        """Everything that happens to a chunk; the losses are set before any adapter changes."""
-        positions = (self.cache.begin + torch.arange(self.size, device=self.run.device)).int().repeat(self.adapters.documents)
-        batch = Batch(self.tokens, self.targets, self.bounds, positions, self.size)
-        with torch.set_grad_enabled(trains):
-            losses, fresh = self.losses_of(batch, self.adapters, self.cache, seen)
-            self.losses.copy_(losses.detach())
-            for again in range(self.run.cfg.ttt_grad_steps if trains else 0):
-                if again:
-                    losses, _ = self.losses_of(batch, self.adapters, self.cache, seen)
-                self.adapters.learn((losses * self.weights).sum())
-        self.cache.store(fresh)
-
-    def __call__(self, tokens: Tensor, targets: Tensor, weights: Tensor, begin: int, trains: bool) -> Tensor:
-        """The losses (documents, size) of the chunk from position `begin` on; they are overwritten by the next one."""
-        for kept, new in ((self.tokens, tokens), (self.targets, targets), (self.weights, weights)):
-            kept.view_as(new).copy_(new)
-        seen = self.places_in_sight(begin)
-        self.graphs[seen].replay() if seen in self.graphs else self.work(seen, trains)
-        return self.losses.view_as(tokens)
-
-
-def chunk_bounds(cfg: Config, length: int) -> list[int]:
-    """Where the chunks of a document begin, and where the last one ends: at or behind `length`."""
-    bounds = [0]
-    while bounds[-1] < length:
-        bounds.append(bounds[-1] + (cfg.ttt_chunk_size << sum(bounds[-1] >= at for at in cfg.ttt_chunk_doubles_at)))
-    return bounds
-
-
-def chunk_tables(run: Run, documents: Documents, members: range, slots: int, bounds: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens, targets and shares in the training loss, each (slots, bounds[-1]), of a batch of documents."""
-    starts, lengths = np.zeros((2, slots, 1), np.int64)
-    starts[: len(members), 0] = documents.starts[members.start: members.stop]
-    lengths[: len(members), 0] = documents.lengths[members.start: members.stop]
-    place, sizes = np.arange(bounds[-1]), np.diff(bounds)
-    inside = place < lengths
-    at = np.where(inside, starts + place, 0)
-    learns = np.repeat(bounds[1:], sizes) < lengths  # its chunk is not the document's last one
-    tables = (np.where(inside, documents.tokens[at], 0).astype(np.int64),
-              np.where(inside, documents.tokens[at + 1], 0).astype(np.int64),
-              learns.astype(np.float32) / np.repeat(sizes, sizes).astype(np.float32))
-
-    def put(table: np.ndarray) -> Tensor:
-        tensor = torch.from_numpy(table)
-        return tensor if run.device.type == "cpu" else tensor.pin_memory().to(run.device, non_blocking=True)
-
-    return tuple(map(put, tables))
-
-
-class Adapter:
-    """Scores batches of documents with adapters that learn from each chunk after it has been scored."""
 
     def __init__(self, run: Run, model: GPT) -> None:
         self.run, self.schedule = run, loop_schedule(run.cfg, run.cfg.eval_loop_depth)
-        self.adapters: dict[int, Adapters] = {}
-        self.cache: Cache | None = None
-        self.chunk_steps: dict[int, ChunkStep] = {}  # by size of the chunk, all of one cache
+        self.adapters: Adapters | None = None
+        self.cache: KVCache | None = None
+        self.captured: dict[tuple[int, int, int], tuple[torch.cuda.CUDAGraph, Chunk, Tensor]] = {}
+        self.captures = run.device.type == "cuda" and run.cfg.ttt_context == "cache"
         self.steps = self.forwarded = 0  # steps, and tokens that went through the model
         schedule = self.schedule
 
-        def losses_of(batch: Batch, adapters: Adapters, cache: Cache | None = None, seen: int = 0,
-                      rows: Tensor | None = None) -> tuple[Tensor, list]:
-            fresh: list[tuple[Tensor, Tensor]] = []
-            attend = None if cache is None else cache.bind(batch.max_seqlen, seen, fresh)
-            return model(batch, schedule, adapters.bind(), attend, rows), fresh
+        def losses_of(batch: Batch, adapters: Adapters, live: dict[str, Tensor], rows: Tensor | None, cache: KVCache | None,
+                      seen: int) -> tuple[Tensor, list]:
+            made: list[tuple[Tensor, Tensor]] = []
+            documents = live["a.head"].size(0)
+            attend = None if cache is None else cache.bind(documents, batch.max_seqlen, seen, made)
+            return model(batch, schedule, adapters.bind(live), attend, rows), made
 
         self.losses_of = compiled(run, losses_of, dynamic=True)
 
     def score(self, documents: Documents, members: range) -> list[np.ndarray]:
         """The losses of each document, (length,) float32, every one computed before anything learned from its token."""
-        cfg = self.run.cfg
-        slots = cfg.ttt_batch_size if self.run.compile else len(members)
-        longest = int(documents.lengths[members.start: members.stop].max())
-        if slots not in self.adapters:
-            self.cache, self.adapters = None, {slots: Adapters(self.run, self.schedule, slots)}
-        table = (self._score_cached if cfg.ttt_context == "cache" else self._score_windows)(documents, members, slots, longest)
-        return [losses[: documents.lengths[d]] for d, losses in zip(members, table)]
-
-    def _score_windows(self, documents: Documents, members: range, slots: int, longest: int) -> np.ndarray:
-        """Losses (slots, longest), each chunk with its window computed again."""
-        cfg, adapters = self.run.cfg, self.adapters[slots]
-        adapters.reset()
-        result = torch.zeros(slots * longest + 1, device=self.run.device)
-        for chunk in range(-(-longest // cfg.ttt_chunk_size)):
-            window = chunk_window(self.run, documents, members, slots, chunk)
-            updates = cfg.ttt_grad_steps if window.trains else 0
-            with torch.set_grad_enabled(window.trains):
-                losses, _ = self.losses_of(window.batch, adapters, rows=window.rows)
-                result[window.slots] = losses.detach()
-                for again in range(updates):
-                    if again:
-                        losses, _ = self.losses_of(window.batch, adapters, rows=window.rows)
-                    adapters.learn((losses * window.weights).sum())
-            self._count(1, max(1, updates) * len(window.batch.tokens))
-        return result[:-1].cpu().numpy().reshape(slots, longest)
-
-    def _score_cached(self, documents: Documents, members: range, slots: int, longest: int) -> np.ndarray:
-        """Losses (slots, longest or more), each chunk looking at keys and values kept from the earlier ones."""
-        cfg, adapters, largest = self.run.cfg, self.adapters[slots], self.run.cfg.chunk_sizes[-1]
-        cuda = self.run.device.type == "cuda"
-        places = -(-(cfg.ttt_eval_seq_len if cuda else min(longest, cfg.ttt_eval_seq_len)) // largest) * largest
-        if self.cache is None or self.cache.places != places:
-            self.cache = Cache(self.run, self.schedule, slots, places)
-            self.chunk_steps = {size: ChunkStep(self.run, self.losses_of, adapters, self.cache, size) for size in cfg.chunk_sizes}
-        adapters.reset()
-        self.cache.begin.zero_()
-        bounds = chunk_bounds(cfg, longest)
-        tables = chunk_tables(self.run, documents, members, slots, bounds)
-        result = torch.zeros(slots, bounds[-1], device=self.run.device)
+        lengths = documents.lengths[members.start: members.stop]
+        longest = int(lengths[0])
+        bounds = chunk_bounds(self.run.cfg, longest)
+        self._make_room(len(members), longest)
+        self.adapters.reset()
+        if self.cache is not None:
+            self.cache.begin.zero_()
+        result = torch.zeros(self.adapters.documents, bounds[-1], device=self.run.device)
         for begin, end in zip(bounds, bounds[1:]):
-            inputs = [table[:, begin:end] for table in tables]
-            result[:, begin:end] = self.chunk_steps[end - begin](*inputs, begin, trains=end < longest)
-        self._count(len(bounds) - 1, result.numel() * cfg.ttt_grad_steps)
-        return result.cpu().numpy()
+            live = self._rounded(int((lengths > begin).sum()))
+            chunk = make_chunk(self.run, documents, range(members.start, members.start + live), begin, end)
+            result[:live, begin:end] = self._step(chunk, live, begin, trains=end < longest).view(live, -1)
+            self.steps, self.forwarded = self.steps + 1, self.forwarded + len(chunk.batch.tokens)
+        return [losses[:length] for length, losses in zip(lengths, result.cpu().numpy())]
 
-    def _count(self, steps: int, forwarded: int) -> None:
-        self.steps += steps
-        self.forwarded += forwarded
+    def _make_room(self, count: int, longest: int) -> None:
+        """Adapters and cache for `count` documents, kept from batch to batch; on CUDA for TTT_BATCH_SIZE, once."""
+        cfg, cuda = self.run.cfg, self.run.device.type == "cuda"
+        count = max(cfg.ttt_batch_size, 2) if cuda else max(count, 2)
+        if self.adapters is None or self.adapters.documents < count:
+            self.adapters, self.cache = Adapters(self.run, self.schedule, count), None
+        if cfg.ttt_context == "cache":
+            largest, limit = cfg.chunk_sizes[-1], cfg.ttt_eval_seq_len
+            places = -(-(limit if cuda else min(longest, limit)) // largest) * largest
+            if self.cache is None or self.cache.places != places:
+                self.cache = KVCache(self.run, self.schedule, self.adapters.documents, places)
+
+    def _rounded(self, live: int) -> int:
+        """Documents in a step: those that have not ended; one more for a lone one where the compiler would take 1 for a constant;
+        where steps are captured, one of a few numbers."""
+        if self.captures:
+            sizes = [-(-self.adapters.documents // share) for share in (1, 2, 4, 8)]
+            return max(2, min(size for size in sizes if size >= live))
+        return max(live, 2) if self.run.compile else live
+
+    def _places_in_sight(self, begin: int) -> int:
+        """Places that a chunk from position `begin` on looks at: the filled ones, where captured rounded up to one of a few numbers."""
+        if self.cache is None:
+            return 0
+        filled = min(begin, self.cache.places)
+        if self.captures:
+            filled = 2 ** max(8, math.ceil(math.log2(max(filled, 1))))
+        return min(filled, self.cache.places)
+
+    def _step(self, chunk: Chunk, live: int, begin: int, trains: bool) -> Tensor:
+        """The losses of a chunk, computed before the step on them; where captured they are overwritten by the next such step."""
+        seen = self._places_in_sight(begin)
+        if (key := (live, chunk.batch.max_seqlen, seen)) not in self.captured:
+            return self._losses_and_learn(chunk, live, seen, trains)
+        graph, kept, losses = self.captured[key]
+        for held, new in zip((*kept.batch[:5], kept.weights), (*chunk.batch[:5], chunk.weights)):
+            held.copy_(new)
+        graph.replay()
+        return losses
+
+    def _losses_and_learn(self, chunk: Chunk, live: int, seen: int, trains: bool) -> Tensor:
+        """Everything that happens to a chunk."""
+        leaves = self.adapters.live(live)
+        with torch.set_grad_enabled(trains):
+            forward = partial(self.losses_of, chunk.batch, self.adapters, leaves, chunk.rows, self.cache, seen)
+            losses, made = forward()
+            scored = losses.detach().clone()
+            for again in range(self.run.cfg.ttt_grad_steps if trains else 0):
+                self.adapters.learn(((forward()[0] if again else losses) * chunk.weights).sum(), leaves)
+        if self.cache is not None:
+            self.cache.store(made)
+        return scored
+
+    def warm_up(self) -> None:
+        """Compile and run everything on random tokens, and capture what will be replayed, before the clock."""
+        if not self.run.compile:
+            return
+        cfg, largest = self.run.cfg, self.run.cfg.chunk_sizes[-1]
+        longest = min(cfg.ttt_eval_seq_len, 640) + 3
+        lengths = np.linspace(longest, largest + 1, max(2, cfg.ttt_batch_size)).astype(int)
+        tokens = np.random.default_rng(cfg.seed).integers(4, cfg.vocab_size, lengths.sum()).astype(np.uint16)
+        tokens[np.cumsum(lengths) - lengths] = BOS_ID
+        documents = Documents(ValData(tokens, np.ones_like(tokens), len(lengths)))
+        if self.captures:
+            self._make_room(cfg.ttt_batch_size, longest)
+            pool = torch.cuda.graph_pool_handle()
+            for live in sorted({self._rounded(n) for n in range(1, cfg.ttt_batch_size + 1)}):
+                for size in cfg.chunk_sizes:
+                    chunk = make_chunk(self.run, documents, range(live), 0, size)
+                    for seen in sorted({self._places_in_sight(begin) for begin in range(0, self.cache.places + 1, size)}):
+                        self.captured[live, size, seen] = self._capture(chunk, live, seen, pool)
+        for _ in range(2):
+            self.score(documents, range(len(lengths)))
+        self.steps = self.forwarded = 0
+
+    def _capture(self, chunk: Chunk, live: int, seen: int, pool: tuple[int, int]) -> tuple[torch.cuda.CUDAGraph, Chunk, Tensor]:
+        """Record a step. What adapters and cache hold is lost: a reset comes next."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):  # compiles
+                self._losses_and_learn(chunk, live, seen, trains=True)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph, losses = torch.cuda.CUDAGraph(), torch.empty_like(chunk.weights)
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            losses.copy_(self._losses_and_learn(chunk, live, seen, trains=True))
+        return graph, chunk, losses
 
     def report_work(self, targets: int) -> None:
         """One line: steps of the rank that had most, forwards of a token on average over all ranks, memory at its peak."""
@@ -3255,144 +3484,158 @@ class Adapter:
         self.run.log.record("ttt_work", context=self.run.cfg.ttt_context, chunk=self.run.cfg.ttt_chunk_size, steps=max(steps),
                             forwards_per_target=f"{sum(forwarded) / targets:.3f}", **memory)
 
-    def warm_up(self, val: ValData) -> None:
-        """Compile and run everything on random tokens, before the clock."""
-        if not self.run.compile:
-            return
-        cfg = self.run.cfg
-        length = min(cfg.ttt_eval_seq_len, 512)
-        tokens = np.random.default_rng(cfg.seed).integers(4, cfg.vocab_size, cfg.ttt_batch_size * length).astype(np.uint16)
-        tokens[::length] = BOS_ID
-        documents = Documents(ValData(tokens, np.ones_like(tokens), cfg.ttt_batch_size))
-        self.score(documents, range(cfg.ttt_batch_size))
-        self.steps = self.forwarded = 0
 
+def sgd_batches(run: Run, entries: np.ndarray) -> Iterator[tuple[Batch, int]]:
+    """This rank's share of a chunk of text, `entries` with one token more than the chunk: batches, and how many of their tokens count.
 
-def phase_parts(cfg: Config, documents: int) -> list[range]:
-    """The scoring order cut into the parts of the prefix and the rest; after each part of the prefix comes global SGD."""
-    prefix = min(cfg.phased_ttt_prefix_docs, documents) if cfg.phased_ttt_enabled else 0
-    phases = cfg.phased_ttt_num_phases
-    cuts = [prefix * i // phases for i in range(phases + 1)] if prefix else [0]
-    return [range(a, b) for a, b in zip(cuts, [*cuts[1:], documents])]
-
-
-def global_sgd(run: Run, model: GPT, text: np.ndarray, phase: str) -> None:
-    """One pass (GLOBAL_TTT_EPOCHS) of SGD over `text`, tokens already scored: a step a chunk, the last chunk left out.
-
-    A chunk's sequences of EVAL_SEQ_LEN tokens are shared out over the ranks; its loss is the mean over all its tokens.
+    Sequences start at documents and every EVAL_SEQ_LEN tokens within one. Under torch.compile a batch is filled up a little with a
+    sequence that does not count.
     """
-    cfg, ranks, began = run.cfg, run.ranks, time.perf_counter()
-    size = cfg.global_ttt_chunk_tokens
-    chunks = -(-(len(text) - 1) // size)
-    params = [p.requires_grad_() for p in model.parameters()]
-    sgd = torch.optim.SGD(params, lr=cfg.global_ttt_lr, momentum=cfg.global_ttt_momentum)
-    forward, schedule, progress = compiled(run, model), loop_schedule(cfg, cfg.eval_loop_depth), Progress(run.log)
-    total = torch.zeros((), device=run.device)
-    for i in range(chunks - 1):
-        for group in sgd.param_groups:
-            group["lr"] = cfg.global_ttt_lr * 0.5 * (1 + math.cos(math.pi * i / max(chunks - 1, 1)))
-        for _ in range(cfg.global_ttt_epochs):
-            sgd.zero_grad(set_to_none=False)
-            loss = torch.zeros((), device=run.device)
-            for batch in global_sgd_batches(run, text[i * size: (i + 1) * size + 1]):
-                part = forward(batch, schedule).sum() / size
-                part.backward()
-                loss += part.detach()
-            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
-            for param, grad in zip(params, grads):
-                param.grad = ranks.sum(grad)
-            if cfg.global_ttt_grad_clip > 0:
-                torch.nn.utils.clip_grad_norm_(params, cfg.global_ttt_grad_clip)
-            sgd.step()
-        total += ranks.sum(loss)
-        progress(f"ttt_sgd_{phase}", i + 1, chunks - 1)
-    for param in params:
-        param.requires_grad_(False)
-        param.grad = None
-    run.log.record("ttt_sgd", phase=phase, tokens=len(text), chunks=max(chunks - 1, 0),
-                   loss=f"{total.item() / max(chunks - 1, 1):.4f}", time_ms=int(1e3 * (time.perf_counter() - began)))
+    cfg, tokens, targets = run.cfg, entries[:-1], entries[1:]
+    starts = segment_starts(tokens, len(tokens), cfg.eval_seq_len)
+    sizes, limit = np.diff(starts, append=len(tokens)), cfg.global_ttt_batch_seqs * cfg.eval_seq_len
+    own = np.array(deal(sizes, run.ranks.world)[run.ranks.rank], dtype=np.int64)
+    forward_of = (np.cumsum(sizes[own]) - 1) // limit
+    for part in np.unique(forward_of):
+        chosen = own[forward_of == part]
+        index = np.concatenate([np.arange(starts[s], starts[s] + sizes[s]) for s in chosen])
+        local, count = np.cumsum(sizes[chosen]) - sizes[chosen], len(index)
+        if run.compile:
+            index, local = np.append(index, np.zeros(256 - count % 256, np.int64)), np.append(local, count)
+        yield make_batch(tokens[index], targets[index], local, max(cfg.eval_seq_len, 256), run.device), count
 
 
-def warm_up_global_sgd(run: Run, model: GPT) -> None:
-    """Compile forward and backward of the global SGD on random tokens, with few segments and with many; weights stay."""
-    cfg, rng = run.cfg, np.random.default_rng(run.cfg.seed)
-    forward, schedule = compiled(run, model), loop_schedule(cfg, cfg.eval_loop_depth)
-    for param in model.parameters():
-        param.requires_grad_(True)
-    for every in (cfg.eval_seq_len, 32):
-        tokens = rng.integers(4, cfg.vocab_size, cfg.global_ttt_chunk_tokens + 1).astype(np.uint16)
-        tokens[::every] = BOS_ID
-        for batch in global_sgd_batches(run, tokens):
-            forward(batch, schedule).sum().backward()
-    for param in model.parameters():
-        param.requires_grad_(False)
-        param.grad = None
+class GlobalSGD:
+    """SGD with momentum of the model's own weights on text already scored."""
+
+    def __init__(self, run: Run, model: GPT) -> None:
+        self.run, self.params, schedule = run, list(model.parameters()), loop_schedule(run.cfg, run.cfg.eval_loop_depth)
+        self.forward = compiled(run, lambda batch: model(batch, schedule), dynamic=True)
+
+    def warm_up(self) -> None:
+        """Compile forward and backward on random tokens, with few segments and with many; weights stay."""
+        cfg, rng = self.run.cfg, np.random.default_rng(self.run.cfg.seed)
+        for every in (cfg.eval_seq_len, 32, 700) if self.run.compile else ():
+            tokens = rng.integers(4, cfg.vocab_size, cfg.global_ttt_chunk_tokens + 1).astype(np.uint16)
+            tokens[::every] = BOS_ID
+            self._gradients(tokens)
+        self._release()
+
+    def learn(self, text: np.ndarray, phase: str) -> None:
+        """One pass over `text`, GLOBAL_TTT_EPOCHS steps a chunk of GLOBAL_TTT_CHUNK_TOKENS, the last chunk left out. A collective."""
+        cfg, began, size = self.run.cfg, time.perf_counter(), self.run.cfg.global_ttt_chunk_tokens
+        chunks, progress = -(-(len(text) - 1) // size), Progress(self.run.log)
+        sgd = torch.optim.SGD(self.params, lr=cfg.global_ttt_lr, momentum=cfg.global_ttt_momentum)
+        total = torch.zeros((), device=self.run.device)
+        for i in range(chunks - 1):
+            for group in sgd.param_groups:
+                group["lr"] = cfg.global_ttt_lr * 0.5 * (1 + math.cos(math.pi * i / (chunks - 1)))
+            loss = torch.zeros((), device=self.run.device)
+            for _ in range(cfg.global_ttt_epochs):
+                loss = self._gradients(text[i * size: (i + 1) * size + 1])
+                if cfg.global_ttt_grad_clip > 0:
+                    torch.nn.utils.clip_grad_norm_(self.params, cfg.global_ttt_grad_clip)
+                sgd.step()
+            total += loss
+            progress(f"ttt_sgd_{phase}", i + 1, chunks - 1)
+        self._release()
+        self.run.log.record("ttt_sgd", phase=phase, tokens=len(text), chunks=max(chunks - 1, 0),
+                            loss=f"{total.item() / max(chunks - 1, 1):.4f}", time_ms=int(since_ms(began)))
+
+    def _gradients(self, entries: np.ndarray) -> Tensor:
+        """Gradients of the mean loss of a chunk over all ranks, into the parameters' .grad; the loss."""
+        loss = torch.zeros((), device=self.run.device)
+        for param in self.params:
+            param.requires_grad_(True).grad = torch.zeros_like(param)
+        for batch, count in sgd_batches(self.run, entries):
+            part = self.forward(batch)[:count].sum() / (len(entries) - 1)
+            part.backward()
+            loss += part.detach()
+        for param in self.params:
+            self.run.ranks.sum(param.grad)
+        return self.run.ranks.sum(loss)
+
+    def _release(self) -> None:
+        for param in self.params:
+            param.requires_grad_(False).grad = None
 
 
-def global_sgd_batches(run: Run, entries: np.ndarray) -> Iterator[Batch]:
-    """This rank's share of a chunk, whole sequences, GLOBAL_TTT_BATCH_SEQS at a time; `entries` has one token more."""
-    cfg, ranks, count = run.cfg, run.ranks, len(entries) - 1
-    length = min(cfg.eval_seq_len, count)
-    sequences = -(-count // length)
-    first, last = (sequences * (ranks.rank + r) // ranks.world for r in (0, 1))
-    for at in range(first, last, cfg.global_ttt_batch_seqs):
-        begin, end = at * length, min(min(at + cfg.global_ttt_batch_seqs, last) * length, count)
-        tokens = entries[begin:end]
-        yield make_batch(tokens, entries[begin + 1: end + 1], segment_starts(tokens, length, length), length, run.device)
+class TTTProgress:
+    """Some twenty lines a run, and a warning as soon as the plan will not hold.
+
+    Every rank posts where it stands; rank 0 reads that without waiting.
+    """
+
+    def __init__(self, run: Run, plans: list[PhasePlan], documents: Documents) -> None:
+        self.run, self.documents, self.began, self.warned = run, documents, time.perf_counter(), False
+        self.reckoned = sum(max(plan.seconds) for plan in plans)
+        self.batches, self.done = sum(len(plan.ranks[run.ranks.rank]) for plan in plans), 0
+        self.docs, self.nats, self.bytes, self.share = 0, 0.0, 0, 0.0
+        worst = max(max(p.seconds) / (sum(p.seconds) / len(p.seconds)) for p in plans)
+        run.log.record("ttt_plan", reckoned_ms=int(1e3 * self.reckoned), batches=sum(len(p.batches) for p in plans),
+                       phases=len(plans), imbalance=f"{worst - 1:.4f}", sgd_docs=",".join(str(len(p.learns)) for p in plans[:-1]) or 0)
+
+    def add(self, members: range, nats: float, plan: PhasePlan, seconds: float, phase: str) -> None:
+        """A batch of this rank is scored; `seconds` are its share of the plan."""
+        run, self.done = self.run, self.done + 1
+        self.docs, self.nats = self.docs + len(members), self.nats + nats
+        self.bytes += int(self.documents.byte_sums[members.start: members.stop].sum())
+        self.share += seconds / max(sum(plan.seconds), 1e-9) * max(plan.seconds) / max(self.reckoned, 1e-9)
+        run.ranks.post("ttt", json.dumps([self.docs, self.nats, self.bytes, self.share]))
+        if run.ranks.rank == 0 and (self.done % max(1, self.batches // 20) == 0 or self.done in (1, self.batches)):
+            self._report(phase)
+
+    def _report(self, phase: str) -> None:
+        docs, nats, num_bytes, share = map(sum, zip(*map(json.loads, self.run.ranks.posted("ttt").values())))
+        elapsed, budget = since_ms(self.began), 1e3 * self.run.cfg.eval_budget_seconds
+        whole = elapsed / max(share, 1e-9)
+        self.run.log.record("ttt", docs=f"{docs}/{len(self.documents)}", phase=phase, val_bpb=f"{nats / math.log(2) / max(num_bytes, 1):.5f}",
+                            time_ms=int(elapsed), left_ms=int(whole - elapsed))
+        if budget and whole > budget and not self.warned:
+            self.warned = True
+            self.run.log(f"warning: at this pace test-time training will take {whole / 1e3:.0f} s, more than EVAL_BUDGET_SECONDS="
+                         f"{budget / 1e3:g}; TTT_CONTEXT=cache, a larger TTT_CHUNK_SIZE or fewer PHASED_TTT_NUM_PHASES take less")
 
 
-def score_with_ttt(run: Run, model: GPT, val: ValData) -> tuple[Score, float]:
+def score_with_ttt(run: Run, model: GPT, val: ValData) -> Score:
     """Score every target once, each before any update that has seen it; the model's weights change in the phases.
 
-    Returns the score and its milliseconds, from after the warm-up.
+    The time is that from after the warm-up.
     """
-    cfg, ranks = run.cfg, run.ranks
-    documents, adapter = Documents(val), Adapter(run, model)
-    for param in model.parameters():
-        param.requires_grad_(False)
-    parts = phase_parts(cfg, len(documents))
-    adapter.warm_up(val)
-    if run.compile and len(parts) > 1:
-        warm_up_global_sgd(run, model)
-    began, progress = time.perf_counter(), Progress(run.log)
+    ranks, documents = run.ranks, Documents(val)
+    plans = plan_ttt(run.cfg, documents.lengths, ranks.world)
+    model.requires_grad_(False)
+    scorer, sgd = TTTScorer(run, model), GlobalSGD(run, model)
+    scorer.warm_up()
+    if len(plans) > 1:
+        sgd.warm_up()
+    synchronize(run.device)
+    began, progress = time.perf_counter(), TTTProgress(run, plans, documents)
     losses = np.full(len(val.tokens) - 1, np.nan, np.float32)
     nats = np.zeros(len(documents))  # float64, by place in the scoring order; a document is scored on one rank
-    rounds_total = sum(-(-len(part) // (cfg.ttt_batch_size * ranks.world)) for part in parts)
-    rounds = 0
-    for phase, part in enumerate(parts, 1):
-        batches = [range(i, min(i + cfg.ttt_batch_size, part.stop)) for i in range(part.start, part.stop, cfg.ttt_batch_size)]
-        for i in range(0, len(batches), ranks.world):
-            mine = batches[i + ranks.rank] if i + ranks.rank < len(batches) else range(0)
-            for document, part_losses in zip(mine, adapter.score(documents, mine) if mine else []):
-                nats[document] = part_losses.sum(dtype=np.float64)
-                start = documents.starts[document]
-                losses[start: start + len(part_losses)] = part_losses
-            rounds += 1
-            if rounds % max(1, rounds_total // 20) == 0:
-                done = batches[min(i + ranks.world, len(batches)) - 1].stop
-                so_far = float(sum(ranks.gather(nats[:done].sum())))
-                run.log.record("ttt", docs=f"{done}/{len(documents)}", phase=f"{phase}/{len(parts)}",
-                               val_bpb=f"{so_far / math.log(2) / max(int(documents.byte_sums[:done].sum()), 1):.5f}",
-                               time_ms=int(1e3 * (time.perf_counter() - began)),
-                               left_ms=progress.left_ms(documents.lengths[:done].sum(), documents.lengths.sum()))
-        if phase < len(parts) and part.stop < len(documents):
-            text = np.concatenate([documents.text(d) for d in range(part.stop)])
-            global_sgd(run, model, text, f"{phase}/{len(parts) - 1}")
+    for phase, plan in enumerate(plans, 1):
+        own = plan.ranks[ranks.rank]
+        for index in own:
+            members = plan.batches[index]
+            for document, part in zip(members, scorer.score(documents, members)):
+                nats[document] = part.sum(dtype=np.float64)
+                losses[documents.starts[document]:][: len(part)] = part
+            progress.add(members, float(nats[members.start: members.stop].sum()), plan, plan.seconds[ranks.rank] / len(own), f"{phase}/{len(plans)}")
+        if plan.learns:
+            sgd.learn(np.concatenate([documents.text(d) for d in plan.learns]), f"{phase}/{len(plans) - 1}")
     total = np.sum(ranks.gather(nats), axis=0)
-    score = Score(float(total.sum()), len(losses), val.num_bytes, losses)
     assert int(documents.lengths.sum()) == len(losses), "every target belongs to one document"
-    time_ms = 1e3 * (time.perf_counter() - began)
-    adapter.report_work(score.tokens)
-    score.report(run.log, "quantized_ttt", time_ms)
-    return score, time_ms
+    score = Score(float(total.sum()), len(losses), val.num_bytes, since_ms(began), losses)
+    scorer.report_work(score.tokens)
+    return score.report(run.log, "quantized_ttt")
 
 
 # ======================================================================================================================
 # 12. Kernels (appendix)
 #
-# Two places where writing the fused form by hand saves memory traffic that torch.compile cannot: the MLP, whose
-# activation joins the matrix product before it (forward) and the one after it (backward), and the softcapped cross
-# entropy, which never stores the float32 logits of a batch. Beside each kernel stands what it computes in plain torch,
+# Three places where writing the fused form by hand saves memory traffic that torch.compile cannot: the MLP, whose
+# activation joins the matrix product before it (forward) and the one after it (backward); exclusive self-attention, one pass
+# each way; and the softcapped cross entropy, which never stores the float32 logits of a batch. Beside each kernel stands what it computes in plain torch,
 # which is also what runs without Triton; the tests hold one against the other and both against float64. The kernels hide in
 # operators, so the compiler keeps its single graph. Matrix tiles go through Hopper's copy engine (TMA descriptors), one
 # persistent program on every multiprocessor.
@@ -3451,6 +3694,35 @@ if triton is not None:
                     before_desc.store([row, at], z.to(before_desc.dtype))
                     z = tl.where(z > 0, z, 0.5 * z)
                     out_desc.store([row, at], (z * z).to(out_desc.dtype))
+
+    @triton.jit
+    def exclude_self_kernel(y, v, gate, grad, out, grad_v, grad_gate, rows, v_stride, BACKWARD: tl.constexpr, KV: tl.constexpr,
+                            GROUPS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):
+        """A row is one position and one value: out = gate * (y - (y.v / v.v) v) for the heads that share it; or, BACKWARD, all gradients."""
+        row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        inside, d = row < rows, tl.arange(0, DIM)
+        value_at = (row // KV * v_stride + row % KV * DIM)[:, None] + d[None, :]
+        value = tl.load(v + value_at, mask=inside[:, None], other=0.0).to(tl.float32)
+        square = tl.maximum(tl.sum(value * value, 1), 1e-24)
+        total = tl.zeros((BLOCK, DIM), dtype=tl.float32)
+        for group in tl.static_range(GROUPS):
+            head = row * GROUPS + group
+            at = head[:, None] * DIM + d[None, :]
+            x = tl.load(y + at, mask=inside[:, None], other=0.0).to(tl.float32)
+            share = tl.load(gate + head, mask=inside, other=0.0).to(tl.float32)
+            along = tl.sum(x * value, 1) / square
+            rest = x - along[:, None] * value
+            if BACKWARD:
+                g = tl.load(grad + at, mask=inside[:, None], other=0.0).to(tl.float32)
+                tl.store(grad_gate + head, tl.sum(g * rest, 1).to(grad_gate.dtype.element_ty), mask=inside)
+                g = g * share[:, None]
+                across = tl.sum(g * value, 1) / square
+                tl.store(out + at, (g - across[:, None] * value).to(out.dtype.element_ty), mask=inside[:, None])
+                total -= along[:, None] * g + across[:, None] * (rest - along[:, None] * value)
+            else:
+                tl.store(out + at, (share[:, None] * rest).to(out.dtype.element_ty), mask=inside[:, None])
+        if BACKWARD:
+            tl.store(grad_v + row[:, None] * DIM + d[None, :], total.to(grad_v.dtype.element_ty), mask=inside[:, None])
 
     @triton.jit
     def cross_entropy_kernel(logits, targets, losses, lses, width, stride, cap, BLOCK: tl.constexpr):
@@ -3547,6 +3819,50 @@ def fused_mlp(x: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
     return F.linear(mlp_up(x, w_up), w_down)
 
 
+def launch_exclude_self(tensors: tuple[Tensor, ...], y: Tensor, v: Tensor, backward: bool) -> None:
+    """Run exclude_self_kernel; the rows of v (T, Hkv, D) may lie apart, everything else is contiguous."""
+    kv, dim, block = v.size(1), v.size(2), 32
+    rows = y.size(0) * kv
+    exclude_self_kernel[(triton.cdiv(rows, block),)](*tensors, rows, v.stride(0), BACKWARD=backward, KV=kv, GROUPS=y.size(1) // kv, DIM=dim,
+                                                    BLOCK=block, num_warps=4)
+
+
+@torch.library.custom_op(f"{OPERATORS}::exclude_self", mutates_args=())
+def exclude_self_op(y: Tensor, v: Tensor, gate: Tensor) -> Tensor:
+    """exclude_self_reference by the kernel."""
+    out = torch.empty_like(y)
+    launch_exclude_self((y, v, gate, y, out, y, y), y, v, backward=False)
+    return out
+
+
+@torch.library.custom_op(f"{OPERATORS}::exclude_self_backward", mutates_args=())
+def exclude_self_backward_op(grad: Tensor, y: Tensor, v: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of y, v and gate by the kernel."""
+    grads = torch.empty_like(y), v.new_empty(v.shape), torch.empty_like(gate)
+    launch_exclude_self((y, v, gate, grad, *grads), y, v, backward=True)
+    return grads
+
+
+exclude_self_op.register_fake(lambda y, v, gate: torch.empty_like(y))
+exclude_self_backward_op.register_fake(lambda grad, y, v, gate: (torch.empty_like(y), v.new_empty(v.shape), torch.empty_like(gate)))
+exclude_self_op.register_autograd(lambda ctx, grad: exclude_self_backward_op(grad.contiguous(), *ctx.saved_tensors),
+                                  setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+
+
+def exclude_self_reference(y: Tensor, v: Tensor, gate: Tensor) -> Tensor:
+    """What exclude_self computes, in plain torch."""
+    v = v.float().repeat_interleave(y.size(1) // v.size(1), dim=1)
+    along = (y.float() * v).sum(-1, keepdim=True) / v.square().sum(-1, keepdim=True).clamp_min(1e-24)
+    return (gate.unsqueeze(-1) * (y.float() - along * v)).to(y.dtype)
+
+
+def exclude_self(y: Tensor, v: Tensor, gate: Tensor) -> Tensor:
+    """Exclusive self-attention: y (T, H, D) without its part along the value v (T, Hkv, D) of its own position, times gate (T, H)."""
+    if kernels_take(y) and v.size(2) in (16, 32, 64, 128):
+        return exclude_self_op(y.contiguous(), v, gate.contiguous())
+    return exclude_self_reference(y, v, gate)
+
+
 def cross_entropy_reference(logits: Tensor, targets: Tensor, cap: float) -> Tensor:
     """What softcapped_cross_entropy computes, storing all of it: (T, V), (T,) -> (T,)."""
     return F.cross_entropy(cap * torch.tanh(logits.float() / cap), targets, reduction="none")
@@ -3630,42 +3946,26 @@ def softcapped_cross_entropy(logits: Tensor, targets: Tensor, cap: float) -> Ten
 # 13. Main
 # ======================================================================================================================
 
-EXIT_USER_ERROR, EXIT_OVER_LIMIT = 2, 3
-
-
-def code_files() -> list[Path]:
-    """Every code file that evaluation needs: this one."""
-    return [Path(__file__).resolve()]
-
 
 def output_path(cfg: Config, suffix: str) -> Path:
     return Path(cfg.artifact_dir, cfg.run_id + suffix)
 
 
-def start_run(environ: Mapping[str, str]) -> tuple[Config, Ranks]:
-    """Settings and ranks, with the run's name agreed over the ranks."""
-    cfg = Config.from_env(environ)
-    ranks = Ranks.start(environ)
-    if not cfg.run_id:
-        cfg = replace(cfg, run_id=ranks.agree(f"{datetime.now(timezone.utc):%Y%m%d_%H%M%S}_seed{cfg.seed}"))
-    return cfg, ranks
-
-
 def open_log(cfg: Config, ranks: Ranks) -> Log:
-    """The run's log; that of an evaluation gets the first free name."""
+    """The run's log, which a run that goes on appends to; that of an evaluation gets the first free name."""
     path = output_path(cfg, ".log")
-    if cfg.eval_only:
+    if ranks.rank == 0 and cfg.eval_only:
         names = (output_path(cfg, f".eval{n}.log") for n in itertools.count(1))
-        path = next(name for name in names if not name.exists()) if ranks.rank == 0 else path
+        path = next(name for name in names if not name.exists())
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(path.parent).free
-        if free < 4 * ARTIFACT_CAP_BYTES:
-            raise ValueError(f"only {free / 1e6:.0f} MB free in {path.parent}: the log and the artifact need {4 * ARTIFACT_CAP_BYTES / 1e6:.0f}; "
-                             "free some space there or set ARTIFACT_DIR")
-        return Log(path, speaks=ranks.rank == 0, goes_on=not cfg.eval_only and output_path(cfg, ".checkpoint").exists())
+        log = Log(path, enabled=ranks.rank == 0)
+        free = shutil.disk_usage(path.parent).free if log.enabled else math.inf
     except OSError as error:
         raise ValueError(f"cannot write to {path.parent}: {error.strerror}; set ARTIFACT_DIR to a folder you may write to") from error
+    if free < 4 * ARTIFACT_CAP_BYTES:
+        raise ValueError(f"only {free / 1e6:.0f} MB free in {path.parent}: the log and the artifact need {4 * ARTIFACT_CAP_BYTES / 1e6:.0f}; "
+                         "free some space there or set ARTIFACT_DIR")
+    return log
 
 
 def log_start(run: Run, environ: Mapping[str, str]) -> None:
@@ -3673,16 +3973,14 @@ def log_start(run: Run, environ: Mapping[str, str]) -> None:
     log, cfg, device = run.log, run.cfg, run.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     log.record("run", id=cfg.run_id, seed=cfg.seed, ranks=run.ranks.world, device=f'"{name}"', torch=torch.__version__,
-               python=platform.python_version(), threads=torch.get_num_threads(), attention=attention_backend_name(),
+               python=platform.python_version(), threads=torch.get_num_threads(), attention=attention_backend.name,
                compile=int(run.compile), date=f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ}")
     if attention_backend.skipped:
         log(f"faster attention was passed over: {attention_backend.skipped}")
-    for path in code_files():
-        data = path.read_bytes()
-        log.record("code", file=path.name, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+    for kind, code in (("source", own_source()), ("counted", packed_code())):
+        log.record("code", file="train_gpt.py", kind=kind, bytes=len(code), sha256=hashlib.sha256(code).hexdigest())
     for f in fields(cfg):
-        value = format_setting(getattr(cfg, f.name))
-        starred = getattr(cfg, f.name) != f.default
+        value, starred = format_setting(getattr(cfg, f.name)), getattr(cfg, f.name) != f.default
         log(f"setting {'*' if starred else ''}{f.name.upper()} value:{value}" + (f" default:{format_setting(f.default)}" if starred else ""))
     for found, meant in misspelt_settings(environ):
         log(f"warning: {found} is no setting; did you mean {meant}? It has no effect")
@@ -3699,11 +3997,21 @@ def prepare(run: Run, environ: Mapping[str, str]) -> ValData:
     return val
 
 
-def train_and_score(run: Run, environ: Mapping[str, str]) -> int:
-    """The whole run; the exit status."""
-    cfg, ranks, log = run.cfg, run.ranks, run.log
-    layout = SpanLayout.plan(cfg, ranks.world)
-    val = prepare(run, environ)
+class Exported(NamedTuple):
+    """An artifact and how it came about."""
+
+    data: bytes
+    steps: int = 0
+    train_ms: float = 0.0
+
+
+def train_and_export(run: Run, val: ValData, checkpoint: Checkpoint, layout: SpanLayout) -> Exported:
+    """Everything from the first weights to the artifact; from a checkpoint, if there is one.
+
+    Raises:
+        Stopped: the run was asked to end, and a checkpoint has been written.
+    """
+    cfg, log = run.cfg, run.log
     shards = read_shards(cfg.shards_dir, "train")
     log.record("data", train_shards=len(shards), train_tokens=sum(map(len, shards)), val_tokens=len(val.tokens),
                val_bytes=val.num_bytes, val_docs=val.documents, published=int(cfg.shards_dir.name == PUBLISHED_NAME))
@@ -3713,142 +4021,189 @@ def train_and_score(run: Run, environ: Mapping[str, str]) -> int:
     log(f"model of {sum(p.numel() for p in model.parameters()):,} parameters; a step is {layout.spans} spans of "
         f"{layout.span_tokens} tokens, {layout.per_rank // layout.per_micro} forwards of {layout.micro_tokens} tokens a rank")
     check_memory(run, model, layout)
-    loader = TrainLoader(TokenStream(shards), layout, cfg, ranks)
-    trainer = Trainer(run, model, loader)
+    trainer = Trainer(run, model, TrainLoader(TokenStream(shards), layout, cfg, run.ranks))
     trainer.warm_up()
-    checkpoints = Checkpoints(run)
-    checkpoints.resume(trainer)
-    if not train(run, trainer, val, checkpoints):
-        log(f"stopped by SIGTERM after step {trainer.step}; start again with RUN_ID={cfg.run_id} to go on")
-        return 0
-    trainer.load_averaged_weights()
-    evaluate(run, model, val, "ema", cfg.eval_loop_depth)
-    trainer.clock.start()
-    hessians = collect_hessians(run, model, loader)
-    train_ms = trainer.clock.stop()
-    data = export(run, model, hessians)
-    checkpoints.remove()
-    problems = budget_problems(run, "training", train_ms, cfg.max_wallclock_seconds)
-    steps = trainer.step
-    del trainer, hessians, model, loader
-    scored, pre_ttt = score_artifact(run, data, val)
-    problems += budget_problems(run, "evaluation", scored.time_ms, cfg.eval_budget_seconds)
-    total_bytes = len(data) + sum(p.stat().st_size for p in code_files())
+    checkpoint.resume(trainer)
+    with run.watch:
+        try:
+            if not trainer.trained:
+                train(run, trainer, val, checkpoint)
+                trainer.load_averaged_weights()
+            evaluate(run, model, val, "ema", cfg.eval_loop_depth)
+            trainer.clock.start()
+            hessians = collect_hessians(run, model, trainer.loader)
+            train_ms = trainer.clock.stop()
+            return export(run, model, hessians, checkpoint, trainer.step, train_ms)
+        except Stopped as stop:
+            checkpoint.write(trainer)
+            log(f"stopped by {stop} after step {trainer.step}; the same command with RUN_ID={cfg.run_id} goes on from there")
+            raise
+
+
+def export(run: Run, model: GPT, hessians: dict[str, Tensor], checkpoint: Checkpoint, steps: int, train_ms: float) -> Exported:
+    """Quantize, pack and write the artifact; its bytes, on every rank."""
+    cfg, began, code_bytes = run.cfg, time.perf_counter(), len(packed_code())
+    tensors, data = quantize_and_pack(run, model, hessians, code_bytes)
+    if run.ranks.rank == 0:
+        for row in size_table(data, tensors):
+            run.log.record("size", **row)
+        checkpoint.exported(data, steps=steps, train_ms=train_ms)
+        run.log.record("artifact", model_bytes=len(data), code_bytes=code_bytes, total_bytes=len(data) + code_bytes,
+                       cap_bytes=ARTIFACT_CAP_BYTES, sha256=hashlib.sha256(data).hexdigest(),
+                       quantize_and_pack_ms=int(since_ms(began)), path=output_path(cfg, ".artifact"))
+    return Exported(run.ranks.agree(data), steps, train_ms)
+
+
+def score_and_finish(run: Run, val: ValData, artifact: Exported) -> int:
+    """Score the artifact's model, then with test-time training if enabled; the final lines and the exit status.
+
+    The budget counts reading the artifact and the score that is final, from after its warm-up.
+    """
+    cfg, clock, log = run.cfg, Clock(run.device), run.log
+    clock.start()
+    model = model_from_tensors(run, unpack_artifact(artifact.data)[1])
+    clock.stop()
+    plain = score = evaluate(run, model, val, "quantized", cfg.eval_loop_depth)
+    if cfg.ttt_enabled:
+        score = score_with_ttt(run, model, val)
+    eval_ms, total_bytes = clock.total_ms + score.time_ms, len(artifact.data) + len(packed_code())
+    problems = [f"{what} took {time_ms / 1e3:.1f} s, over the budget of {budget:g} s"
+                for what, time_ms, budget in (("training", artifact.train_ms, cfg.max_wallclock_seconds), ("evaluation", eval_ms, cfg.eval_budget_seconds))
+                if budget and time_ms > 1e3 * budget]
     if total_bytes > ARTIFACT_CAP_BYTES:
         problems.append(f"artifact and code are {total_bytes} bytes, {total_bytes - ARTIFACT_CAP_BYTES} over the cap of {ARTIFACT_CAP_BYTES}")
-    log_final(run, scored.score, pre_ttt, steps=steps, train_ms=int(train_ms), eval_ms=int(scored.time_ms), total_bytes=total_bytes)
+    trained = {} if cfg.eval_only else {"steps": artifact.steps, "train_ms": int(artifact.train_ms)}
+    log.record("final", seed=cfg.seed, val_loss=f"{score.val_loss:.8f}", val_bpb=f"{score.val_bpb:.8f}", pre_ttt_bpb=f"{plain.val_bpb:.8f}",
+               **trained, eval_ms=int(eval_ms), total_bytes=total_bytes)
     for problem in problems:
         log(f"error: {problem}")
     return EXIT_OVER_LIMIT if problems else 0
 
 
-def budget_problems(run: Run, what: str, time_ms: float, budget_seconds: float) -> list[str]:
-    """A sentence if `what` took longer than its budget."""
-    if not budget_seconds or time_ms <= 1e3 * budget_seconds:
-        return []
-    return [f"{what} took {time_ms / 1e3:.1f} s, over the budget of {budget_seconds:g} s"]
-
-
-def export(run: Run, model: GPT, hessians: dict[str, Tensor]) -> bytes:
-    """Quantize, pack and write the artifact; its bytes, on every rank."""
-    cfg, began = run.cfg, time.perf_counter()
-    code_bytes = sum(p.stat().st_size for p in code_files())
-    tensors, data = quantize_and_pack(run, model, hessians, code_bytes)
-    if run.ranks.rank == 0:
-        for row in size_table(data, tensors):
-            run.log.record("size", **row)
-        path = output_path(cfg, ".artifact")
-        write_atomically(path, data)
-        run.log.record("artifact", model_bytes=len(data), code_bytes=code_bytes, total_bytes=len(data) + code_bytes,
-                       cap_bytes=ARTIFACT_CAP_BYTES, sha256=hashlib.sha256(data).hexdigest(),
-                       quantize_and_pack_ms=int(1e3 * (time.perf_counter() - began)), path=path)
-    return run.ranks.agree(data)
-
-
-class Scored(NamedTuple):
-    """The final score and the milliseconds that count for it."""
-
-    score: Score
-    time_ms: float
-
-
-def score_artifact(run: Run, data: bytes, val: ValData) -> tuple[Scored, Score]:
-    """Score the model of an artifact, then with test-time training if enabled; the final and the plain score."""
-    cfg, clock = run.cfg, Clock(run.device)
-    clock.start()
-    model = model_from_tensors(cfg, unpack_artifact(data)[1], run)
-    clock.stop()
-    began = time.perf_counter()
-    plain = evaluate(run, model, val, "quantized", cfg.eval_loop_depth)
-    plain_ms = 1e3 * (time.perf_counter() - began)
-    if not cfg.ttt_enabled:
-        return Scored(plain, clock.total_ms + plain_ms), plain
-    score, ttt_ms = score_with_ttt(run, model, val)
-    return Scored(score, clock.total_ms + ttt_ms), plain
-
-
-def log_final(run: Run, score: Score, pre_ttt: Score, **values: Any) -> None:
-    run.log.record("final", seed=run.cfg.seed, val_loss=f"{score.val_loss:.8f}", val_bpb=f"{score.val_bpb:.8f}",
-                   pre_ttt_bpb=f"{pre_ttt.val_bpb:.8f}", **values)
-
-
-def read_artifact(cfg: Config, environ: Mapping[str, str]) -> tuple[Config, bytes]:
-    """The artifact to score, and the settings with its model in them; ValueError if one that was set contradicts it."""
+def read_artifact(cfg: Config, ranks: Ranks) -> tuple[bytes, Config]:
+    """The artifact to score, read by rank 0 alone, and the settings in it; ValueError on every rank if it cannot be."""
     path = Path(cfg.artifact_path) if cfg.artifact_path else output_path(cfg, ".artifact")
-    if not path.is_file():
-        raise ValueError(f"no artifact at {path}; set ARTIFACT_PATH to one, or ARTIFACT_DIR and RUN_ID to those of the run that made it")
-    data = path.read_bytes()
-    try:
-        stored, _ = unpack_artifact(data)
-    except ArtifactError as error:
-        raise ValueError(f"{path}: {error}") from error
-    if set(stored) != set(MODEL_SETTINGS):
-        raise ValueError(f"{path}: its configuration has not the settings of this program's models ({', '.join(sorted(stored))})")
-    for name in MODEL_SETTINGS:
-        if name.upper() in environ and getattr(cfg, name) != stored[name]:
-            raise ValueError(f"{name.upper()}={format_setting(getattr(cfg, name))} contradicts {path}, which was made with "
-                             f"{format_setting(stored[name])}; leave it unset to take the artifact's")
-    cfg = replace(cfg, **stored)
+    data, problem = b"", ""
+    if ranks.rank == 0:
+        try:
+            if not path.is_file():
+                problem = f"no artifact at {path}; set ARTIFACT_PATH to one, or ARTIFACT_DIR and RUN_ID to those of the run that made it"
+            elif path.stat().st_size > ARTIFACT_MAX_FILE_BYTES:
+                problem = f"{path}: {path.stat().st_size} bytes are more than an artifact may have ({ARTIFACT_MAX_FILE_BYTES})"
+            else:
+                data = path.read_bytes()
+                unpack_artifact(data)
+        except (ArtifactError, OSError) as error:
+            problem = f"{path}: {error}"
+    data, problem = ranks.agree((data, problem))
+    if problem:
+        raise ValueError(problem)
+    return data, unpack_artifact(data)[0]
+
+
+def adopt_settings(cfg: Config, stored: Config, environ: Mapping[str, str]) -> tuple[Config, list[str]]:
+    """The settings to score an artifact with, and words about every one in the environment that is not the artifact's.
+
+    What the weights mean is the artifact's business; how they are scored, the environment may change.
+    """
+    taken, words = {}, []
+    for f in STORED_SETTINGS:
+        given, value = getattr(cfg, f.name), getattr(stored, f.name)
+        differs = f.name.upper() in environ and given != value
+        taken[f.name] = given if differs and f.metadata["score"] else value
+        if differs:
+            words.append(f"{f.name.upper()}={format_setting(given)} differs from the artifact's {format_setting(value)}: "
+                         + ("it is scored with yours" if f.metadata["score"] else "the artifact's is used"))
+    cfg = replace(cfg, **taken)
     cfg.check_together()
-    return cfg, data
+    return cfg, words
 
 
-def score_only(run: Run, data: bytes, environ: Mapping[str, str]) -> int:
-    """EVAL_ONLY: score an artifact; the exit status."""
-    val = prepare(run, environ)
-    run.log.record("data", val_tokens=len(val.tokens), val_bytes=val.num_bytes, val_docs=val.documents,
+def run_stages(cfg: Config, ranks: Ranks, environ: Mapping[str, str], log: Log, watch: Watch) -> int:
+    """A run, or a part of it: what has been done already under this RUN_ID is not done again."""
+    use_compile = cfg.compile == "1" or (cfg.compile == "auto" and ranks.device.type == "cuda")
+    run = Run(cfg, ranks, log, use_compile, watch)
+    if cfg.eval_only:
+        data, stored = read_artifact(cfg, ranks)
+        run.cfg, words = adopt_settings(cfg, stored, environ)
+        val = prepare(run, environ)
+        for text in words:
+            log(f"warning: {text}")
+        log.record("data", val_tokens=len(val.tokens), val_bytes=val.num_bytes, val_docs=val.documents,
                    published=int(run.cfg.shards_dir.name == PUBLISHED_NAME))
-    scored, pre_ttt = score_artifact(run, data, val)
-    total_bytes = len(data) + sum(p.stat().st_size for p in code_files())
-    log_final(run, scored.score, pre_ttt, eval_ms=int(scored.time_ms), total_bytes=total_bytes)
-    problems = budget_problems(run, "evaluation", scored.time_ms, run.cfg.eval_budget_seconds)
-    for problem in problems:
-        run.log(f"error: {problem}")
-    return EXIT_OVER_LIMIT if problems else 0
+        return score_and_finish(run, val, Exported(data))
+    layout, checkpoint = SpanLayout.plan(cfg, ranks.world), Checkpoint(run)
+    val = prepare(run, environ)
+    if checkpoint.found.get("stage") == "exported":
+        log(f"the artifact of this run is there, after {checkpoint.found['steps']} steps: it is scored")
+        artifact = Exported(read_artifact(cfg, ranks)[0], checkpoint.found["steps"], checkpoint.found["train_ms"])
+    else:
+        artifact = train_and_export(run, val, checkpoint, layout)
+    status = score_and_finish(run, val, artifact)
+    checkpoint.done()
+    return status
 
 
-def main(environ: Mapping[str, str] = os.environ) -> int:
-    """Run as the environment says; the exit status: 0, 2 for something the user can mend, 3 over a cap or budget."""
+def describe(error: BaseException) -> tuple[str, int]:
+    """What to tell the user, and the exit status."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"out of GPU memory: {str(error).splitlines()[0]}; set MICRO_BATCH_TOKENS, VAL_BATCH_TOKENS or TTT_BATCH_SIZE lower", EXIT_USER_ERROR
+    if isinstance(error, (ValueError, OSError)):
+        return str(error), EXIT_USER_ERROR
+    if isinstance(error, MemoryError):
+        return "out of memory: smaller batches, models or data take less", EXIT_USER_ERROR
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped by SIGINT; the same command goes on from what is there", 128 + signal.SIGINT
+    return f"{type(error).__name__}: {error}", 1
+
+
+def fail(error: BaseException, ranks: Ranks | None, log: Log | None) -> int:
+    """Report an error once for the whole run, without any collective: the other ranks may be waiting in one."""
+    text, status = describe(error)
+    if status == 1 and not isinstance(error, RuntimeError):
+        traceback.print_exc()
+    alone = ranks is None or ranks.world == 1
+    if not alone and isinstance(error, RuntimeError):  # a broken connection: the reason is another rank's
+        time.sleep(1.0)
+        others = ranks.posted("failed")
+        text = next((f"rank {r}: {words}" for r, words in others.items()), f"lost the other ranks: {text.splitlines()[0][:300]}")
+    if not alone:
+        ranks.post("failed", text)
+    if log is not None and log.enabled:
+        log(f"error: {text}")
+    elif alone:
+        print(f"error: {text}", file=sys.stderr, flush=True)
+    if not alone:
+        time.sleep(2.0 if ranks.rank else 1.0)  # until rank 0 has said it
+        sys.stdout.flush()
+        os._exit(status)
+    return status
+
+
+def main(environ: Mapping[str, str] = os.environ, arguments: list[str] | None = None) -> int:
+    """Run as the environment says; the exit status: 0, 2 for something the user can mend, 3 over a cap or budget, 128 + a signal's number."""
+    if arguments := sys.argv[1:] if arguments is None else arguments:
+        known = {"--help": settings_help(), "--source": own_source().decode()}
+        print(known.get(arguments[0], f"{arguments[0]} is not known; settings are environment variables (--help lists them, --source prints the code)"))
+        return 0 if arguments[0] in known else EXIT_USER_ERROR
     log, ranks = None, None
     try:
-        cfg, ranks = start_run(environ)
-        cfg, data = read_artifact(cfg, environ) if cfg.eval_only else (cfg, b"")
+        cfg = Config.from_env(environ)
+        ranks = Ranks.start(environ, cfg.rank_timeout_seconds)
+        name = f"{datetime.now(timezone.utc):%Y%m%d_%H%M%S}_seed{cfg.seed}_{os.urandom(3).hex()}"
+        cfg = cfg if cfg.run_id else replace(cfg, run_id=ranks.agree(name))
         log = open_log(cfg, ranks)
-        use_compile = cfg.compile == "1" or (cfg.compile == "auto" and ranks.device.type == "cuda")
-        run = Run(cfg, ranks, log, use_compile)
-        return score_only(run, data, environ) if cfg.eval_only else train_and_score(run, environ)
-    except torch.OutOfMemoryError as error:
-        message = f"out of GPU memory: {str(error).splitlines()[0]}; set MICRO_BATCH_TOKENS, VAL_BATCH_TOKENS or TTT_BATCH_SIZE lower"
-    except (ValueError, OSError) as error:
-        message = str(error)
-    finally:
-        if ranks is not None and sys.exc_info()[0] is None:
-            ranks.stop()
-    if log is not None and log.speaks:
-        log(f"error: {message}")
-    else:
-        print(f"error: {message}" if ranks is None or ranks.world == 1 else f"rank {ranks.rank}: error: {message}", file=sys.stderr, flush=True)
-    return EXIT_USER_ERROR
+        watch = Watch(ranks, log)
+        status = run_stages(cfg, ranks, environ, log, watch)
+        watch.over.set()
+        ranks.stop()
+        return status
+    except Stopped as stop:
+        return 128 + stop.number
+    except BaseException as error:
+        if isinstance(error, SystemExit):
+            raise
+        return fail(error, ranks, log)
 
 
 if __name__ == "__main__":

@@ -243,9 +243,9 @@ def streamed(size: float) -> float:
     return max(size / roofline.PEAKS["H100 SXM"][1] / BANDWIDTH_SHARE, LAUNCH_SECONDS)
 
 
-def product_cost(m: int, n: int, k: int, batch: int, width: int, share: float = PRODUCT_SHARE) -> tuple[float, float]:
-    """Bytes and seconds of a product (m, k) x (k, n) of elements of `width` bytes."""
-    size = float(width * batch * (m * k + n * k + m * n))
+def product_cost(m: int, n: int, k: int, batch: int, width: int, adds: bool = False, share: float = PRODUCT_SHARE) -> tuple[float, float]:
+    """Bytes and seconds of a product (m, k) x (k, n) of elements of `width` bytes, perhaps added to what is there."""
+    size = float(width * batch * (m * k + n * k + m * n * (1 + adds)))
     rate = roofline.PEAKS["H100 SXM"][0] * share if width == 2 else FLOAT32_OPERATIONS
     return size, max(2.0 * batch * m * n * k / rate, streamed(size))
 
@@ -259,7 +259,7 @@ def triton_cost(line: str) -> tuple[str, float, float]:
     seconds = max(streamed(size), max(slow, 0) * SLOW_CALL_INSTRUCTIONS * max(elements, 0) / INSTRUCTIONS)
     if name == "mlp_kernel":
         rows, columns, depth = map(int, re.search(r"ints (\d+),(\d+),(\d+)", line).groups())
-        seconds = max(seconds, product_cost(rows, columns, depth, 1, 2, FUSED_PRODUCT_SHARE)[1])
+        seconds = max(seconds, product_cost(rows, columns, depth, 1, 2, share=FUSED_PRODUCT_SHARE)[1])
     return next(kind for kind, pattern in KINDS if re.search(pattern, name)), size, seconds
 
 
@@ -298,8 +298,8 @@ def launch_cost(line: str, attended: Attended) -> tuple[str, float, float]:
     if line.startswith("triton "):
         return triton_cost(line)
     if line.startswith("cublas"):
-        m, n, k, batch, kind = numbers(line, "m", "n", "k", "batch", "type")
-        return "products", *product_cost(m, n, k, batch, 2 if kind in (2, 14) else 4)  # cudaDataType: half, bfloat16
+        m, n, k, batch, kind, adds = numbers(line, "m", "n", "k", "batch", "type", "adds")
+        return "products", *product_cost(m, n, k, batch, 2 if kind in (2, 14) else 4, adds == 1)  # cudaDataType: half, bfloat16
     if line.startswith("nccl"):
         count, kind = numbers(line, "count", "type")
         size = float(count * (2 if kind in (6, 9) else 4))  # ncclDataType: half, bfloat16

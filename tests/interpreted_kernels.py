@@ -78,3 +78,21 @@ def test_cross_entropy_reads_strided_rows(kernels_on: None) -> None:
     targets = torch.randint(0, 24, (6,))
     torch.testing.assert_close(train_gpt.softcapped_cross_entropy(wide[:, 8:32], targets, CAP),
                                train_gpt.softcapped_cross_entropy(wide[:, 8:32].contiguous(), targets, CAP))
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("tokens, kv_heads, groups", [(1, 1, 1), (37, 2, 2), (9, 4, 2), (20, 2, 3)])
+def test_exclusive_attention_equals_float64(kernels_on: None, tokens: int, kv_heads: int, groups: int, dtype: torch.dtype,
+                                            tolerance: float) -> None:
+    generator = torch.Generator().manual_seed(tokens)
+    wide = torch.randn(tokens, kv_heads + 1, 16, generator=generator).to(dtype)
+    y, gate, grad = (torch.randn(tokens, kv_heads * groups, *rest, generator=generator).to(dtype) for rest in ((16,), (), (16,)))
+    inputs = [y.requires_grad_(), wide[:, 1:].detach().requires_grad_(), gate.requires_grad_()]  # the rows of v lie apart
+    out = train_gpt.exclude_self(*inputs)
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    value = exact[1].repeat_interleave(groups, dim=1)
+    unit = value / value.norm(dim=-1, keepdim=True)
+    reference = exact[2].unsqueeze(-1) * (exact[0] - (exact[0] * unit).sum(-1, keepdim=True) * unit)
+    assert relative_error(out, reference) < tolerance
+    for ours, oracle in zip(torch.autograd.grad(out, inputs, grad), torch.autograd.grad(reference, exact, grad.double())):
+        assert ours.dtype == dtype and relative_error(ours, oracle) < tolerance

@@ -1,8 +1,12 @@
-"""The model once more, in float64, one document at a time, written from its formulas; slow and plain, to test against."""
+"""The model and its training once more, in float64, one document and one parameter at a time, written from the formulas.
+
+Slow and plain, to test against.
+"""
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -82,3 +86,67 @@ def document_losses(weights: dict[str, Tensor], tokens: Tensor, targets: Tensor,
     final = norm(x if lanes is None else (lanes[0] + lanes[1]) / 2)
     logits = cfg.logit_softcap * torch.tanh(final @ weights["tok_emb.weight"].T / cfg.logit_softcap)
     return torch.logsumexp(logits, -1) - logits.gather(1, targets[:, None]).squeeze(1)
+
+
+class Trajectory(NamedTuple):
+    """Where a training run ends, and the norm of each step's gradient before it was clipped."""
+
+    weights: dict[str, Tensor]
+    average: dict[str, Tensor]
+    norms: list[float]
+
+
+def span_segments(span: Tensor, longest: int) -> list[slice]:
+    """A span of the stream (T,), cut at every BOS and every `longest` tokens within a document."""
+    starts = [0]
+    for t in range(1, len(span)):
+        if span[t] == 1 or t - starts[-1] == longest:
+            starts.append(t)
+    return [slice(a, b) for a, b in zip(starts, [*starts[1:], len(span)])]
+
+
+def gradients(weights: dict[str, Tensor], stream: Tensor, cfg, depth: int, spans: int = 8) -> dict[str, Tensor]:
+    """Of the mean loss of a step's tokens: `stream` (T + 1,), in `spans` equal parts that attention does not cross."""
+    leaves = {name: w.detach().requires_grad_() for name, w in weights.items()}
+    size = (len(stream) - 1) // spans
+    for begin in range(0, size * spans, size):
+        tokens, targets = stream[begin: begin + size], stream[begin + 1: begin + size + 1]
+        losses = [document_losses(leaves, tokens[part], targets[part], cfg, depth) for part in span_segments(tokens, cfg.train_seq_len)]
+        (torch.cat(losses).sum() / (size * spans)).backward()
+    return {name: torch.zeros_like(w) if w.grad is None else w.grad for name, w in leaves.items()}
+
+
+def train(weights: dict[str, Tensor], stream: Tensor, cfg, depths: list[int], lr_scales: list[float]) -> Trajectory:
+    """A run from `weights` (float64) over the tokens of `stream`, step by step, one parameter and one matrix at a time."""
+    weights, average, norms = dict(weights), dict(weights), []
+    buffers, first, second = ({name: torch.zeros_like(w) for name, w in weights.items()} for _ in range(3))
+    size, warm_up = cfg.train_batch_tokens, cfg.muon_momentum_warmup_steps
+    for step, (depth, lr_scale) in enumerate(zip(depths, lr_scales)):
+        grads = gradients(weights, stream[step * size: (step + 1) * size + 1], cfg, depth)
+        norms.append(math.sqrt(sum(float(g.square().sum()) for g in grads.values())))
+        done = min(1.0, step / warm_up)
+        momentum = cfg.muon_momentum_warmup_start + done * (cfg.muon_momentum - cfg.muon_momentum_warmup_start)
+        for name, w in weights.items():
+            g = grads[name] * min(1.0, cfg.grad_clip_norm / norms[-1])
+            if name.endswith("_bank"):
+                buffers[name] = momentum * buffers[name] + g
+                direction = torch.stack([muon_direction(matrix) for matrix in g + momentum * buffers[name]])
+                lr = cfg.matrix_lr * lr_scale
+                weights[name] = w - lr * cfg.muon_wd * w - lr * direction
+            else:
+                lr, decay = (cfg.tied_embed_lr, cfg.embed_wd) if name == "tok_emb.weight" else (cfg.scalar_lr, cfg.adam_wd)
+                first[name] = cfg.beta1 * first[name] + (1 - cfg.beta1) * g
+                second[name] = cfg.beta2 * second[name] + (1 - cfg.beta2) * g.square()
+                mean, square = first[name] / (1 - cfg.beta1 ** (step + 1)), second[name] / (1 - cfg.beta2 ** (step + 1))
+                weights[name] = w - lr * lr_scale * (decay * w + mean / (square.sqrt() + cfg.adam_eps))
+            average[name] = cfg.ema_decay * average[name] + (1 - cfg.ema_decay) * weights[name]
+    return Trajectory(weights, average, norms)
+
+
+def muon_direction(update: Tensor) -> Tensor:
+    """Muon's update (rows, cols) before the learning rate: unit rows, five Newton-Schulz steps, scaled where it is tall."""
+    x = update / update.norm(dim=1, keepdim=True)
+    x = x / x.norm()
+    for _ in range(5):
+        x = 3.4445 * x - 4.7750 * (x @ x.T @ x) + 2.0315 * (x @ x.T @ x @ x.T @ x)
+    return x * math.sqrt(max(1.0, update.size(0) / update.size(1)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import tiny
@@ -16,7 +18,8 @@ def problem(rows: int = 24, cols: int = 160, count: int = 2) -> tuple[torch.Tens
     """Weights and Hessians of inputs that are correlated, as real ones are."""
     generator = torch.Generator().manual_seed(0)
     weights = torch.randn(count, rows, cols, generator=generator)
-    inputs = torch.randn(count, 600, cols, generator=generator) @ (torch.randn(count, cols, cols, generator=generator) * 0.2 + torch.eye(cols))
+    mixing = torch.randn(count, cols, cols, generator=generator) * 0.2 + torch.eye(cols)
+    inputs = torch.randn(count, 600, cols, generator=generator) @ mixing
     return weights, inputs.mT @ inputs
 
 
@@ -58,6 +61,32 @@ def test_gptq_beats_rounding_and_is_never_worse() -> None:
     diagonal = torch.diag_embed(torch.rand(2, 160) + 0.1)
     found = tg.gptq(weights, diagonal, 6, 12.0, SILENT)
     assert torch.equal(found.codes, tg.round_to_codes(weights, found.scales.float()[..., None], 6).to(torch.int8)), "nothing to make up for"
+
+
+def test_the_errors_of_columns_are_those_of_the_outputs() -> None:
+    """|E L|^2, as gptq_columns adds it up and as rounding to nearest is judged, against trace(E H E^T)."""
+    weights, hessian = problem()
+    hessian = hessian + 0.01 * torch.diag_embed(hessian.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True).expand(-1, 160))
+    factor, steps = torch.linalg.cholesky(hessian), tg.row_scales(weights, 4, 3.0).float()
+    codes, error = tg.gptq_columns(weights.mT.contiguous(), factor, steps, partial(tg.scalar_round, bits=4))
+    ours = codes.mT * steps[..., None] - weights
+    torch.testing.assert_close(error, tg.hessian_error(ours, hessian), rtol=1e-4, atol=0.0)
+    for bound, below in ((1.001, True), (0.999, False)):
+        assert (tg.nearest_is_better(ours.mT, factor, bound * error, block=48) == below).all()
+
+
+def test_many_small_matrices_are_never_worse_than_rounded() -> None:
+    """Where columns are few and alike, feedback now and then loses; those matrices are rounded to nearest."""
+    generator = torch.Generator().manual_seed(2)
+    weights, inputs = torch.randn(2000, 1, 5, generator=generator), torch.randn(2000, 7, 5, generator=generator)
+    hessian = (inputs.mT @ inputs) + 0.1 * torch.eye(5)
+    found = tg.gptq(weights, hessian, 3, 2.0, SILENT)
+    steps = found.scales.float()[..., None]
+    nearest = tg.round_to_codes(weights, steps, 3)
+    damped = hessian + 0.01 * torch.diag_embed(hessian.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True).expand(-1, 5))
+    ours, theirs = (tg.hessian_error(codes * steps - weights, damped) for codes in (found.codes, nearest))
+    assert (ours <= theirs * (1 + 1e-5)).all() and ours.sum() < 0.8 * theirs.sum()
+    assert sum(bool((plain_gptq(w, h, 3, 2.0) != c).any()) for w, h, c in zip(weights.numpy(), hessian.numpy(), found.codes.numpy())) > 20
 
 
 def test_codes_stay_in_range_and_dead_columns_become_zero() -> None:

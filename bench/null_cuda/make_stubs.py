@@ -16,14 +16,9 @@ SILENT = ("Create", "Destroy", "Set", "Get", "Version", "Group", "Layout", "Pref
 # functions that fill something in, or say how large their work is: return type, arguments, body
 HANDLE = "*handle = (void*)(next_handle += 16); return 0;"
 SHAPE = "char shape[128]; snprintf(shape, sizeof shape, "
-STRIDED = ("int m, int n, int k, const void*, const void*, int type, int, long long, const void*, int, int, long long, const void*, void*, int, "
-           "int, long long, int batch, ...")
-GEMM = {
-    "cublasGemmEx": ("int m, int n, int k, const void*, const void*, int type, ...", "type", "1"),
-    "cublasGemmStridedBatchedEx": (STRIDED, "type", "batch"),
-    "cublasSgemm_v2": ("int m, int n, int k, ...", "0", "1"),
-    "cublasSgemmStridedBatched": ("int m, int n, int k, const void*, const void*, int, long long, const void*, int, long long, const void*, "
-                                  "void*, int, long long, int batch", "0", "batch"),
+GEMM = {  # a product's operands have a type argument; many products have strides and a batch
+    "cublasGemmEx": (True, False), "cublasGemmStridedBatchedEx": (True, True),
+    "cublasSgemm_v2": (False, False), "cublasSgemmStridedBatched": (False, True),
 }
 COLLECTIVES = {
     "ncclAllReduce": "const void* from, void* to, size_t count, int type, int, void*, cudaStream_t stream",
@@ -55,19 +50,27 @@ SPECIAL = {
     "cublasLtMatrixLayoutDestroy": ("int", "void* layout", "delete (Layout*)layout; return 0;"),
     "cublasLtMatmul": ("int", "void*, void*, const void*, const void*, Layout* a, const void*, Layout*, const void*, const void*, Layout*, "
                        "void*, Layout* d, const void*, void*, size_t, cudaStream_t stream",
-                       f'{SHAPE}"m %lu n %lu k %lu batch 1 type %d", d->rows, d->cols, a->rows == d->rows ? a->cols : a->rows, d->type); '
+                       f'{SHAPE}"m %lu n %lu k %lu batch 1 type %d adds 0", d->rows, d->cols, a->rows == d->rows ? a->cols : a->rows, d->type); '
                        'return note("cublasLtMatmul", stream, shape, KERNEL);'),
     "cusolverDnXpotrf_bufferSize": ("int", "void*, void*, int, int64_t, int, const void*, int64_t, int, size_t* device, size_t* host",
                                     "*device = *host = 1024; return 0;"),
 }
 
 
+def product(name: str, typed: bool, batched: bool) -> str:
+    """A product of cuBLAS, which notes its sizes, its type, and whether it adds to what is there (beta)."""
+    stride, kind = ", long long" * batched, "int{}, " * typed
+    operands = [f"const void*, {kind.format(word)}int{stride}" for word in (" type", "", "")]
+    arguments = ["void*, int, int, int m, int n, int k, const float*", *operands[:2], "const float* beta", operands[2], *["int batch"] * batched]
+    shape = f'"m %d n %d k %d batch %d type %d adds %d", m, n, k, {"batch" if batched else 1}, {"type" if typed else 0}, *beta != 0'
+    body = f'{SHAPE}{shape}); return note("{name}", library_stream, shape, KERNEL);'
+    return f"API int {name}({', '.join(arguments)}{', ...' * typed}) {{ {body} }}"
+
+
 def function(name: str) -> str:
     """The definition of one library function."""
     if name in GEMM:
-        arguments, kind, batch = GEMM[name]
-        body = f'{SHAPE}"m %d n %d k %d batch %d type %d", m, n, k, {batch}, {kind}); return note("{name}", library_stream, shape, KERNEL);'
-        return f"API int {name}(void*, int, int, {arguments}) {{ {body} }}"
+        return product(name, *GEMM[name])
     if name in COLLECTIVES:
         body = (f'{SHAPE}"count %zu type %d in place %td", count, type, (const char*)from - (const char*)to); '
                 f'return note("{name}", stream, shape, COLLECTIVE);')
