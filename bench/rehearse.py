@@ -127,8 +127,9 @@ def rehearsal_table(rows: list[dict]) -> str:
             lines.append(f"| {row['part']} | **{row['fault']}** |" + " |" * 10)
             continue
         built = " ".join(f"{registers}/{spilled}" for _, _, registers, spilled in row["built"])
-        lines.append(f"| {row['part']} | {f'**{failed(row)}**' if failed(row) else 'ok'} | {row['graphs']} | {row['breaks']} | {row['late']} | "
-                     f"{row['waits']} | {row['launches']} | {row['gigabytes']:.1f} | {built} | {row['peak_gb']:.1f} | {row['ms']:.1f} | {row['note']} |")
+        cells = [row["part"], f"**{failed(row)}**" if failed(row) else "ok", row["graphs"], row["breaks"], row["late"], row["waits"],
+                 row["launches"], f"{row['gigabytes']:.1f}", built, f"{row['peak_gb']:.1f}", f"{row['ms']:.1f}", row["note"]]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
 
@@ -138,9 +139,11 @@ def details(rows: list[dict]) -> str:
     for row in rows:
         if not row.get("groups"):
             continue
-        lines += ["", f"{row['part']}: {row['ms']:.1f} ms, {row['gigabytes']:.1f} GB", "| kind | launches | GB | modelled ms |", "|---|---|---|---|"]
+        lines += ["", f"{row['part']}: {row['ms']:.1f} ms, {row['gigabytes']:.1f} GB", ""]
+        lines += ["| kind | launches | GB | modelled ms |", "|---|---|---|---|"]
         lines += [f"| {kind} | {n} | {size / 1e9:.1f} | {1e3 * seconds:.2f} |" for kind, (n, size, seconds) in row["groups"].items()]
-        lines += [f"{size / 1e6:6.0f} MB, {registers} registers, {spilled} bytes spilled: {name}" for name, size, registers, spilled in row["built"]]
+        lines += [""] + [f"    {size / 1e6:5.0f} MB, {registers} registers, {spilled} bytes spilled: {name}"
+                         for name, size, registers, spilled in row["built"]]
     return "\n".join(lines)
 
 

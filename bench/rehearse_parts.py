@@ -176,7 +176,7 @@ def part_evaluate(stage: Stage) -> None:
 
 
 def part_quantize(stage: Stage) -> None:
-    """Hessians of two batches, GPTQ of all matrices, the artifact packed and read again."""
+    """Hessians of two batches, GPTQ of all matrices, an artifact packed and read again."""
     run = stage.run(gptq_calibration_batches=2)
     model, loader, nothing = stage.model(run), loader_of(run), reckon.Attended(0, 0.0)
     g.collect_hessians(run, model, loader)
@@ -184,6 +184,10 @@ def part_quantize(stage: Stage) -> None:
         hessians = g.collect_hessians(run, model, loader)
     with all_is_finite(), stage.measure("gptq", run, nothing):
         tensors, _ = g.quantize(run, model, hessians)
+    for tensor in tensors.values():  # what memory happened to hold is no weight
+        (tensor.codes if isinstance(tensor, g.Quantized) else tensor).zero_()
+        if isinstance(tensor, g.Quantized):
+            tensor.scales.fill_(0.01)
     with stage.measure("packing", run, nothing):
         g.model_from_tensors(run, g.unpack_artifact(g.pack_artifact(tensors, run.cfg))[1])
 

@@ -50,7 +50,8 @@ SPECIAL = {
     "cublasLtMatrixLayoutDestroy": ("int", "void* layout", "delete (Layout*)layout; return 0;"),
     "cublasLtMatmul": ("int", "void*, void*, const void*, const void*, Layout* a, const void*, Layout*, const void*, const void*, Layout*, "
                        "void*, Layout* d, const void*, void*, size_t, cudaStream_t stream",
-                       f'{SHAPE}"m %lu n %lu k %lu batch 1 type %d adds 0", d->rows, d->cols, a->rows == d->rows ? a->cols : a->rows, d->type); '
+                       f'{SHAPE}"m %lu n %lu k %lu batch 1 type %d adds 0", d->rows, d->cols, a->rows == d->rows ? a->cols : a->rows, '
+                       'd->type); '
                        'return note("cublasLtMatmul", stream, shape, KERNEL);'),
     "cusolverDnXpotrf_bufferSize": ("int", "void*, void*, int, int64_t, int, const void*, int64_t, int, size_t* device, size_t* host",
                                     "*device = *host = 1024; return 0;"),
@@ -61,7 +62,8 @@ def product(name: str, typed: bool, batched: bool) -> str:
     """A product of cuBLAS, which notes its sizes, its type, and whether it adds to what is there (beta)."""
     stride, kind = ", long long" * batched, "int{}, " * typed
     operands = [f"const void*, {kind.format(word)}int{stride}" for word in (" type", "", "")]
-    arguments = ["void*, int, int, int m, int n, int k, const float*", *operands[:2], "const float* beta", operands[2], *["int batch"] * batched]
+    arguments = ["void*, int, int, int m, int n, int k, const float*", *operands[:2], "const float* beta", operands[2]]
+    arguments += ["int batch"] * batched
     shape = f'"m %d n %d k %d batch %d type %d adds %d", m, n, k, {"batch" if batched else 1}, {"type" if typed else 0}, *beta != 0'
     body = f'{SHAPE}{shape}); return note("{name}", library_stream, shape, KERNEL);'
     return f"API int {name}({', '.join(arguments)}{', ...' * typed}) {{ {body} }}"
