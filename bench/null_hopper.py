@@ -76,7 +76,7 @@ def calls() -> Calls:
     for line in lines:
         kind, _, rest = line.partition("\t")
         if kind == "count":
-            number, name, _ = rest.split("\t", 2)
+            number, name = rest.split("\t", 1)
             result.counts[name] = int(number)
         else:
             {"order": result.order, "fault": result.faults, "note": result.notes}[kind].append(rest)

@@ -11,7 +11,7 @@
     sgd          global SGD
     checkpoint   a checkpoint, and a second trainer that resumes from it
     ranks        two ranks over NCCL: the same collectives in the same order
-    gpu          (by name only) every part of bench/gpu.py but the run: does it get to its end
+    gpu_NAME     (by name only; gpu for all) a part of bench/gpu.py, not the run: does it get to its end
     depth        (by name only) one step, REHEARSE_DEPTH=4
     mix_order    (by name only) Inductor's mix-order reductions on and off
 
@@ -38,7 +38,8 @@ import reckon  # noqa: E402
 import train_gpt as g  # noqa: E402
 
 PARTS = ("steps", "evaluate", "quantize", "ttt_window", "ttt_cache", "sgd", "checkpoint", "ranks")
-ONLY_BY_NAME = ("gpu", "depth", "mix_order")
+GPU_PARTS = ("gpu_checks", "gpu_steps", "gpu_kernels", "gpu_ttt", "gpu_ttt_cache", "gpu_quantize")
+ONLY_BY_NAME = (*GPU_PARTS, "depth", "mix_order")
 PEAK_LIMIT_GB = 75.0  # of the 80 that an H100 has
 
 # ------------------------------------------------------------------------------------------------------------------ plan
@@ -150,7 +151,8 @@ def details(rows: list[dict]) -> str:
 def rehearse(options: argparse.Namespace) -> int:
     """Run the parts, print and write the table; 1 if a row is not as it must be."""
     options.out.mkdir(parents=True, exist_ok=True)
-    rows = [row for part in options.parts or PARTS for row in run_part(part, options.out.resolve())]
+    parts = [part for word in options.parts or PARTS for part in (GPU_PARTS if word == "gpu" else (word,))]
+    rows = [row for part in parts for row in run_part(part, options.out.resolve())]
     table = rehearsal_table(rows)
     (options.out / "table.md").write_text(f"{table}\n{details(rows)}\n")
     print(f"\n{table}\n\nby kind of launch, with the largest kernels: {options.out / 'table.md'}")
@@ -164,7 +166,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     running = commands.add_parser("run", help="the rehearsal, on the null CUDA device")
-    running.add_argument("parts", nargs="*", choices=[*PARTS, *ONLY_BY_NAME, []], metavar="PART", help="; ".join(PARTS + ONLY_BY_NAME))
+    running.add_argument("parts", nargs="*", choices=[*PARTS, *ONLY_BY_NAME, "gpu", []], metavar="PART",
+                         help=", ".join([*PARTS, *ONLY_BY_NAME, "gpu"]))
     running.add_argument("--out", type=Path, default=Path("runs/rehearsal"), help="folder for logs, launches and the table")
     planning = commands.add_parser("plan", help="what a whole run takes, in seconds, on a CPU")
     planning.add_argument("--gpus", type=int, default=8, help="ranks, one a GPU")

@@ -14,7 +14,7 @@ if ! [ -x "$python" ]; then
     echo "making .venv-cuda: the CUDA build of torch and its libraries, a download of about 3 GB, 4.8 GB on disk"
     "${PYTHON:-python3}" -m venv .venv-cuda
 fi
-if ! "$python" -c 'import torch, numpy, sentencepiece, brotli, zstandard; assert torch.version.cuda' 2> /dev/null; then
+if ! "$python" -c 'import torch, train_gpt; assert torch.version.cuda' 2> /dev/null; then
     # the === takes the build that the index has under the bare number, which is CUDA's on Linux; a local version would not match it
     "$python" -m pip install --quiet --disable-pip-version-check 'torch===2.13.0' $(grep -v '^torch' requirements.txt)
 fi

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -198,9 +199,13 @@ def score_documents(stage: Stage, part: str, lengths: list[int], **settings: Any
     cfg, scorer = run.cfg, g.TTTScorer(run, stage.model(run).requires_grad_(False))
     documents = g.Documents(made_up_documents(lengths, cfg.vocab_size))
     scorer.warm_up()
-    window = cfg.ttt_context == "window"
-    attended = reckon.Attended(len(lengths) * (1024 if window else cfg.ttt_chunk_size), 700.0)
-    with stage.measure(part, run, attended, note=f"{len(lengths)} documents of {lengths[-1]} to {lengths[0]} tokens"):
+    bounds = np.array(g.chunk_bounds(cfg, int(documents.lengths[0])))
+    live, seen = (documents.lengths > bounds[:-1, None]).sum(1), np.minimum(bounds[1:], cfg.ttt_eval_seq_len)
+    tokens = live * (seen if cfg.ttt_context == "window" else np.diff(bounds))
+    context = float((tokens * seen).sum() / tokens.sum()) / (2 if cfg.ttt_context == "window" else 1)
+    note = f"a step of {len(seen)}: {len(lengths)} documents of {lengths[-1]} to {lengths[0]} tokens, reckoned "
+    note += f"{1e3 * g.chunk_seconds(cfg, bounds, live).mean():.0f} ms by the plan"
+    with stage.measure(part, run, reckon.Attended(int(tokens.mean()), context), len(seen), note):
         scorer.score(documents, range(len(lengths)))
 
 
@@ -309,21 +314,21 @@ def without_place(line: str) -> str:
 # ------------------------------------------------------------------------------------------------------------- bench/gpu.py
 
 
-def part_gpu(stage: Stage) -> None:
-    """Every part of bench/gpu.py but the run: whether it gets to its end. Its figures mean nothing here."""
-    for part in [name for name in gpu.PARTS if name != "run"]:
-        bench = gpu.Bench(gpu.Sizes(data_tokens=600_000, steps=2), stage.out, None)
-        bench.part = part
-        run = bench.make_run()
-        with all_is_finite(), stage.measure(f"bench/gpu.py {part}", run, reckon.Attended(0, 0.0)):
-            gpu.PARTS[part](bench)
-        stage.rows[-1] = stage.rows[-1]._replace(late=0, note=f"{len(bench.results)} results")
+def part_gpu(name: str, stage: Stage) -> None:
+    """A part of bench/gpu.py: whether it gets to its end. Its figures mean nothing here."""
+    sizes = gpu.Sizes(data_tokens=600_000, steps=2, ttt_lengths=(240,), ttt_cache_batches=(64,), ttt_cache_chunks=(16,))
+    bench = gpu.Bench(sizes, stage.out, None)
+    bench.part = f"gpu_{name}_results"
+    with all_is_finite(), stage.measure(f"bench/gpu.py {name}", bench.make_run(), reckon.Attended(0, 0.0)):
+        gpu.PARTS[name](bench)
+    stage.rows[-1] = stage.rows[-1]._replace(late=0, note=f"{len(bench.results)} results")
 
 
 PARTS: dict[str, Callable[[Stage], None]] = {
     "steps": part_steps, "evaluate": part_evaluate, "quantize": part_quantize, "ttt_window": part_ttt_window,
     "ttt_cache": part_ttt_cache, "sgd": part_sgd, "checkpoint": part_checkpoint, "ranks": part_ranks,
-    "depth": part_depth, "mix_order": part_mix_order, "gpu": part_gpu, "one_rank": one_rank,
+    "depth": part_depth, "mix_order": part_mix_order, "one_rank": one_rank,
+    **{f"gpu_{name}": partial(part_gpu, name) for name in gpu.PARTS if name != "run"},
 }
 
 

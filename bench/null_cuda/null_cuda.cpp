@@ -19,7 +19,6 @@
 #include <cstring>
 #include <map>
 #include <mutex>
-#include <set>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -36,16 +35,12 @@ static int devices() {
 static const size_t TOTAL = 85045878784ull, CONTEXT = 530ull << 20;  // an H100's memory; what a context takes of it
 static const int SHARED_MAX = 232448, MULTIPROCESSORS = 132;
 
-struct Counted {
-    long calls = 0;
-    std::string shape;
-};  // of one kernel name: calls, and the last shape
 struct State {
-    std::map<uintptr_t, size_t> device_memory, host_memory;
-    size_t used = CONTEXT, peak = CONTEXT;
-    std::unordered_map<const void*, std::string> names;
-    std::map<std::string, Counted> counts;
-    std::vector<std::string> order, faults, notes;
+    std::map<uintptr_t, size_t> device_memory, host_memory;  // begin and size of what is allocated
+    size_t used = CONTEXT;
+    std::unordered_map<const void*, std::string> names;  // of kernels, by the address that stands for them on the host
+    std::map<std::string, long> counts;  // calls by kernel, and waits of the host
+    std::vector<std::string> order, faults, notes;  // launches with their sizes; calls that a device would have refused; captures
     bool keep_order = false;
 };
 static State& s() {
@@ -54,7 +49,7 @@ static State& s() {
 }
 
 // ---------------------------------------------------------------------------------------------------- capture
-enum Kind { KERNEL, COPY, MEMSET, SYNC, COLLECTIVE, REPLAY, KINDS };
+enum Kind { KERNEL, COPY, MEMSET, COLLECTIVE, REPLAY, KINDS };
 struct Graph {
     long nodes[KINDS] = {};
     std::vector<std::string> order;
@@ -94,9 +89,7 @@ static cudaError_t note(const std::string& name, cudaStream_t stream, const std:
     Capture* capture = of(stream);
     if (!capture && mine && (stream == nullptr || stream == cudaStreamLegacy) && thread_mode != cudaStreamCaptureModeRelaxed)
         return fault(cudaErrorStreamCaptureImplicit, (name + " on the legacy stream while this thread captures").c_str());
-    Counted& entry = s().counts[(capture ? "captured " : "") + name];
-    entry.calls++;
-    entry.shape = shape;
+    s().counts[(capture ? "captured " : "") + name]++;
     std::string line = name + " " + shape;
     if (s().keep_order && kind != REPLAY) s().order.push_back(line);
     if (capture) {
@@ -108,7 +101,7 @@ static cudaError_t note(const std::string& name, cudaStream_t stream, const std:
 // A wait of the host for the device.
 static cudaError_t wait(const char* what) {
     std::lock_guard<std::mutex> guard(lock);
-    s().counts[std::string("host waits: ") + what].calls++;
+    s().counts[std::string("host waits: ") + what]++;
     return cudaSuccess;
 }
 
@@ -121,11 +114,10 @@ API void null_cuda_reset() {
 }
 API void null_cuda_keep_order(int on) { s().keep_order = on; }
 API void null_cuda_note(const char* name, const char* shape, void* stream) { note(name, (cudaStream_t)stream, shape, KERNEL); }
-API size_t null_cuda_peak() { return s().peak; }
 API void null_cuda_dump(const char* path) {
     std::lock_guard<std::mutex> g(lock);
     FILE* f = fopen(path, "w");
-    for (auto& [name, entry] : s().counts) fprintf(f, "count\t%ld\t%s\t%s\n", entry.calls, name.c_str(), entry.shape.c_str());
+    for (auto& [name, calls] : s().counts) fprintf(f, "count\t%ld\t%s\n", calls, name.c_str());
     for (auto& line : s().order) fprintf(f, "order\t%s\n", line.c_str());
     for (auto& line : s().faults) fprintf(f, "fault\t%s\n", line.c_str());
     for (auto& line : s().notes) fprintf(f, "note\t%s\n", line.c_str());
@@ -362,7 +354,6 @@ API cudaError_t cudaMalloc(void** p, size_t n) {
     madvise(*p, size, MADV_NOHUGEPAGE);
     s().device_memory[(uintptr_t)*p] = size;
     s().used += size;
-    s().peak = std::max(s().peak, s().used);
     return cudaSuccess;
 }
 API cudaError_t cudaFree(void* p) {
