@@ -55,7 +55,7 @@ echo "[$((SECONDS - began)) s] training (seed $SEED)"
 TTT_ENABLED=0 "${start[@]}" train_gpt.py
 artifact=$ARTIFACT_DIR/$RUN_ID.artifact
 echo "[$((SECONDS - began)) s] scoring $artifact in a fresh process"
-EVAL_ONLY=1 ARTIFACT_PATH=$artifact "${start[@]}" train_gpt.py
+TTT_ENABLED=${TTT_ENABLED:-1} EVAL_ONLY=1 ARTIFACT_PATH=$artifact "${start[@]}" train_gpt.py
 
 trained=$ARTIFACT_DIR/$RUN_ID.log scored=$ARTIFACT_DIR/$RUN_ID.eval1.log
 score_of() { sed -n 's/^eval name:quantized val_loss:[^ ]* val_bpb:\([^ ]*\).*/\1/p' "$1"; }

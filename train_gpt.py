@@ -27,12 +27,13 @@ does not cross: a document or a piece of one. *sidecar*: for each validation tok
 
 from __future__ import annotations
 
-import base64
+import ast
 import bisect
 import difflib
 import fcntl
 import hashlib
 import inspect
+import io
 import itertools
 import json
 import math
@@ -46,6 +47,7 @@ import sys
 import tempfile
 import threading
 import time
+import tokenize
 import traceback
 import typing
 import warnings
@@ -192,6 +194,9 @@ class Config:
     gated_attn_enabled: bool = model_setting(True, "one sigmoid gate a head", FLAG)
     gated_attn_init_std: float = setting(0.005, "standard deviation of the initial gate weights", between(0, 100))
     gated_attn_quant_gate: bool = model_setting(True, "gate weights in int8; 0: float16", FLAG)
+    sparse_attn_gate_enabled: bool = model_setting(False, "the gate of a head reads GATE_WINDOW dimensions, in place of all", FLAG)
+    sparse_attn_gate_scale: float = model_setting(1.0, "factor inside the sigmoid of that gate", above(0, 100))
+    mlp_gate_enabled: bool = model_setting(False, "one sigmoid gate on the MLP's output", FLAG)
     smear_gate_enabled: bool = model_setting(False, "each embedding takes a share of the one before it in its segment", FLAG)
     gate_window: int = model_setting(12, "dimensions that a narrow gate reads", between(1, 16384))
     # the optimizers
@@ -202,8 +207,10 @@ class Config:
     muon_momentum_warmup_start: float = setting(0.92, "momentum at the first step", below(0, 1))
     muon_momentum_warmup_steps: int = setting(1500, "steps until MUON_MOMENTUM is reached", between(0, 10**9))
     muon_backend_steps: int = setting(5, "Newton-Schulz iterations", between(1, 50))
+    muon_ns: str = setting("quintic", "coefficients of the Newton-Schulz iterations; polar: Polar Express, five of them", one_of("quintic", "polar"))
     muon_row_normalize: bool = setting(True, "rows of the update get unit norm first", FLAG)
     muon_wd: float = setting(0.095, "decoupled weight decay of the banks", RATE)
+    muon_wd_taper: float = setting(1.0, "share of MUON_WD that is left at the end, falling over the last 30 % of the run", between(0, 1))
     embed_wd: float = setting(0.085, "weight decay of the embedding", RATE)
     adam_wd: float = setting(0.02, "weight decay of the small parameters", RATE)
     beta1: float = setting(0.9, "AdamW", below(0, 1))
@@ -230,6 +237,7 @@ class Config:
     ttt_context: str = score_setting("window", "what a chunk sees of earlier ones: computed again, or keys and values kept",
                                      one_of("window", "cache"))
     ttt_lora_rank: int = score_setting(96, "rank of the adapters", between(1, 4096))
+    ttt_lora_alpha: float = score_setting(0.0, "adapters count alpha / rank times; 0: once", between(0, 1e6))
     ttt_lora_lr: float = score_setting(1e-4, "learning rate of the adapters", RATE)
     ttt_lora_lr_power: float = score_setting(0.0, "update n of a document has the learning rate times n to this power", between(-1, 0))
     ttt_chunk_size: int = score_setting(48, "tokens scored between two updates", between(1, 2**20))
@@ -276,7 +284,7 @@ class Config:
             (self.rope_dims % 2 == 0 and self.rope_dims <= head_dim, f"ROPE_DIMS must be even and at most {head_dim}"),
             (self.loop_start <= self.loop_end < self.num_layers, "LOOP_START <= LOOP_END < NUM_LAYERS must hold"),
             (self.loop_end < self.parallel_start_layer, "LOOP_END must be below PARALLEL_START_LAYER"),
-            (self.gate_window <= self.model_dim or not self.smear_gate_enabled, "GATE_WINDOW must be at most MODEL_DIM"),
+            (self.gate_window <= self.model_dim, "GATE_WINDOW must be at most MODEL_DIM"),
             (not self.train_loop_phase_fractions or len(self.train_loop_phase_fractions) == depths,
              "TRAIN_LOOP_PHASE_FRACTIONS must have one share for each of TRAIN_LOOP_PHASE_DEPTHS"),
             (self.max_wallclock_seconds == 0 or self.gptq_reserve_seconds < self.max_wallclock_seconds,
@@ -542,6 +550,7 @@ class Watch:
 
     def __init__(self, ranks: Ranks, log: Log) -> None:
         self.ranks, self.log, self.number, self.since, self.over = ranks, log, 0, 0.0, threading.Event()
+        self._pipe: tuple[int, int] | None = None
         if ranks.world > 1:
             threading.Thread(target=self._look, daemon=True).start()
 
@@ -558,8 +567,6 @@ class Watch:
         for end in self._pipe:
             os.close(end)
         self._pipe, self.since = None, 0.0
-
-    _pipe: tuple[int, int] | None = None
 
     def _note(self, number: int, frame: object) -> None:
         self.number = self.number or number
@@ -1177,9 +1184,13 @@ def parameter_table(cfg: Config) -> list[Row]:
             Row(f"blocks.{i}.resid_mix", (2, d), "small"),  # (1, 0): see init_weights
             Row(f"blocks.{i}.attn.q_gain", (cfg.num_heads,), "small", constant=cfg.qk_gain_init),
         ]
-        if cfg.gated_attn_enabled:
+        if cfg.sparse_attn_gate_enabled:
+            rows.append(Row(f"blocks.{i}.attn.attn_gate_w", (cfg.num_heads, cfg.gate_window), "small", int8=cfg.gated_attn_quant_gate))
+        elif cfg.gated_attn_enabled:
             rows.append(Row(f"blocks.{i}.attn.attn_gate_w", (cfg.num_heads, d), "small", std=cfg.gated_attn_init_std,
                             int8=cfg.gated_attn_quant_gate))
+        if cfg.mlp_gate_enabled:
+            rows += [Row(f"blocks.{i}.mlp_gate_out.weight", (1, cfg.gate_window), "small"), Row(f"blocks.{i}.mlp_gate_out.bias", (1,), "small", constant=5.0)]
     if cfg.smear_gate_enabled:
         rows += [Row("smear_gate.weight", (1, cfg.gate_window), "small"), Row("smear_lambda", (1,), "small")]
     return rows
@@ -1187,7 +1198,8 @@ def parameter_table(cfg: Config) -> list[Row]:
 
 def attn_in_parts(cfg: Config) -> dict[str, int]:
     """What one product makes of an attention's input, in order, and how wide each is."""
-    return {"q": cfg.model_dim, "k": cfg.kv_dim, "v": cfg.kv_dim, "gate": cfg.num_heads * cfg.gated_attn_enabled}
+    gates = cfg.num_heads * (cfg.gated_attn_enabled or cfg.sparse_attn_gate_enabled)
+    return {"q": cfg.model_dim, "k": cfg.kv_dim, "v": cfg.kv_dim, "gate": gates}
 
 
 def plain_linear(site: Site, x: Tensor, w: Tensor | None) -> Tensor | None:
@@ -1342,7 +1354,9 @@ class GPT(nn.Module):
             return torch.stack([p[f"blocks.{i}.{name}"] for i in range(layers)])
 
         attn_scale, mlp_scale = of_blocks("attn_scale"), of_blocks("mlp_scale")
-        gates = [of_blocks("attn.attn_gate_w")] if self.cfg.gated_attn_enabled else []
+        gates = [of_blocks("attn.attn_gate_w")] if attn_in_parts(self.cfg)["gate"] else []
+        if self.cfg.sparse_attn_gate_enabled:
+            gates = [F.pad(self.cfg.sparse_attn_gate_scale * gates[0], (0, self.cfg.model_dim - self.cfg.gate_window))]
         stacked = LayerWeights(
             torch.cat([self.qo_bank[:layers], self.kv_bank[:layers], self.kv_bank[layers:], *gates], dim=1),
             self.qo_bank[layers:] * attn_scale[:, :, None], self.mlp_up_bank, self.mlp_down_bank * mlp_scale[:, :, None],
@@ -1367,15 +1381,22 @@ class GPT(nn.Module):
         mix = context.layers[layer].resid_mix
         x = mix[0] * x + mix[1] * x0
         x = x + self._attention(context, layer, visit, self._normed(x, layer))
-        return x + self._mlp(context, layer, visit, self._normed(x, layer))
+        return x + self._mlp_gate(layer, x) * self._mlp(context, layer, visit, self._normed(x, layer))
 
     def _parallel_block(self, context: Context, layer: int, visit: int, lanes: tuple[Tensor, Tensor], x0: Tensor) -> tuple[Tensor, Tensor]:
         """Attention reads lane 0, the MLP lane 1; both write to both."""
         weights = context.layers[layer]
         mix, resid, post = weights.resid_mix, weights.resid, weights.post
         a = self._attention(context, layer, visit, self._normed(mix[0] * lanes[0] + mix[1] * x0, layer))
-        m = self._mlp(context, layer, visit, self._normed(lanes[1], layer))
+        m = self._mlp_gate(layer, lanes[1]) * self._mlp(context, layer, visit, self._normed(lanes[1], layer))
         return (resid[0] * lanes[0] + post[0, 0] * a + post[1, 0] * m, resid[1] * lanes[1] + post[0, 1] * a + post[1, 1] * m)
+
+    def _mlp_gate(self, layer: int, x: Tensor) -> Tensor | float:
+        """The MLP's gate, (T, 1), from what its norm reads, un-normed."""
+        if not self.cfg.mlp_gate_enabled:
+            return 1.0
+        weight, bias = (self.get_parameter(f"blocks.{layer}.mlp_gate_out.{name}").to(self.dtype) for name in ("weight", "bias"))
+        return torch.sigmoid(F.linear(x[:, : self.cfg.gate_window], weight, bias))
 
     def _attention(self, context: Context, layer: int, visit: int, n: Tensor) -> Tensor:
         """What attention of the normalised input n (T, d) adds: gate, output projection and scale included."""
@@ -1384,8 +1405,9 @@ class GPT(nn.Module):
         q, k, v = (t.unflatten(-1, (-1, cfg.head_dim)) for t in (q, k, v))
         q = rotate(head_norm(q, weights.q_gain), context.cos, context.sin).to(self.dtype)
         k = rotate(head_norm(k), context.cos, context.sin).to(self.dtype)
+        v = v.contiguous()  # attention and XSA both want it so: one copy serves them, forward and backward
         y = context.attend(visit, q, k, v)
-        gate = torch.sigmoid(gate) if cfg.gated_attn_enabled else torch.ones_like(y[..., 0])
+        gate = torch.sigmoid(gate) if gate.size(-1) else torch.ones_like(y[..., 0])
         y = exclude_self(y, v, gate) if layer >= cfg.num_layers - cfg.xsa_last_n else y * gate.unsqueeze(-1)
         y = linear((layer, visit, "proj"), y.flatten(1), weights.proj)
         bypass = linear((layer, visit, "attn_bypass"), n, None)
@@ -1433,17 +1455,23 @@ def optimizer_groups(cfg: Config) -> dict[str, Group]:
     }
 
 
-def orthogonalize(update: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
-    """Newton-Schulz iteration towards the nearest orthogonal matrix, for each matrix of update (N, rows, cols).
+# Coefficients (a, b, c) of x <- a x + (b g + c g g) x with g = x x^T, one triple an iteration. The quintic's are Keller Jordan's (2024):
+# singular values end near 1, not at it. Polar Express (Amsel et al. 2025): each step the best for what the one before left.
+NEWTON_SCHULZ = {
+    "quintic": ((3.4445, -4.7750, 2.0315),) * 50,
+    "polar": ((8.156554524902461, -22.48329292557795, 15.878769915207462), (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+              (3.8916678022926607, -2.772484153217685, 0.5060648178503393), (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+              (2.3465413258596377, -1.7097828382687081, 0.42323551169305323)),
+}
 
-    The quintic's coefficients are Keller Jordan's (2024): singular values end near 1, not at it.
-    """
-    a, b, c = 3.4445, -4.7750, 2.0315
+
+def orthogonalize(update: Tensor, steps: int, dtype: torch.dtype, kind: str = "quintic") -> Tensor:
+    """Newton-Schulz iteration towards the nearest orthogonal matrix, for each matrix of update (N, rows, cols)."""
     x = update.to(dtype)
     tall = x.size(-2) > x.size(-1)
     x = x.mT if tall else x
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
+    for a, b, c in NEWTON_SCHULZ[kind][:steps]:
         gram = x @ x.mT
         x = a * x + torch.baddbmm(gram, gram, gram, beta=b, alpha=c) @ x
     return x.mT if tall else x
@@ -1522,7 +1550,7 @@ class Optimizers:
         torch._foreach_zero_([*(t.full_grad for t in self.large), self.flat_grad])
 
     @torch.no_grad()
-    def step(self, lr_scale: float, step: int) -> Tensor:
+    def step(self, lr_scale: float, step: int, muon_wd_scale: float = 1.0) -> Tensor:
         """Update from the accumulated gradients; returns the norm of the averaged gradient, a 0-d tensor."""
         for tensor in self.large:
             tensor.start_reduce()
@@ -1531,7 +1559,9 @@ class Optimizers:
             tensor.wait()
         norm = self._average_and_clip()
         for name, buffers in self.momenta.items():
-            self._muon(self.groups[name], self.sharded[name], buffers, self._momentum(step), lr_scale)
+            group = self.groups[name]
+            group = group._replace(lr=group.lr * lr_scale, weight_decay=group.weight_decay * muon_wd_scale)
+            self._muon(group, self.sharded[name], buffers, self._momentum(step))
         for group in self.adamw.param_groups:
             group["lr"] = group["base_lr"] * lr_scale
         self.adamw.step()
@@ -1557,18 +1587,17 @@ class Optimizers:
         warm = min(step / cfg.muon_momentum_warmup_steps, 1.0) if cfg.muon_momentum_warmup_steps else 1.0
         return (1 - warm) * cfg.muon_momentum_warmup_start + warm * cfg.muon_momentum
 
-    def _muon(self, group: Group, banks: list[ShardedTensor], buffers: list[Tensor], momentum: float, lr_scale: float) -> None:
+    def _muon(self, group: Group, banks: list[ShardedTensor], buffers: list[Tensor], momentum: float) -> None:
         """Nesterov momentum, orthogonalised; each bank's rows travel while the next bank is worked on."""
         torch._foreach_mul_(buffers, momentum)
         torch._foreach_add_(buffers, [bank.shard.grad for bank in banks])
-        lr = group.lr * lr_scale
         for bank, buffer in zip(banks, buffers):
             update = torch.add(bank.shard.grad, buffer, alpha=momentum)
             if self.cfg.muon_row_normalize:
                 update = update / update.norm(dim=-1, keepdim=True).clamp_min(1e-7)
-            update = orthogonalize(update, self.cfg.muon_backend_steps, self.ns_dtype).to(bank.shard.dtype)
+            update = orthogonalize(update, self.cfg.muon_backend_steps, self.ns_dtype, self.cfg.muon_ns).to(bank.shard.dtype)
             scale = math.sqrt(max(1.0, update.size(-2) / update.size(-1)))
-            bank.shard.mul_(1 - lr * group.weight_decay).add_(update, alpha=-lr * scale)
+            bank.shard.mul_(1 - group.lr * group.weight_decay).add_(update, alpha=-group.lr * scale)
             bank.start_gather()
 
     def _slots(self) -> Iterator[tuple[str, ShardedTensor | None, Tensor]]:
@@ -1623,6 +1652,11 @@ def learning_rate_scale(cfg: Config, frac: float) -> float:
     return max((1 - frac) / cfg.warmdown_frac, cfg.min_lr)
 
 
+def muon_wd_scale(cfg: Config, frac: float) -> float:
+    """1 until 70 % of the run, then falling to MUON_WD_TAPER at its end."""
+    return 1 - (1 - cfg.muon_wd_taper) * min(max((frac - 0.7) / 0.3, 0.0), 1.0)
+
+
 def compiled(run: Run, function: Callable[..., Any], dynamic: bool = False) -> Callable[..., Any]:
     """`function(batch, ...)` through torch.compile without graph breaks, or as it is where compilation is off.
 
@@ -1664,7 +1698,7 @@ class Trainer:
         self.reserve_seconds = run.cfg.gptq_reserve_seconds
         self.clock = Clock(run.device)
 
-    def train_step(self, depth: int, lr_scale: float) -> Tensor:
+    def train_step(self, depth: int, lr_scale: float, wd_scale: float = 1.0) -> Tensor:
         """One step; the mean loss of this rank's tokens as a 0-d tensor, so that nothing waits for the device."""
         schedule, graphs = loop_schedule(self.cfg, depth), graphs_made(self.run)
         batches = self.loader.next()
@@ -1675,7 +1709,7 @@ class Trainer:
             loss.backward()
             total += loss.detach()
         self.late_graphs += graphs_made(self.run) - graphs
-        self.optimizers.step(lr_scale, self.step)
+        self.optimizers.step(lr_scale, self.step, wd_scale)
         torch._foreach_lerp_(self.ema, self.params, 1 - self.cfg.ema_decay)
         self.step += 1
         return total
@@ -1845,7 +1879,7 @@ class Checkpoint:
 def fingerprint(cfg: Config) -> str:
     """Changes with the code and with every setting but the checkpoints' own."""
     settings = {f.name: format_setting(getattr(cfg, f.name)) for f in fields(Config) if f.name != "checkpoint_every"}
-    return hashlib.sha256(json.dumps([settings, hashlib.sha256(own_source()).hexdigest()]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([settings, hashlib.sha256(packed_code()).hexdigest()]).encode()).hexdigest()
 
 
 def train(run: Run, trainer: Trainer, val: ValData, checkpoint: Checkpoint) -> None:
@@ -1874,7 +1908,7 @@ def train(run: Run, trainer: Trainer, val: ValData, checkpoint: Checkpoint) -> N
             trainer.depth = depth
             log.record("phase", step=trainer.step, frac=f"{frac:.3f}", depth=depth)
         lr_scale = learning_rate_scale(cfg, frac)
-        loss = trainer.train_step(depth, lr_scale)
+        loss = trainer.train_step(depth, lr_scale, muon_wd_scale(cfg, frac))
         elapsed_ms, save = pace.after_step(trainer.clock.elapsed_ms(), checkpoint.due(trainer.step))
         frac = elapsed_ms / budget_ms if budget_ms else trainer.step / cfg.iterations
         pace.report(trainer, loss, min(frac, 1.0), lr_scale)
@@ -2575,27 +2609,43 @@ def table_entropy(quantized: Quantized) -> float:
 
 
 # ---- code ----
-# The rules count the code with the model. What counts is what is shipped: this file as one brotli payload that a few
-# readable lines run. The run counts those bytes, and a record folder ships them, the readable source beside it.
+# The rules count the code with the model. What counts is what is shipped: one packed file, this source without comments and
+# docstrings as a brotli payload that a few readable lines run. The run counts those bytes, and a record folder ships them, the
+# readable source beside it.
 
-PACKED_HEAD = '''"""train_gpt.py, packed to count few bytes: it runs as the readable source does, which lies beside it in source/."""
-import base64, linecache, brotli
-PACKED_SOURCE = brotli.decompress(base64.b85decode("'''
-PACKED_TAIL = '''"))
-linecache.cache["train_gpt_source.py"] = (len(PACKED_SOURCE), None, PACKED_SOURCE.decode().splitlines(True), "train_gpt_source.py")
-exec(compile(PACKED_SOURCE, "train_gpt_source.py", "exec"))
+PACKED_HEAD = b'''# -*- coding: latin-1 -*-
+"""train_gpt.py, packed to count few bytes: it runs as the readable source does, which lies beside it in source/."""
+import linecache, brotli
+PACKED_SOURCE = brotli.decompress("'''
+PACKED_TAIL = b'''".encode("latin-1"))
+linecache.cache["packed_source.py"] = (len(PACKED_SOURCE), None, PACKED_SOURCE.decode().splitlines(True), "packed_source.py")
+exec(compile(PACKED_SOURCE, "packed_source.py", "exec"))
 '''
+PACKED_ESCAPES = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r", "\0": "\\x00"}
 
 
-def own_source() -> bytes:
-    """The readable source of this program, also when it runs packed."""
-    return globals().get("PACKED_SOURCE") or Path(__file__).read_bytes()
+def shipped_source(source: str) -> str:
+    """`source` without comments, docstrings and empty lines: what the packed file runs."""
+    dropped: set[int] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) and len(node.body) > 1:
+            dropped |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    comments = {token.start[0]: token.start[1] for token in tokens if token.type == tokenize.COMMENT}
+    lines = [line[: comments.get(n)].rstrip() for n, line in enumerate(source.splitlines(), 1) if n not in dropped]
+    return "\n".join(line for line in lines if line) + "\n"
 
 
-def pack_code(source: bytes) -> bytes:
+def pack_code(source: str) -> bytes:
     """The packed file that runs `source`; the same bytes every time."""
-    payload = base64.b85encode(brotli.compress(source, quality=11, lgwin=24))
-    return PACKED_HEAD.encode() + payload + PACKED_TAIL.encode()
+    payload = brotli.compress(shipped_source(source).encode(), quality=11, lgwin=24).decode("latin-1")
+    return PACKED_HEAD + payload.translate(str.maketrans(PACKED_ESCAPES)).encode("latin-1") + PACKED_TAIL
+
+
+def own_source() -> str:
+    """The source of this program: the readable one, or, where it runs packed, what the packed file holds."""
+    packed = globals().get("PACKED_SOURCE")
+    return packed.decode() if packed else Path(__file__).read_text(encoding="utf-8")
 
 
 @lru_cache(maxsize=1)
@@ -3193,6 +3243,7 @@ class Adapters:
     def __init__(self, run: Run, schedule: Schedule, documents: int) -> None:
         cfg, self.documents, self.initial = run.cfg, documents, {}
         self.shapes, self.parts = adapter_shapes(cfg), attn_in_parts(cfg)
+        self.scale = cfg.ttt_lora_alpha / cfg.ttt_lora_rank if cfg.ttt_lora_alpha else 1.0
         generator = torch.Generator().manual_seed(cfg.seed)
         self.values: dict[str, Tensor] = {}
         for name, (_, i, o) in self.shapes.items():
@@ -3222,11 +3273,12 @@ class Adapters:
     def bind(self, live: dict[str, Tensor]) -> Linear:
         """`linear` for one forward: each visit's slice is taken here, once, so that its gradient is gathered once."""
         by_visit = {name: tensor.unbind(1) for name, tensor in live.items()}
-        names, parts = {name: site for name, (site, _, _) in self.shapes.items()}, self.parts
+        names, parts, scale = {name: site for name, (site, _, _) in self.shapes.items()}, self.parts, self.scale
 
         def delta(name: str, visit: int, x: Tensor) -> Tensor:
             a, b = by_visit[f"a.{name}"][visit].to(x.dtype), by_visit[f"b.{name}"][visit].to(x.dtype)
-            return (x.unflatten(0, (a.size(0), -1)) @ a.mT @ b.mT).flatten(0, 1)
+            delta = (x.unflatten(0, (a.size(0), -1)) @ a.mT @ b.mT).flatten(0, 1)
+            return delta if scale == 1 else scale * delta
 
         def linear(site: Site, x: Tensor, w: Tensor | None) -> Tensor | None:
             y, (_, visit, place) = plain_linear(site, x, w), site
@@ -3521,8 +3573,11 @@ class GlobalSGD:
             self._gradients(tokens)
         self._release()
 
-    def learn(self, text: np.ndarray, phase: str) -> None:
-        """One pass over `text`, GLOBAL_TTT_EPOCHS steps a chunk of GLOBAL_TTT_CHUNK_TOKENS, the last chunk left out. A collective."""
+    def learn(self, text: np.ndarray, phase: str) -> float:
+        """One pass over `text`, GLOBAL_TTT_EPOCHS steps a chunk of GLOBAL_TTT_CHUNK_TOKENS, the last chunk left out; its milliseconds.
+
+        A collective.
+        """
         cfg, began, size = self.run.cfg, time.perf_counter(), self.run.cfg.global_ttt_chunk_tokens
         chunks, progress = -(-(len(text) - 1) // size), Progress(self.run.log)
         sgd = torch.optim.SGD(self.params, lr=cfg.global_ttt_lr, momentum=cfg.global_ttt_momentum)
@@ -3539,8 +3594,9 @@ class GlobalSGD:
             total += loss
             progress(f"ttt_sgd_{phase}", i + 1, chunks - 1)
         self._release()
-        self.run.log.record("ttt_sgd", phase=phase, tokens=len(text), chunks=max(chunks - 1, 0),
-                            loss=f"{total.item() / max(chunks - 1, 1):.4f}", time_ms=int(since_ms(began)))
+        loss = total.item() / max(chunks - 1, 1)
+        self.run.log.record("ttt_sgd", phase=phase, tokens=len(text), chunks=max(chunks - 1, 0), loss=f"{loss:.4f}", time_ms=int(since_ms(began)))
+        return since_ms(began)
 
     def _gradients(self, entries: np.ndarray) -> Tensor:
         """Gradients of the mean loss of a chunk over all ranks, into the parameters' .grad; the loss."""
@@ -3561,36 +3617,44 @@ class GlobalSGD:
 
 
 class TTTProgress:
-    """Some twenty lines a run, and a warning as soon as the plan will not hold.
+    """Some twenty lines a run with the time still to come, and a warning as soon as the budget will not hold.
 
-    Every rank posts where it stands; rank 0 reads that without waiting.
+    Every rank posts where it stands; rank 0 reads that without waiting. The plan's seconds are those of an H100: only their
+    shares count here, and the pace is measured. The same with the tokens of the global SGD.
     """
 
     def __init__(self, run: Run, plans: list[PhasePlan], documents: Documents) -> None:
-        self.run, self.documents, self.began, self.warned = run, documents, time.perf_counter(), False
+        self.run, self.documents, self.plans = run, documents, plans
+        self.began, self.sgd_ms, self.warned = time.perf_counter(), 0.0, False
         self.reckoned = sum(max(plan.seconds) for plan in plans)
+        self.sgd_tokens = [sum(int(documents.lengths[d]) + 1 for d in plan.learns) for plan in plans]
         self.batches, self.done = sum(len(plan.ranks[run.ranks.rank]) for plan in plans), 0
         self.docs, self.nats, self.bytes, self.share = 0, 0.0, 0, 0.0
-        worst = max(max(p.seconds) / (sum(p.seconds) / len(p.seconds)) for p in plans)
-        run.log.record("ttt_plan", reckoned_ms=int(1e3 * self.reckoned), batches=sum(len(p.batches) for p in plans),
-                       phases=len(plans), imbalance=f"{worst - 1:.4f}", sgd_docs=",".join(str(len(p.learns)) for p in plans[:-1]) or 0)
+        imbalance = max(max(plan.seconds) / max(sum(plan.seconds) / len(plan.seconds), 1e-9) for plan in plans) - 1
+        run.log.record("ttt_plan", h100_ms=int(1e3 * self.reckoned), batches=sum(len(plan.batches) for plan in plans), phases=len(plans),
+                       imbalance=f"{imbalance:.4f}", sgd_docs=",".join(str(len(plan.learns)) for plan in plans[:-1]) or 0)
 
-    def add(self, members: range, nats: float, plan: PhasePlan, seconds: float, phase: str) -> None:
-        """A batch of this rank is scored; `seconds` are its share of the plan."""
-        run, self.done = self.run, self.done + 1
+    def add(self, phase: int, members: range, nats: float) -> None:
+        """A batch of this rank in `phase`, counted from 0, is scored."""
+        ranks, plan, self.done = self.run.ranks, self.plans[phase], self.done + 1
         self.docs, self.nats = self.docs + len(members), self.nats + nats
         self.bytes += int(self.documents.byte_sums[members.start: members.stop].sum())
-        self.share += seconds / max(sum(plan.seconds), 1e-9) * max(plan.seconds) / max(self.reckoned, 1e-9)
-        run.ranks.post("ttt", json.dumps([self.docs, self.nats, self.bytes, self.share]))
-        if run.ranks.rank == 0 and (self.done % max(1, self.batches // 20) == 0 or self.done in (1, self.batches)):
+        self.share += plan.seconds[ranks.rank] / len(plan.ranks[ranks.rank]) / sum(plan.seconds) * max(plan.seconds) / self.reckoned
+        ranks.post("ttt", json.dumps([self.docs, self.nats, self.bytes, self.share]))
+        if ranks.rank == 0 and (self.done % max(1, self.batches // 20) == 0 or self.done in (1, self.batches)):
             self._report(phase)
 
-    def _report(self, phase: str) -> None:
+    def learned(self, time_ms: float) -> None:
+        """A pass of the global SGD took so long."""
+        self.sgd_ms += time_ms
+
+    def _report(self, phase: int) -> None:
         docs, nats, num_bytes, share = map(sum, zip(*map(json.loads, self.run.ranks.posted("ttt").values())))
         elapsed, budget = since_ms(self.began), 1e3 * self.run.cfg.eval_budget_seconds
-        whole = elapsed / max(share, 1e-9)
-        self.run.log.record("ttt", docs=f"{docs}/{len(self.documents)}", phase=phase, val_bpb=f"{nats / math.log(2) / max(num_bytes, 1):.5f}",
-                            time_ms=int(elapsed), left_ms=int(whole - elapsed))
+        sgd_ms = self.sgd_ms * sum(self.sgd_tokens) / max(sum(self.sgd_tokens[:phase]), 1)
+        whole = (elapsed - self.sgd_ms) / max(share, 1e-9) + sgd_ms
+        self.run.log.record("ttt", docs=f"{docs}/{len(self.documents)}", phase=f"{phase + 1}/{len(self.plans)}",
+                            val_bpb=f"{nats / math.log(2) / max(num_bytes, 1):.5f}", time_ms=int(elapsed), left_ms=int(max(0.0, whole - elapsed)))
         if budget and whole > budget and not self.warned:
             self.warned = True
             self.run.log(f"warning: at this pace test-time training will take {whole / 1e3:.0f} s, more than EVAL_BUDGET_SECONDS="
@@ -3613,16 +3677,16 @@ def score_with_ttt(run: Run, model: GPT, val: ValData) -> Score:
     began, progress = time.perf_counter(), TTTProgress(run, plans, documents)
     losses = np.full(len(val.tokens) - 1, np.nan, np.float32)
     nats = np.zeros(len(documents))  # float64, by place in the scoring order; a document is scored on one rank
-    for phase, plan in enumerate(plans, 1):
-        own = plan.ranks[ranks.rank]
-        for index in own:
+    for phase, plan in enumerate(plans):
+        for index in plan.ranks[ranks.rank]:
             members = plan.batches[index]
             for document, part in zip(members, scorer.score(documents, members)):
                 nats[document] = part.sum(dtype=np.float64)
                 losses[documents.starts[document]:][: len(part)] = part
-            progress.add(members, float(nats[members.start: members.stop].sum()), plan, plan.seconds[ranks.rank] / len(own), f"{phase}/{len(plans)}")
+            progress.add(phase, members, float(nats[members.start: members.stop].sum()))
         if plan.learns:
-            sgd.learn(np.concatenate([documents.text(d) for d in plan.learns]), f"{phase}/{len(plans) - 1}")
+            text = np.concatenate([documents.text(d) for d in plan.learns])
+            progress.learned(sgd.learn(text, f"{phase + 1}/{len(plans) - 1}"))
     total = np.sum(ranks.gather(nats), axis=0)
     assert int(documents.lengths.sum()) == len(losses), "every target belongs to one document"
     score = Score(float(total.sum()), len(losses), val.num_bytes, since_ms(began), losses)
@@ -3651,24 +3715,35 @@ def mlp_up(x: Tensor, w_up: Tensor) -> Tensor:
     return F.leaky_relu(F.linear(x, w_up), 0.5).square()
 
 
-def mlp_up_reference(x: Tensor, w_up: Tensor) -> tuple[Tensor, Tensor]:
-    """What mlp_kernel computes going forward: the pre-activation and its activation, both (T, h)."""
-    before = F.linear(x, w_up)
-    return before, F.leaky_relu(before, 0.5).square()
+def sign_bit(dtype: torch.dtype) -> int:
+    """Which bit of a float32 is the last that `dtype`, bfloat16 or float32, keeps."""
+    return 16 if dtype == torch.bfloat16 else 0
 
 
-def mlp_up_backward_reference(grad: Tensor, w_down: Tensor, before: Tensor) -> Tensor:
-    """What mlp_kernel computes going backward: the gradient (T, h) of `before`, from `grad` (T, d) of the MLP's output."""
-    slope = torch.where(before > 0, 2.0, 0.5).to(before.dtype)           # d/dz leaky(z)^2 = 2 z, or 2 (z/2) / 2
-    return F.linear(grad, w_down.t()) * slope * before
+def mlp_up_reference(x: Tensor, w_up: Tensor) -> Tensor:
+    """What mlp_kernel computes going forward, (T, h): the activation, rounded to where its last bit says that z was negative."""
+    z, bit = F.linear(x.float(), w_up.float()), sign_bit(x.dtype)
+    bits = F.leaky_relu(z, 0.5).square().view(torch.int32)
+    even, odd = (bits + (1 << bit)) >> bit + 1 << bit + 1, (bits >> bit + 1 << bit + 1) + (1 << bit)
+    return torch.where(z < 0, odd, even).view(torch.float32).to(x.dtype)
+
+
+def mlp_up_backward_reference(grad: Tensor, w_down: Tensor, hidden: Tensor) -> Tensor:
+    """What mlp_kernel computes going backward: the gradient (T, h) of the pre-activation, from `grad` (T, d) of the MLP's output.
+
+    d/dz leaky(z)^2 is 2 z or z / 2: that is 2 or -1 times the root of the activation.
+    """
+    negative = (hidden.float().view(torch.int32) >> sign_bit(hidden.dtype)) & 1 == 1
+    root = hidden.float().sqrt()
+    return F.linear(grad, w_down.t()) * torch.where(negative, -root, 2 * root).to(grad.dtype)
 
 
 if triton is not None:
 
     @triton.jit
-    def mlp_kernel(a_desc, b_desc, before_desc, out_desc, rows, columns, depth, BACKWARD: tl.constexpr,
+    def mlp_kernel(a_desc, b_desc, hidden_desc, out_desc, rows, columns, depth, BACKWARD: tl.constexpr, BIT: tl.constexpr,
                    TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr, PROGRAMS: tl.constexpr):
-        """before = a @ b^T, out = leaky(before)^2; or, BACKWARD, out = (a @ b) * d leaky(before)^2 / d before."""
+        """out = leaky(a @ b^T)^2 with the sign in bit BIT; or, BACKWARD, out = (a @ b) * d leaky(z)^2 / dz by what hidden kept of z."""
         tiles_n = tl.cdiv(columns, TILE_N)
         tiles = tl.cdiv(rows, TILE_M) * tiles_n
         HALF: tl.constexpr = TILE_N // 2
@@ -3688,12 +3763,16 @@ if triton is not None:
                 z = left if half == 0 else right
                 at = column + half * HALF
                 if BACKWARD:
-                    before = before_desc.load([row, at]).to(tl.float32)
-                    out_desc.store([row, at], (z * before * tl.where(before > 0, 2.0, 0.5)).to(out_desc.dtype))
+                    hidden = hidden_desc.load([row, at]).to(tl.float32)
+                    negative = (hidden.to(tl.int32, bitcast=True) >> BIT) & 1
+                    root = tl.sqrt(hidden)
+                    out_desc.store([row, at], (z * tl.where(negative == 1, -root, 2 * root)).to(out_desc.dtype))
                 else:
-                    before_desc.store([row, at], z.to(before_desc.dtype))
-                    z = tl.where(z > 0, z, 0.5 * z)
-                    out_desc.store([row, at], (z * z).to(out_desc.dtype))
+                    leaky = tl.where(z < 0, 0.5 * z, z)
+                    bits = (leaky * leaky).to(tl.int32, bitcast=True)
+                    even = ((bits + (1 << BIT)) >> (BIT + 1)) << (BIT + 1)         # the nearest with a last bit of 0, or of 1
+                    odd = ((bits >> (BIT + 1)) << (BIT + 1)) + (1 << BIT)
+                    out_desc.store([row, at], tl.where(z < 0, odd, even).to(tl.float32, bitcast=True).to(out_desc.dtype))
 
     @triton.jit
     def exclude_self_kernel(y, v, gate, grad, out, grad_v, grad_gate, rows, v_stride, BACKWARD: tl.constexpr, KV: tl.constexpr,
@@ -3750,7 +3829,7 @@ if triton is not None:
         tl.store(out + row * width + column, value.to(out.dtype.element_ty), mask=column < width)
 
 
-def launch_mlp_kernel(a: Tensor, b: Tensor, before: Tensor, out: Tensor, backward: bool,
+def launch_mlp_kernel(a: Tensor, b: Tensor, hidden: Tensor, out: Tensor, backward: bool,
                       tile: tuple[int, int, int] = MLP_TILE) -> None:
     """Run mlp_kernel over contiguous matrices whose rows are multiples of 16 bytes (Hopper's copy engine asks for that)."""
     tile_m, tile_n, tile_k = tile
@@ -3760,44 +3839,48 @@ def launch_mlp_kernel(a: Tensor, b: Tensor, before: Tensor, out: Tensor, backwar
     mlp_kernel[(min(programs, triton.cdiv(rows, tile_m) * triton.cdiv(columns, tile_n)),)](
         TensorDescriptor.from_tensor(a, [tile_m, tile_k]),
         TensorDescriptor.from_tensor(b, [tile_k, tile_n] if backward else [tile_n, tile_k]),
-        TensorDescriptor.from_tensor(before, [tile_m, tile_n // 2]),
+        TensorDescriptor.from_tensor(hidden, [tile_m, tile_n // 2]),
         TensorDescriptor.from_tensor(out, [tile_m, tile_n // 2]),
-        rows, columns, depth, backward, tile_m, tile_n, tile_k, programs, num_warps=8, num_stages=3)
+        rows, columns, depth, backward, sign_bit(out.dtype), tile_m, tile_n, tile_k, programs, num_warps=8, num_stages=3)
 
 
 @torch.library.custom_op(f"{OPERATORS}::mlp_up", mutates_args=())
-def mlp_up_op(x: Tensor, w_up: Tensor) -> tuple[Tensor, Tensor]:
-    """mlp_up_reference by the kernel: (T, d), (h, d) -> before (T, h), hidden (T, h)."""
-    before, hidden = (x.new_empty((x.size(0), w_up.size(0))) for _ in range(2))
-    launch_mlp_kernel(x, w_up, before, hidden, backward=False)
-    return before, hidden
-
-
-@torch.library.custom_op(f"{OPERATORS}::mlp_up_backward", mutates_args=())
-def mlp_up_backward_op(grad: Tensor, w_down: Tensor, before: Tensor) -> Tensor:
-    """mlp_up_backward_reference by the kernel: (T, d), (d, h), (T, h) -> (T, h)."""
-    out = torch.empty_like(before)
-    launch_mlp_kernel(grad, w_down, before, out, backward=True)
+def mlp_up_op(x: Tensor, w_up: Tensor) -> Tensor:
+    """mlp_up_reference by the kernel: (T, d), (h, d) -> (T, h)."""
+    out = x.new_empty((x.size(0), w_up.size(0)))
+    launch_mlp_kernel(x, w_up, out, out, backward=False)
     return out
 
 
-mlp_up_op.register_fake(lambda x, w_up: (x.new_empty((x.size(0), w_up.size(0))), x.new_empty((x.size(0), w_up.size(0)))))
-mlp_up_backward_op.register_fake(lambda grad, w_down, before: torch.empty_like(before))
+@torch.library.custom_op(f"{OPERATORS}::mlp_up_backward", mutates_args=())
+def mlp_up_backward_op(grad: Tensor, w_down: Tensor, hidden: Tensor) -> Tensor:
+    """mlp_up_backward_reference by the kernel: (T, d), (d, h), (T, h) -> (T, h)."""
+    out = torch.empty_like(hidden)
+    launch_mlp_kernel(grad, w_down, hidden, out, backward=True)
+    return out
+
+
+mlp_up_op.register_fake(lambda x, w_up: x.new_empty((x.size(0), w_up.size(0))))
+mlp_up_backward_op.register_fake(lambda grad, w_down, hidden: torch.empty_like(hidden))
 
 
 class FusedMLP(torch.autograd.Function):
-    """down(leaky_relu(up(x), 0.5)^2) around the two fused products; the others are plain, for the compiler to place."""
+    """down(leaky_relu(up(x), 0.5)^2) around the two fused products; the others are plain, for the compiler to place.
+
+    Nothing but the activation is kept for the backward: the sign that squaring loses lies in its last bit, which costs it
+    half a bit of precision and saves writing, keeping and reading the pre-activation, (T, h) a visit.
+    """
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
-        before, hidden = mlp_up_op(x, w_up)
-        ctx.save_for_backward(x, w_up, w_down, before, hidden)
+        hidden = mlp_up_op(x, w_up)
+        ctx.save_for_backward(x, w_up, w_down, hidden)
         return F.linear(hidden, w_down)
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x, w_up, w_down, before, hidden = ctx.saved_tensors
-        grad_before = mlp_up_backward_op(grad, w_down, before)
+        x, w_up, w_down, hidden = ctx.saved_tensors
+        grad_before = mlp_up_backward_op(grad, w_down, hidden)
         return grad_before @ w_up, grad_before.t() @ x, grad.t() @ hidden
 
 
@@ -3814,7 +3897,7 @@ def kernels_take(x: Tensor) -> bool:
 
 def fused_mlp(x: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
     """F.linear(mlp_up(x, w_up), w_down), all of one dtype. x (T, d), w_up (h, d), w_down (d, h) -> (T, d)."""
-    if kernels_take(x) and x.size(1) % 8 == 0 and w_up.size(0) % 8 == 0:
+    if kernels_take(x) and x.dtype != torch.float16 and x.size(1) % 8 == 0 and w_up.size(0) % 8 == 0:
         return FusedMLP.apply(x, w_up, w_down)
     return F.linear(mlp_up(x, w_up), w_down)
 
@@ -3977,7 +4060,7 @@ def log_start(run: Run, environ: Mapping[str, str]) -> None:
                compile=int(run.compile), date=f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ}")
     if attention_backend.skipped:
         log(f"faster attention was passed over: {attention_backend.skipped}")
-    for kind, code in (("source", own_source()), ("counted", packed_code())):
+    for kind, code in (("source", own_source().encode()), ("counted", packed_code())):
         log.record("code", file="train_gpt.py", kind=kind, bytes=len(code), sha256=hashlib.sha256(code).hexdigest())
     for f in fields(cfg):
         value, starred = format_setting(getattr(cfg, f.name)), getattr(cfg, f.name) != f.default
@@ -4183,7 +4266,7 @@ def fail(error: BaseException, ranks: Ranks | None, log: Log | None) -> int:
 def main(environ: Mapping[str, str] = os.environ, arguments: list[str] | None = None) -> int:
     """Run as the environment says; the exit status: 0, 2 for something the user can mend, 3 over a cap or budget, 128 + a signal's number."""
     if arguments := sys.argv[1:] if arguments is None else arguments:
-        known = {"--help": settings_help(), "--source": own_source().decode()}
+        known = {"--help": settings_help(), "--source": own_source()}
         print(known.get(arguments[0], f"{arguments[0]} is not known; settings are environment variables (--help lists them, --source prints the code)"))
         return 0 if arguments[0] in known else EXIT_USER_ERROR
     log, ranks = None, None

@@ -120,9 +120,9 @@ def muon_momentum(run: tg.Run, step: int) -> float:
     return holder._momentum(step)
 
 
-def orthogonalized(update: Tensor, steps: int) -> Tensor:
-    """Muon's Newton-Schulz iteration, with the coefficients of the record, in float32."""
-    return tg.orthogonalize(update, steps, torch.float32)
+def orthogonalized(update: Tensor, steps: int, coefficients: str) -> Tensor:
+    """Muon's Newton-Schulz iteration in float32."""
+    return tg.orthogonalize(update, steps, torch.float32, coefficients)
 
 
 def gptq_codes(weights: Tensor, hessian: Tensor, bits: int, clip_sigmas: float) -> tuple[Tensor, Tensor]:
@@ -364,7 +364,7 @@ def forward_variant(path: Path, settings: dict[str, object], variant: str, kind:
 
 def newton_schulz(path: Path, _: dict[str, object], coefficients: str) -> Iterator[Difference]:
     golden = read(path)
-    pairs = {name: (orthogonalized(torch.from_numpy(golden["input/" + name.split("/")[0]]), int(name[-1])), matrix)
+    pairs = {name: (orthogonalized(torch.from_numpy(golden["input/" + name.split("/")[0]]), int(name[-1]), coefficients), matrix)
              for name, matrix in under(golden, coefficients).items()}
     yield largest("matrices", pairs, 1e-4)
 
@@ -393,7 +393,7 @@ LEVERS = (
     Lever("sparse gate", SMEAR | SPARSE, "lever_forward.npz", partial(forward_variant, variant="sparse_smear", kind="loss_alone")),
     Lever("MLP gate", {"MLP_GATE_ENABLED": 1}, "lever_forward.npz", partial(forward_variant, variant="dense_mlpgate", kind="loss")),
     Lever("Muon's quintic", {}, "lever_muon.npz", partial(newton_schulz, coefficients="quintic")),
-    Lever("Polar Express", {"MUON_POLAR_EXPRESS": 1}, "lever_muon.npz"),
+    Lever("Polar Express", {"MUON_NS": "polar"}, "lever_muon.npz", partial(newton_schulz, coefficients="polar")),
     Lever("learning rate", {}, "lever_muon.npz", learning_rate),
     Lever("Muon's momentum", {}, "lever_muon.npz", momentum),
     Lever("LQER", {"LQER_ENABLED": 1}, "lever_lqer.npz"),

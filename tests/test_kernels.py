@@ -104,8 +104,8 @@ def test_mlp_kernel_builds_for_hopper_with_wgmma_and_tma_and_fits_its_memory() -
         second = [tile_k, tile_n] if backward else [tile_n, tile_k]
         half = f"tensordesc<bf16[{tile_m},{tile_n // 2}]>"
         signature = {"a_desc": f"tensordesc<bf16[{tile_m},{tile_k}]>", "b_desc": f"tensordesc<bf16{second}>".replace(" ", ""),
-                     "before_desc": half, "out_desc": half, "rows": "i32", "columns": "i32", "depth": "i32"}
-        constants = {"BACKWARD": backward, "TILE_M": tile_m, "TILE_N": tile_n, "TILE_K": tile_k, "PROGRAMS": 132}
+                     "hidden_desc": half, "out_desc": half, "rows": "i32", "columns": "i32", "depth": "i32"}
+        constants = {"BACKWARD": backward, "BIT": 16, "TILE_M": tile_m, "TILE_N": tile_n, "TILE_K": tile_k, "PROGRAMS": 132}
         source = ASTSource(train_gpt.mlp_kernel, signature | dict.fromkeys(constants, "constexpr"), constants)
         built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8, "num_stages": 3})
         assert "wgmma.mma_async" in built.asm["ptx"] and "cp.async.bulk.tensor" in built.asm["ptx"]

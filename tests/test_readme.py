@@ -11,7 +11,7 @@ import tiny
 import train_gpt as tg
 
 
-def test_table_of_settings_is_made_from_the_code() -> None:
+def test_the_page_of_settings_is_made_from_the_code() -> None:
     done = subprocess.run([sys.executable, str(tiny.ROOT / "tools/settings_table.py"), "--check"], capture_output=True, text=True)
     assert done.returncode == 0, "run `python tools/settings_table.py`"
 

@@ -1,4 +1,4 @@
-"""Write the README's table of settings from the code: python tools/settings_table.py [--check]."""
+"""Write docs/SETTINGS.md from the code: python tools/settings_table.py [--check]."""
 
 from __future__ import annotations
 
@@ -11,32 +11,33 @@ sys.path.insert(0, str(ROOT))
 
 import train_gpt  # noqa: E402
 
-BEGIN, END = "<!-- settings: made by tools/settings_table.py -->", "<!-- end of settings -->"
+PAGE = ROOT / "docs" / "SETTINGS.md"
+HEAD = """# Settings
+
+Every setting is an environment variable. A wrong value is an error that names it, its value and what is allowed; a misspelt name is a warning.
+The log lists them all and stars those that differ from the record. An artifact carries those marked *model* (which function the weights are) and
+*score* (how it is scored). Made by `tools/settings_table.py`.
+
+| setting | default | meaning | allowed | carried |
+|---|---|---|---|---|
+"""
 
 
-def settings_table() -> str:
-    """A Markdown table with one line a setting: name, default, meaning, what is allowed."""
-    rows = ["| setting | default | meaning | allowed |", "|---|---|---|---|"]
+def settings_page() -> str:
+    """The page: a table with one line a setting."""
+    rows = []
     for f in fields(train_gpt.Config):
-        default = train_gpt.format_setting(f.default)
-        rows.append(f"| {f.name.upper()} | {default or '(empty)'} | {f.metadata['doc']} | {f.metadata['check'].text} |")
-    return "\n".join(rows)
-
-
-def with_table(readme: str) -> str:
-    """`readme` with the table between its two marks replaced; ValueError if a mark is missing."""
-    if BEGIN not in readme or END not in readme:
-        raise ValueError(f"README.md has no lines {BEGIN!r} and {END!r}")
-    before, rest = readme.split(BEGIN, 1)
-    return f"{before}{BEGIN}\n{settings_table()}\n{END}{rest.split(END, 1)[1]}"
+        default = train_gpt.format_setting(f.default) or "(empty)"
+        carried = next((mark for mark in ("model", "score") if f.metadata[mark]), "")
+        rows.append(f"| {f.name.upper()} | {default} | {f.metadata['doc']} | {f.metadata['check'].text} | {carried} |")
+    return HEAD + "\n".join(rows) + "\n"
 
 
 def main() -> int:
-    path = ROOT / "README.md"
-    readme = path.read_text(encoding="utf-8")
     if "--check" in sys.argv[1:]:
-        return int(with_table(readme) != readme)
-    path.write_text(with_table(readme), encoding="utf-8")
+        return int(not PAGE.exists() or PAGE.read_text(encoding="utf-8") != settings_page())
+    PAGE.parent.mkdir(exist_ok=True)
+    PAGE.write_text(settings_page(), encoding="utf-8")
     return 0
 
 
