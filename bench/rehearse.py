@@ -121,7 +121,7 @@ def failed(row: dict) -> str:
 
 def rehearsal_table(rows: list[dict]) -> str:
     """One line a row."""
-    lines = ["| part | ok? | graphs | breaks | late | host waits | launches | GB | registers/spilled bytes | peak GB | modelled ms | |",
+    lines = ["| part | ok? | graphs | breaks | late | host waits | launches | GB | registers/spilled bytes | GB allocated, taken | modelled ms | |",
              "|---|---|---|---|---|---|---|---|---|---|---|---|"]
     for row in rows:
         if "graphs" not in row:
@@ -129,7 +129,8 @@ def rehearsal_table(rows: list[dict]) -> str:
             continue
         built = " ".join(f"{registers}/{spilled}" for _, _, registers, spilled in row["built"])
         cells = [row["part"], f"**{failed(row)}**" if failed(row) else "ok", row["graphs"], row["breaks"], row["late"], row["waits"],
-                 row["launches"], f"{row['gigabytes']:.1f}", built, f"{row['peak_gb']:.1f}", f"{row['ms']:.1f}", row["note"]]
+                 row["launches"], f"{row['gigabytes']:.1f}", built, f"{row['allocated_gb']:.1f}, {row['peak_gb']:.1f}",
+                 f"{row['ms']:.1f}", row["note"]]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 

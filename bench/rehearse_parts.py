@@ -28,6 +28,7 @@ import reckon  # noqa: E402
 import train_gpt as g  # noqa: E402
 
 TOKENS, CONTEXT = 98_304, 500.0  # of a rank's share of a step; tokens that one sees on average (bench/roofline.py's assumption)
+FULL_BATCH = [int(n) for n in np.linspace(2400, 2060, g.Config().ttt_batch_size)]  # all see a whole window, then end one by one
 KERNELS_BUILT = 6  # the largest of Inductor's kernels of a row, built by ptxas for their registers
 CONTEXT_BYTES = 530 << 20  # of device memory that a CUDA context takes
 
@@ -44,7 +45,8 @@ class Row(NamedTuple):
     launches: int = 0
     gigabytes: float = 0.0
     ms: float = 0.0
-    peak_gb: float = 0.0
+    allocated_gb: float = 0.0  # at most, of tensors
+    peak_gb: float = 0.0  # at most, of the device: what the allocator took and the context
     built: tuple[tuple[str, int, int, int], ...] = ()  # largest kernels: name, bytes of a launch, registers, bytes spilled
     groups: dict[str, tuple[int, float, float]] = {}  # by kind: launches, bytes, seconds
     note: str = ""
@@ -85,7 +87,7 @@ class Stage:
             g.graphs_made(run) - before, calls.host_waits, len(calls.order) // repeats,
             sum(group.bytes for group in groups.values()) / 1e9 / repeats,
             1e3 * sum(group.seconds for group in groups.values()) / repeats,
-            (torch.cuda.max_memory_reserved() + CONTEXT_BYTES) / 1e9, built,
+            torch.cuda.max_memory_allocated() / 1e9, (torch.cuda.max_memory_reserved() + CONTEXT_BYTES) / 1e9, built,
             {kind: (n // repeats, size / repeats, seconds / repeats) for kind, (n, size, seconds) in groups.items()},
             note or "; ".join(calls.notes[:2])))
         (self.out / f"{part.replace(' ', '_')}.launches.txt").write_text("\n".join(calls.order))
@@ -116,9 +118,17 @@ def loader_of(run: g.Run) -> g.TrainLoader:
     return g.TrainLoader(g.TokenStream([tokens]), g.SpanLayout.plan(run.cfg, run.ranks.world), run.cfg, run.ranks)
 
 
-def all_is_finite() -> Any:
-    """The check for NaN answered by hand: on this device a reduction leaves a zero, which reads as False."""
-    return mock.patch.object(torch, "isfinite", lambda tensor: torch.ones((), dtype=torch.bool))
+@contextlib.contextmanager
+def arithmetic_succeeds() -> Iterator[None]:
+    """Checks of values answered by hand: a device that computes nothing leaves in their results what its memory held before."""
+    factor, better = torch.linalg.cholesky_ex, g.nearest_is_better
+    answers = ((torch, "isfinite", lambda tensor: torch.ones((), dtype=torch.bool)),
+               (torch.linalg, "cholesky_ex", lambda *args, **named: (factor(*args, **named)[0], torch.zeros(1))),
+               (g, "nearest_is_better", lambda error, *rest: torch.zeros(len(better(error, *rest)), dtype=torch.bool)))
+    with contextlib.ExitStack() as stack:
+        for module, name, answer in answers:
+            stack.enter_context(mock.patch.object(module, name, answer))
+        yield
 
 
 # ------------------------------------------------------------------------------------------------------------------ parts
@@ -183,7 +193,7 @@ def part_quantize(stage: Stage) -> None:
     g.collect_hessians(run, model, loader)
     with stage.measure("hessians", run, reckon.Attended(TOKENS, CONTEXT), repeats=2, note="a batch of 16"):
         hessians = g.collect_hessians(run, model, loader)
-    with all_is_finite(), stage.measure("gptq", run, nothing):
+    with arithmetic_succeeds(), stage.measure("gptq", run, nothing):
         tensors, _ = g.quantize(run, model, hessians)
     for tensor in tensors.values():  # what memory happened to hold is no weight
         (tensor.codes if isinstance(tensor, g.Quantized) else tensor).zero_()
@@ -211,13 +221,12 @@ def score_documents(stage: Stage, part: str, lengths: list[int], **settings: Any
 
 def part_ttt_window(stage: Stage) -> None:
     """Windowed test-time training, the record's."""
-    score_documents(stage, "ttt window", [int(n) for n in np.linspace(2400, 40, g.Config().ttt_batch_size)])
+    score_documents(stage, "ttt window", FULL_BATCH)
 
 
 def part_ttt_cache(stage: Stage) -> None:
     """Cached test-time training, steps captured as CUDA graphs."""
-    score_documents(stage, "ttt cache", [int(n) for n in np.linspace(2400, 40, g.Config().ttt_batch_size)],
-                    ttt_context="cache", ttt_chunk_size=16)
+    score_documents(stage, "ttt cache", FULL_BATCH, ttt_context="cache", ttt_chunk_size=16)
 
 
 def part_sgd(stage: Stage) -> None:
@@ -255,34 +264,31 @@ def rank_pieces(stage: Stage) -> dict[str, Callable[[], Any]]:
     """What each rank of the part `ranks` does, by name, in order; small but for the step."""
     ranks = g.Ranks.start(os.environ)
     stage.device = ranks.device
-    cfg = g.Config(train_batch_tokens=ranks.world * TOKENS, gptq_calibration_batches=1, phased_ttt_prefix_docs=8, phased_ttt_num_phases=1)
+    cfg = g.Config(train_batch_tokens=ranks.world * TOKENS, gptq_calibration_batches=1, ttt_batch_size=8, phased_ttt_prefix_docs=24,
+                   phased_ttt_num_phases=1, phased_ttt_leave_out=0, global_ttt_chunk_tokens=4096)
     run = g.Run(cfg, ranks, g.Log(None, enabled=False), compile=True)
     g.resolve_attention(cfg.attn_backend, run.device)
     model, loader = stage.model(run), loader_of(run)
     trainer = g.Trainer(run, model, loader)
     val = made_up_documents([8000, *[int(n) for n in np.linspace(600, 40, 60)]], cfg.vocab_size)
     box: dict[str, Any] = {}
+    plain = replace(run, compile=False)  # graphs have parts of their own, here the collectives count
     return {
         "step": lambda: trainer.train_step(1, 1.0),
         "second step": lambda: trainer.train_step(1, 1.0),
         "pace": lambda: g.Pace(run, trainer).after_step(1.0, 0.0, 0.0),
-        "evaluation": lambda: g.evaluate(replace_compile(run), model, val, "final", cfg.eval_loop_depth),
+        "evaluation": lambda: g.evaluate(plain, model, val, "final", cfg.eval_loop_depth),
         "hessians": lambda: box.update(hessians=g.collect_hessians(run, model, loader)),
         "gptq": lambda: g.quantize(run, model, box["hessians"]),
-        "ttt": lambda: g.score_with_ttt(replace_compile(run), model.requires_grad_(False), val),
+        "ttt": lambda: g.score_with_ttt(plain, model.requires_grad_(False), val),
         "stop": ranks.stop,
     }
-
-
-def replace_compile(run: g.Run) -> g.Run:
-    """The same run, not compiled: these pieces have parts of their own, and here their collectives count."""
-    return replace(run, compile=False)
 
 
 def one_rank(stage: Stage) -> None:
     """A process of the part `ranks`: its collectives, piece by piece, go to a file."""
     done = {}
-    with all_is_finite():
+    with arithmetic_succeeds():
         for name, piece in rank_pieces(stage).items():
             nh.reset()
             piece()
@@ -295,12 +301,14 @@ def part_ranks(stage: Stage, world: int = 2) -> None:
     """Ranks over NCCL: each must ask for the same collectives in the same order."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", str(Path(__file__).resolve()),
                "one_rank", str(stage.out)]
-    subprocess.run(command, env={**os.environ, **nh.environment(world)}, check=True)
+    if subprocess.run(command, env={**os.environ, **nh.environment(world)}).returncode:
+        raise RuntimeError("a rank failed: its traceback stands in the part's log")
     ranks = [json.loads((stage.out / f"rank{rank}.json").read_text()) for rank in range(world)]
     for name, first in ranks[0].items():
         same = all([without_place(line) for line in rank[name]["collectives"]] == [without_place(line) for line in first["collectives"]]
                    for rank in ranks)
-        faults = [fault for rank in ranks for fault in rank[name]["faults"]] + [] if same else ["the ranks ask for different collectives"]
+        faults = [fault for rank in ranks for fault in rank[name]["faults"]]
+        faults += [] if same else ["the ranks ask for different collectives"]
         groups = reckon.reckon_launches(first["collectives"], reckon.Attended(0, 0.0)).get("collectives", reckon.Group())
         stage.rows.append(Row(f"{world} ranks: {name}", "; ".join(faults[:3]), launches=groups.launches, gigabytes=groups.bytes / 1e9,
                               ms=1e3 * groups.seconds, note="collectives only"))
@@ -319,7 +327,7 @@ def part_gpu(name: str, stage: Stage) -> None:
     sizes = gpu.Sizes(data_tokens=600_000, steps=2, ttt_lengths=(240,), ttt_cache_batches=(64,), ttt_cache_chunks=(16,))
     bench = gpu.Bench(sizes, stage.out, None)
     bench.part = f"gpu_{name}_results"
-    with all_is_finite(), stage.measure(f"bench/gpu.py {name}", bench.make_run(), reckon.Attended(0, 0.0)):
+    with arithmetic_succeeds(), stage.measure(f"bench/gpu.py {name}", bench.make_run(), reckon.Attended(0, 0.0)):
         gpu.PARTS[name](bench)
     stage.rows[-1] = stage.rows[-1]._replace(late=0, note=f"{len(bench.results)} results")
 

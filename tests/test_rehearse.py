@@ -202,7 +202,7 @@ def test_groups_add_up_and_the_largest_kernels_come_first() -> None:
 
 def row(**changes: object) -> dict:
     plain = {"part": "p", "fault": "", "graphs": 3, "breaks": 0, "late": 0, "waits": 1, "launches": 10, "gigabytes": 1.0, "ms": 2.0,
-             "peak_gb": 40.0, "built": [("k", 100, 64, 0)], "groups": {"products": (1, 1e9, 1e-3)}, "note": ""}
+             "allocated_gb": 39.0, "peak_gb": 40.0, "built": [("k", 100, 64, 0)], "groups": {"products": (1, 1e9, 1e-3)}, "note": ""}
     return plain | changes
 
 
