@@ -255,6 +255,10 @@ class Config:
     ttt_o_lora: bool = score_setting(True, "adapters around attention", FLAG)
     ttt_mlp_lora: bool = score_setting(True, "adapters around the MLP", FLAG)
     val_doc_fraction: float = score_setting(1.0, "share of the validation documents to score; below 1 is no full score", above(0, 1))
+    ngram_tilt_enabled: bool = score_setting(False, "raise what followed most often when the same tokens came before, in scoring order", FLAG)
+    ngram_tilt_order: int = score_setting(16, "tokens of an n-gram, the predicted one included", between(2, 64))
+    ngram_tilt_threshold: float = score_setting(0.8, "least share of the earlier occurrences that agree", between(0, 1))
+    ngram_tilt_beta: float = score_setting(2.625, "nats by which the hint is raised before all is normalised again", between(0, 100))
     phased_ttt_prefix_docs: int = score_setting(2000, "documents that the global SGD may learn from", between(0, 10**9))
     phased_ttt_num_phases: int = score_setting(3, "parts of the prefix, each followed by global SGD", between(1, 1000))
     phased_ttt_leave_out: int = score_setting(
@@ -1308,16 +1312,17 @@ class GPT(nn.Module):
                         nn.init.orthogonal_(self.get_parameter(bank.name)[part * layers + layer], generator=generator)
 
     def forward(self, batch: Batch, schedule: Schedule, linear: Linear = plain_linear, attend: Attend | None = None,
-                rows: Tensor | None = None) -> Tensor:
+                rows: Tensor | None = None, also: Tensor | None = None) -> Tensor:
         """Negative log likelihood in nats of every target, or of those at `rows`, (T,) float32.
 
-        Without `attend`, segments see themselves.
+        Without `attend`, segments see themselves. With `also` (T,), other tokens at the same places, theirs too: (2, T).
         """
         x, targets = self.hidden_states(batch, schedule, linear, attend or partial(attend_segments, batch)), batch.targets
         if rows is not None:
             x, targets = x[rows], targets[rows]
         logits = linear(HEAD_SITE, x, self.tok_emb.weight.to(self.dtype))
-        return softcapped_cross_entropy(logits, targets, self.cfg.logit_softcap)
+        losses = softcapped_cross_entropy(logits, targets, self.cfg.logit_softcap)
+        return losses if also is None else torch.stack([losses, softcapped_cross_entropy(logits.detach(), also, self.cfg.logit_softcap)])
 
     def hidden_states(self, batch: Batch, schedule: Schedule, linear: Linear, attend: Attend) -> Tensor:
         """What the output head reads, (T, d)."""
@@ -3314,6 +3319,7 @@ class Documents:
         order = np.argsort(-(ends - starts), kind="stable")
         self.starts, self.lengths = starts[order], (ends - starts)[order]
         self.byte_sums = np.add.reduceat(np.append(val.byte_counts[1:], 0).astype(np.int64), starts)[order]
+        self.hints: np.ndarray | None = None  # (N,) by entry, -1 where there is none
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -3324,12 +3330,72 @@ class Documents:
         return self.tokens[start: start + int(self.lengths[document]) + 1]
 
 
+class NgramHints(NamedTuple):
+    """What followed earlier occurrences of the tokens before a target, at targets where there were any; by index of the target's entry."""
+
+    at: np.ndarray  # (n,) int64, ascending
+    top: np.ndarray  # (n,) the token that followed most often, the first to reach its count
+    count: np.ndarray  # (n,) how often it did
+    total: np.ndarray  # (n,) occurrences
+
+    def gated(self, threshold: float) -> NgramHints:
+        """Those whose top token has at least this share, compared in float32."""
+        return NgramHints(*(a[self.count.astype(np.float32) / self.total.astype(np.float32) >= np.float32(threshold)] for a in self))
+
+
+def ngram_hints(documents: Documents, order: int) -> NgramHints:
+    """Hints of n-grams of `order` tokens from the documents in scoring order, each target learned right after it was read.
+
+    Contexts lie within a document, its BOS included. Nothing at or behind a target, in that order, has a part in its hint. Contexts
+    that occur once, nearly all, are told by their hashes; the others are compared token by token.
+    """
+    width, lengths, tokens = order - 1, documents.lengths, documents.tokens
+    place = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    at = (np.repeat(documents.starts + 1, lengths) + place)[place + 1 >= width]  # entries of targets with a whole context
+    rng, keys = np.random.default_rng(0), np.zeros(len(at), np.uint64)
+    for back in range(1, width + 1):
+        keys += tokens[at - back].astype(np.uint64) * (rng.integers(2**63, dtype=np.uint64) * np.uint64(2) + np.uint64(1))
+    keys ^= keys >> np.uint64(29)
+    keys *= np.uint64(0x9E3779B97F4A7C15)
+    bucket = (keys >> np.uint64(38)).astype(np.int64)
+    repeated = np.flatnonzero(np.bincount(bucket, minlength=1 << 26)[bucket] > 1)
+    repeated = repeated[np.argsort(keys[repeated], kind="stable")]  # occurrences of one context side by side, in scoring order
+    same = keys[repeated[1:]] == keys[repeated[:-1]] if len(repeated) else np.zeros(0, bool)
+    repeated = repeated[np.append(same, False) | np.insert(same, 0, False)[: len(repeated)]]
+    at, keys = at[repeated], keys[repeated].tolist()
+    found, counts, state = [], {}, [0, 0, 0]
+    contexts = np.lib.stride_tricks.sliding_window_view(tokens, width)[at - width] if len(at) else np.zeros((0, width), np.uint16)
+    targets, before = tokens[at].tolist(), None
+    differs = np.append(False, (contexts[1:] != contexts[:-1]).any(1)).tolist()  # a hash that two contexts share would show here
+    for i, (key, target) in enumerate(zip(keys, targets)):
+        if key != before or differs[i]:
+            counts, state, before = {}, [0, 0, 0], key
+        if state[2]:
+            found.append((int(at[i]), *state))
+        counts[target] = count = counts.get(target, 0) + 1
+        state[2] += 1
+        if count > state[1]:
+            state[0], state[1] = target, count
+    return NgramHints(*np.array(sorted(found), dtype=np.int64).reshape(-1, 4).T)
+
+
+def tilted(losses: Tensor, hint_losses: Tensor, hit: Tensor, known: Tensor, beta: float) -> Tensor:
+    """Losses under p'(a) ~ p(a) e^(beta [a = hint]), normalised in closed form; untouched where no hint is known. All (T,)."""
+    normaliser = torch.log1p(torch.exp(-hint_losses) * math.expm1(beta))
+    return torch.where(known, losses - beta * hit + normaliser, losses)
+
+
 class Chunk(NamedTuple):
     """A step's input: one chunk of every document that has not ended, with the earlier tokens that it computes again."""
 
     batch: Batch  # a row of equal width a document
     rows: Tensor | None  # (documents * chunk size,) the tokens of the batch that are scored; None: all of them
     weights: Tensor  # (documents * chunk size,) shares in the training loss; 0 in a document's last chunk
+    hints: Tensor | None = None  # (documents * chunk size,) tokens that n-grams point to, -1 where none does
+
+    def tensors(self) -> list[Tensor]:
+        """All that a captured step reads."""
+        return [t for t in (*self.batch[:5], self.rows, self.weights, self.hints) if t is not None]
 
 
 def make_chunk(run: Run, documents: Documents, members: range, begin: int, end: int) -> Chunk:
@@ -3348,7 +3414,11 @@ def make_chunk(run: Run, documents: Documents, members: range, begin: int, end: 
     batch = make_batch(tokens, targets, np.arange(count) * width, width, run.device, begin if cached else 0, before)
     weights = ((chunk < stops[:, None]) & (end < lengths)[:, None]) / np.float32(end - begin)
     rows = np.arange(count)[:, None] * width + np.clip(chunk - firsts[:, None], 0, width - 1)
-    return Chunk(batch, None if cached else to_device(rows.ravel(), run.device), to_device(weights.astype(np.float32).ravel(), run.device))
+    hints = None
+    if documents.hints is not None:
+        entries = np.where(chunk < stops[:, None], starts[:, None] + 1 + chunk, 0)
+        hints = to_device(np.where(chunk < stops[:, None], documents.hints[entries], -1).astype(np.int64).ravel(), run.device)
+    return Chunk(batch, None if cached else to_device(rows.ravel(), run.device), to_device(weights.astype(np.float32).ravel(), run.device), hints)
 
 
 class KVCache:
@@ -3415,12 +3485,12 @@ class TTTScorer:
         self.steps = self.forwarded = 0  # steps, and tokens that went through the model
         schedule = self.schedule
 
-        def losses_of(batch: Batch, adapters: Adapters, live: dict[str, Tensor], rows: Tensor | None, cache: KVCache | None,
-                      seen: int) -> tuple[Tensor, list]:
+        def losses_of(batch: Batch, adapters: Adapters, live: dict[str, Tensor], rows: Tensor | None, also: Tensor | None,
+                      cache: KVCache | None, seen: int) -> tuple[Tensor, list]:
             made: list[tuple[Tensor, Tensor]] = []
             documents = live["a.head"].size(0)
             attend = None if cache is None else cache.bind(documents, batch.max_seqlen, seen, made)
-            return model(batch, schedule, adapters.bind(live), attend, rows), made
+            return model(batch, schedule, adapters.bind(live), attend, rows, also), made
 
         self.losses_of = compiled(run, losses_of, dynamic=True)
 
@@ -3476,20 +3546,25 @@ class TTTScorer:
         if (key := (live, chunk.batch.max_seqlen, seen)) not in self.captured:
             return self._losses_and_learn(chunk, live, seen, trains)
         graph, kept, losses = self.captured[key]
-        for held, new in zip((*kept.batch[:5], kept.weights), (*chunk.batch[:5], chunk.weights)):
+        for held, new in zip(kept.tensors(), chunk.tensors()):
             held.copy_(new)
         graph.replay()
         return losses
 
     def _losses_and_learn(self, chunk: Chunk, live: int, seen: int, trains: bool) -> Tensor:
         """Everything that happens to a chunk."""
-        leaves = self.adapters.live(live)
+        leaves, hints = self.adapters.live(live), chunk.hints
+        also = None if hints is None else hints.clamp_min(0)
         with torch.set_grad_enabled(trains):
-            forward = partial(self.losses_of, chunk.batch, self.adapters, leaves, chunk.rows, self.cache, seen)
+            forward = partial(self.losses_of, chunk.batch, self.adapters, leaves, chunk.rows, also, self.cache, seen)
             losses, made = forward()
             scored = losses.detach().clone()
             for again in range(self.run.cfg.ttt_grad_steps if trains else 0):
-                self.adapters.learn(((forward()[0] if again else losses) * chunk.weights).sum(), leaves)
+                losses = forward()[0] if again else losses
+                self.adapters.learn(((losses if hints is None else losses[0]) * chunk.weights).sum(), leaves)
+        if hints is not None:
+            targets = chunk.batch.targets if chunk.rows is None else chunk.batch.targets[chunk.rows]
+            scored = tilted(*scored, (hints == targets).float(), hints >= 0, self.run.cfg.ngram_tilt_beta)
         if self.cache is not None:
             self.cache.store(made)
         return scored
@@ -3504,6 +3579,7 @@ class TTTScorer:
         tokens = np.random.default_rng(cfg.seed).integers(4, cfg.vocab_size, lengths.sum()).astype(np.uint16)
         tokens[np.cumsum(lengths) - lengths] = BOS_ID
         documents = Documents(ValData(tokens, np.ones_like(tokens), len(lengths)))
+        documents.hints = tokens.astype(np.int32) if cfg.ngram_tilt_enabled else None
         if self.captures:
             self._make_room(cfg.ttt_batch_size, longest)
             pool = torch.cuda.graph_pool_handle()
@@ -3661,6 +3737,17 @@ class TTTProgress:
                          f"{budget / 1e3:g}; TTT_CONTEXT=cache, a larger TTT_CHUNK_SIZE or fewer PHASED_TTT_NUM_PHASES take less")
 
 
+def take_hints(run: Run, documents: Documents) -> None:
+    """Find the n-gram hints on rank 0 and give them to all; a collective."""
+    began, hints = time.perf_counter(), None
+    if run.ranks.rank == 0:
+        hints = ngram_hints(documents, run.cfg.ngram_tilt_order).gated(run.cfg.ngram_tilt_threshold)
+    hints = NgramHints(*run.ranks.agree(hints))
+    documents.hints = np.full(len(documents.tokens), -1, np.int32)
+    documents.hints[hints.at] = hints.top
+    run.log.record("tilt", hints=len(hints.at), targets=int(documents.lengths.sum()), time_ms=int(since_ms(began)))
+
+
 def score_with_ttt(run: Run, model: GPT, val: ValData) -> Score:
     """Score every target once, each before any update that has seen it; the model's weights change in the phases.
 
@@ -3675,6 +3762,8 @@ def score_with_ttt(run: Run, model: GPT, val: ValData) -> Score:
         sgd.warm_up()
     synchronize(run.device)
     began, progress = time.perf_counter(), TTTProgress(run, plans, documents)
+    if run.cfg.ngram_tilt_enabled:
+        take_hints(run, documents)
     losses = np.full(len(val.tokens) - 1, np.nan, np.float32)
     nats = np.zeros(len(documents))  # float64, by place in the scoring order; a document is scored on one rank
     for phase, plan in enumerate(plans):

@@ -150,6 +150,21 @@ def global_sgd(run: tg.Run, model: tg.GPT, tokens: np.ndarray) -> None:
     tg.GlobalSGD(run, model).learn(tokens, "1/1")
 
 
+def tilt(golden: Arrays, order: int, log_probs: Tensor) -> dict[str, np.ndarray]:
+    """Hints in scoring order and tilted losses of every target of one stream; log_probs (T, V) are the model's."""
+    tokens, config = golden["tokens"], config_of(golden)
+    documents = tg.Documents(tg.ValData(tokens, np.ones_like(tokens), int((tokens == tg.BOS_ID).sum())))
+    hints = tg.ngram_hints(documents, order)
+    found = {name: np.zeros(len(tokens) - 1, np.int64) for name in ("hint", "total", "top_count", "gate")}
+    for name, values in (("hint", hints.top), ("total", hints.total), ("top_count", hints.count)):
+        found[name][hints.at - 1] = values
+    found["gate"][hints.gated(config["threshold"]).at - 1] = 1
+    targets, top = torch.from_numpy(tokens[1:].astype(np.int64)), torch.from_numpy(found["hint"])
+    losses = -log_probs.gather(1, torch.stack([targets, top], 1)).T
+    found["nll"] = tg.tilted(*losses, (targets == top).float(), torch.from_numpy(found["gate"]) > 0, config["beta"]).numpy()
+    return found
+
+
 def ttt_losses(run: tg.Run, model: tg.GPT, documents: list[np.ndarray], first_a: dict[str, np.ndarray]) -> list[np.ndarray]:
     """Losses of each document, all in one batch; `first_a` by site: A (visits, documents, rank, in) before the first step.
 
@@ -369,6 +384,17 @@ def newton_schulz(path: Path, _: dict[str, object], coefficients: str) -> Iterat
     yield largest("matrices", pairs, 1e-4)
 
 
+def ngram_tilt(path: Path, _: dict[str, object]) -> Iterator[Difference]:
+    golden = read(path)
+    logits = torch.from_numpy(golden["logit_u"]) @ torch.from_numpy(golden["logit_w"])
+    targets = torch.from_numpy(golden["tokens"][1:].astype(np.int64))[:, None]
+    log_probs = logits.scatter_add(1, targets, torch.from_numpy(golden["logit_bonus"])[:, None]).log_softmax(-1)
+    for order in (4, 16):
+        exact, found = under(golden, f"scoring_token/order{order}"), tilt(golden, order, log_probs)
+        yield largest(f"order {order}: hints, counts, gates", {n: (found[n], exact[n]) for n in ("hint", "total", "top_count", "gate")}, 0.0)
+        yield largest(f"order {order}: losses", {"": (found["nll"], exact["nll"])}, 1e-5)
+
+
 def learning_rate(path: Path, _: dict[str, object]) -> Iterator[Difference]:
     golden, pairs = read(path), {}
     for name, factors in under(golden, "lr").items():
@@ -399,7 +425,7 @@ LEVERS = (
     Lever("LQER", {"LQER_ENABLED": 1}, "lever_lqer.npz"),
     Lever("AWQ-lite", {"AWQ_LITE_ENABLED": 1}, "lever_lqer.npz"),
     Lever("warm A in TTT", {"TTT_WARM_START_A": 1}, "lever_ttt.npz"),
-    Lever("n-gram tilt", {"NGRAM_TILT_ENABLED": 1}, "lever_tilt.npz"),
+    Lever("n-gram tilt", {"NGRAM_TILT_ENABLED": 1}, "lever_tilt.npz", ngram_tilt),
     Lever("fused marker pairs", {"FUSED_MARKER_PAIRS": 1}, "lever_fusion.npz"),
 )
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import fields
 
+import tiny
+
 import train_gpt as g
 
 # a looped layer, skips, both kinds of block, and few enough visits for a test of each setting
@@ -16,6 +18,8 @@ OFF_DEFAULT = {
     "LOOP_END": {"LOOP_END": 2}, "PARALLEL_START_LAYER": {"PARALLEL_START_LAYER": 2}, "PARALLEL_FINAL_LANE": {"PARALLEL_FINAL_LANE": "mlp"},
     "GATED_ATTN_ENABLED": {"GATED_ATTN_ENABLED": 0}, "GATED_ATTN_QUANT_GATE": {"GATED_ATTN_QUANT_GATE": 0},
     "SMEAR_GATE_ENABLED": {"SMEAR_GATE_ENABLED": 1}, "GATE_WINDOW": {"SMEAR_GATE_ENABLED": 1, "GATE_WINDOW": 5},
+    "SPARSE_ATTN_GATE_ENABLED": {"SPARSE_ATTN_GATE_ENABLED": 1}, "MLP_GATE_ENABLED": {"MLP_GATE_ENABLED": 1},
+    "SPARSE_ATTN_GATE_SCALE": {"SPARSE_ATTN_GATE_ENABLED": 1, "SPARSE_ATTN_GATE_SCALE": 2.5},
     "QUANTIZER": {"QUANTIZER": "trellis"},
 }
 MODEL_SETTINGS = [f.name.upper() for f in fields(g.Config) if f.metadata["model"]]
@@ -24,6 +28,7 @@ MODEL_SETTINGS = [f.name.upper() for f in fields(g.Config) if f.metadata["model"
 def settings_of(name: str) -> dict[str, object]:
     """The settings of a run with few layers and `name` off its default; an error for a setting of the model without a row above."""
     changed = OFF_DEFAULT[name]
-    value = getattr(g.Config.from_env({key: str(v) for key, v in {**FEW_LAYERS, **changed}.items()}), name.lower())
-    assert value not in (getattr(g.Config(), name.lower()), FEW_LAYERS.get(name)), f"{name} is at its default"
+    small = {**tiny.SETTINGS, **FEW_LAYERS}
+    cfg, unlike = (g.Config.from_env({key: str(value) for key, value in {**small, **more}.items()}) for more in (changed, {}))
+    assert getattr(cfg, name.lower()) not in (getattr(g.Config(), name.lower()), getattr(unlike, name.lower())), f"{name} is not changed"
     return {**FEW_LAYERS, **changed}

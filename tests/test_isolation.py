@@ -60,10 +60,10 @@ def changed_places(setting: str, scorer: str, document: int, first: int) -> np.n
 
 def check_isolation(setting: str, scorer: str) -> None:
     """Tokens that change move the losses of themselves and of what follows in their document, and no others."""
-    starts = np.cumsum([0, *map(len, DOCS)])
+    starts = np.cumsum([0, *map(len, DOCS)])  # the loss of a token stands at the one before it; a document's last is that of the next BOS
     for document, first in ((1, 13), (2, 19), (0, len(DOCS[0]) - 1)):
-        begin, end = starts[document] + first - 1, starts[document + 1] - 1  # the loss of a token stands at the one before it
-        assert changed_places(setting, scorer, document, first).tolist() == list(range(begin, end)), (document, first)
+        expected = np.arange(starts[document] + first - 1, starts[document + 1])
+        assert changed_places(setting, scorer, document, first).tolist() == expected.tolist(), (document, first)
 
 
 @every_scorer
