@@ -41,6 +41,8 @@ PUBLISHED_SLOTS, PUBLISHED_CHUNK, PUBLISHED_CONTEXT = 64, 48, 2048  # its batche
 MEMORY_BESIDE_GB = 4.6  # training memory that does not grow with depth: weights and optimizer 0.6, logits and their gradient 3.2
 MEMORY_VISIT_GB = 2.26  # a visit's activations of STEP_TOKENS. Null device: 29.5 / 43.1 / 49.8 GB at 11 / 17 / 20 visits (2026-11-25)
 PUBLISHED_MEMORY_VISIT_GB = 2.10  # of the published code: 46.6 GB at 20 visits in its logs, the rest as ours
+TTT_TOKEN_KB = 19.5  # a visit's activations and adapters' terms of a window token. Null device: 26.8 GB with 41,184 tokens, 20 visits
+TTT_VALUE_BYTES = 16  # of a value of the adapters: itself, its gradient, two moments
 VAL_DOCUMENTS, VAL_TOKENS = g.PUBLISHED_VAL["documents"], g.PUBLISHED_VAL["tokens"]
 MADE_UP_LENGTHS = (6.28, 0.915, 0.08)  # log length = a + b z + c z^2 at the normal quantile z: fitted to the published set
 MADE_UP_LONGEST = 62_000  # tokens; the 16 longest published documents have 46,000 on average
@@ -161,7 +163,15 @@ def ttt_parts(cfg: g.Config, lengths: np.ndarray, plans: Sequence[g.PhasePlan], 
     return parts
 
 
-def peak_gb(cfg: g.Config, world: int, visit_gb: float) -> float:
+def ttt_gb(cfg: g.Config) -> float:
+    """Memory of test-time training with a full batch of documents, all at the end of a whole context."""
+    seen = cfg.ttt_eval_seq_len if cfg.ttt_context == "window" else cfg.chunk_sizes[-1]
+    visits = g.loop_schedule(cfg, cfg.eval_loop_depth).visits
+    cache = 0 if cfg.ttt_context == "window" else 4 * visits * cfg.kv_dim * cfg.ttt_eval_seq_len
+    return 1e-9 * cfg.ttt_batch_size * (g.adapter_values(cfg) * TTT_VALUE_BYTES + 1e3 * TTT_TOKEN_KB * visits * seen + cache)
+
+
+def training_gb(cfg: g.Config, world: int, visit_gb: float) -> float:
     """Training memory of a rank at the deepest schedule."""
     tokens = min(cfg.micro_batch_tokens, cfg.train_batch_tokens / world)
     visits = max(g.loop_schedule(cfg, depth).visits for depth in (cfg.eval_loop_depth, *cfg.train_loop_phase_depths))

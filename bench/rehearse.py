@@ -80,14 +80,15 @@ def plan(options: argparse.Namespace) -> int:
     plans = reckon.published_plan(cfg, lengths, world) if options.published else g.plan_ttt(cfg, lengths, world)
     testing = reckon.ttt_parts(cfg, lengths, plans, world) if cfg.ttt_enabled else []
     plain = reckon.forward_seconds(cfg, int(lengths.sum()), world)
-    visit_gb = reckon.PUBLISHED_MEMORY_VISIT_GB if options.published else reckon.MEMORY_VISIT_GB
+    peak_gb = reckon.training_gb(cfg, world, reckon.PUBLISHED_MEMORY_VISIT_GB if options.published else reckon.MEMORY_VISIT_GB)
+    peak_gb = max(peak_gb, reckon.ttt_gb(cfg)) if testing and not options.published else peak_gb  # logged: while it trained
     ttt = sum(part.seconds for part in testing)
     aside = reckon.Part("plain evaluation" + ", on no clock" * bool(testing), plain, (plain,) * world)
     print(plan_table([*training, aside, *testing], world))
     total = {"train_ms": sum(part.seconds for part in training[:-1]), "hessians_ms": training[-1].seconds, "ttt_ms": ttt,
              "eval_ms": ttt if testing else plain}
     words = [f"{name}:{1e3 * seconds:.0f}" for name, seconds in total.items()]
-    print("plan", *words, f"peak_mb:{1e3 * reckon.peak_gb(cfg, world, visit_gb):.0f}")
+    print("plan", *words, f"peak_mb:{1e3 * peak_gb:.0f}")
     over = cfg.eval_budget_seconds and total["eval_ms"] > cfg.eval_budget_seconds
     return g.EXIT_OVER_LIMIT if over else 0
 
