@@ -38,10 +38,10 @@ FORWARD_SHARE = 1 / 3  # of a step's arithmetic: a forward has one product of a 
 SGD_SECONDS = (2.4, 0.0863)  # global SGD: a pass and a chunk of 32,768 tokens over 8 GPUs; published: 111 / 185 / 250 in 12 / 18 / 24 s
 PUBLISHED_PAUSES = (1104, 1808, 2448)  # documents scored when the published run paused for global SGD; timing had a part in it
 PUBLISHED_SLOTS, PUBLISHED_CHUNK, PUBLISHED_CONTEXT = 64, 48, 2048  # its batches of documents, their chunks and windows
-MEMORY_BESIDE_GB = 4.6  # training memory that does not grow with depth: weights and optimizer 0.6, logits and their gradient 3.2
-MEMORY_VISIT_GB = 2.26  # a visit's activations of STEP_TOKENS. Null device: 29.5 / 43.1 / 49.8 GB at 11 / 17 / 20 visits (2026-11-25)
-PUBLISHED_MEMORY_VISIT_GB = 2.10  # of the published code: 46.6 GB at 20 visits in its logs, the rest as ours
-TTT_TOKEN_KB = 19.5  # a visit's activations and adapters' terms of a window token. Null device: 26.8 GB with 41,184 tokens, 20 visits
+MEMORY_BESIDE_GB = 5.0  # training memory that does not grow with depth: weights and optimizer 0.8, logits and their gradient 3.2
+MEMORY_VISIT_GB = 1.58  # a visit's activations of STEP_TOKENS. Null device: 22.4 / 32.0 / 36.6 GB at 11 / 17 / 20 visits (2026-11-25)
+PUBLISHED_MEMORY_VISIT_GB = 2.08  # of the published code: 46.6 GB at 20 visits in its logs, the rest as ours
+TTT_TOKEN_KB = 14.7  # a visit's activations of a window token and its adapters' terms. Null device: 48.6 GB, 131,072 tokens, 20 visits
 TTT_VALUE_BYTES = 16  # of a value of the adapters: itself, its gradient, two moments
 VAL_DOCUMENTS, VAL_TOKENS = g.PUBLISHED_VAL["documents"], g.PUBLISHED_VAL["tokens"]
 MADE_UP_LENGTHS = (6.28, 0.915, 0.08)  # log length = a + b z + c z^2 at the normal quantile z: fitted to the published set
