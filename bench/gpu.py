@@ -427,13 +427,14 @@ def time_mlp(bench: Bench) -> None:
     if not g.kernels_take(inputs[0]):
         return
     x, up, down = (t.detach() for t in inputs)
-    before, hidden = g.mlp_up_op(x, up)
+    hidden = g.mlp_up_op(x, up)
+    out = torch.empty_like(hidden)
     bench.add("up product alone", time_ms(lambda: F.linear(x, up), bench.device), "ms", "cuBLAS, for comparison")
     for tile in bench.sizes.mlp_tiles:
         note = "the tile in use" if tile == g.MLP_TILE else ""
         for backward, a, b in ((False, x, up), (True, x, down)):
             try:
-                took = time_ms(functools.partial(g.launch_mlp_kernel, a, b, before, hidden, backward, tile), bench.device)
+                took = time_ms(functools.partial(g.launch_mlp_kernel, a, b, hidden, out, backward, tile), bench.device)
             except g.triton.runtime.errors.OutOfResources as error:
                 took, note = float("nan"), str(error)[:120]
             bench.add(f"mlp kernel {'backward' if backward else 'forward'} {tile}", took, "ms", note)
