@@ -5,11 +5,12 @@
 
     checks    every attention backend and kernel against float64; GPTQ on the device against GPTQ on the CPU
     steps     the training step with the share of the record's batch that one rank of eight has: time, tokens a second, share
-              of peak, at each depth; what the optimizer, the average and the wait for data take; memory; a profile
+              of peak, at each depth, and with Inductor's mix-order reductions the other way; what the optimizer, the average and
+              the wait for data take; memory; a profile
     kernels   each attention backend, the fused MLP and the cross entropy beside what torch.compile makes of the plain
               form, and what the device can do at best (a large product, a large copy)
     ttt       documents a second of test-time training by document length, and the whole validation set estimated from it
-    ttt_cache (only when named) the same with kept keys and values: ms a step at batch 64, 128, 256 and chunk 8, 16, 48
+    ttt_cache (only when named) the same with kept keys and values, at batch 64, 128, 256 and chunk 8, 16, 48
     quantize  Hessians and GPTQ of the full-size model
     run       train_gpt.py from start to end on real shards (--data) or on a made-up language
 
@@ -38,6 +39,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 
+import reckon  # noqa: E402
 import roofline  # noqa: E402
 import train_gpt as g  # noqa: E402
 
@@ -63,7 +65,7 @@ class Sizes:
         "iterations": 90, "max_wallclock_seconds": 0, "warmup_steps": 3, "val_loss_every": 0, "train_log_every": 10,
         "gptq_calibration_batches": 4, "phased_ttt_prefix_docs": 64, "train_batch_tokens": 98_304})
     limits: dict[str, int] = field(default_factory=lambda: {
-        "checks": 80, "steps": 260, "kernels": 80, "ttt": 120, "quantize": 60, "run": 200,
+        "checks": 80, "steps": 300, "kernels": 80, "ttt": 120, "quantize": 60, "run": 200,
         "ttt_cache": 520})
     total_seconds: int = 530
 
@@ -83,7 +85,7 @@ class Bench:
 
     def __init__(self, sizes: Sizes, out: Path, data: Path | None) -> None:
         self.sizes, self.out, self.data = sizes, out, data
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = g.Ranks.start({}).device  # with its index: tensors have one, and a mixed comparison is False
         self.cfg = g.Config(**sizes.settings)
         self.cfg.check_together()
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
@@ -97,7 +99,7 @@ class Bench:
     def make_run(self, **changes: Any) -> g.Run:
         """A run of one rank without a log; compiled on a GPU only."""
         cfg = replace(self.cfg, **changes)
-        return g.Run(cfg, g.Ranks(device=self.device), g.Log(None, speaks=False), compile=self.device.type == "cuda")
+        return g.Run(cfg, g.Ranks(device=self.device), g.Log(None, enabled=False), compile=self.device.type == "cuda")
 
     def make_model(self, run: g.Run) -> g.GPT:
         """The model with its zero matrices filled as well, so that nothing is multiplied with zeros."""
@@ -260,8 +262,8 @@ def check_gptq(bench: Bench) -> None:
     columns = min(256, bench.cfg.model_dim)
     weights, x = torch.randn(2, 64, columns), torch.randn(2, 4 * columns, columns)
     hessian = x.mT @ x
-    log = g.Log(None, speaks=False)
-    cpu, device = (g.gptq(weights.to(d), hessian.to(d), 6, 12.0, log) for d in (torch.device("cpu"), bench.device))
+    log = g.Log(None, enabled=False)
+    cpu, device = (g.gptq(weights.to(d), hessian.to(d, copy=True), 6, 12.0, log) for d in (torch.device("cpu"), bench.device))
     share = (cpu.codes != device.codes).float().mean().item()
     bench.add("gptq codes that differ from the CPU's", share, "share", "bound 1e-2")
 
@@ -277,9 +279,11 @@ def part_steps(bench: Bench) -> None:
     loader = g.TrainLoader(g.TokenStream(bench.stream()), layout, run.cfg, run.ranks)
     trainer = g.Trainer(run, bench.make_model(run), loader)
     context = statistics.mean(mean_context(batch) for _ in range(3) for batch in loader.next())
-    bench.add("tokens a token attends to", context, "tokens", f"attention: {g.attention_backend_name()}")
+    bench.add("tokens a token attends to", context, "tokens", f"attention: {g.attention_backend.name}")
     for depth in bench.sizes.depths:
-        measure_step(bench, trainer, depth, context)
+        measure_step(bench, trainer, depth, context, f"depth {depth}")
+    if bench.device.type == "cuda":
+        measure_other_reductions(bench, trainer, bench.sizes.depths[-1], context)
     measure_optimizer(bench, trainer)
     profile_step(bench, trainer, bench.sizes.depths[-1])
 
@@ -291,13 +295,24 @@ def compiled_graphs() -> int:
     return counters["stats"]["unique_graphs"]
 
 
-def measure_step(bench: Bench, trainer: g.Trainer, depth: int, context: float) -> None:
+def measure_other_reductions(bench: Bench, trainer: g.Trainer, depth: int, context: float) -> None:
+    """The step with Inductor's mix-order reductions switched the other way: they save passes and may spill registers."""
+    compiled_so_far, other = trainer.forward, not torch._inductor.config.triton.mix_order_reduction
+    torch._dynamo.reset()
+    with torch._inductor.config.patch({"triton.mix_order_reduction": other}):
+        trainer.forward = g.compiled(trainer.run, trainer.model)
+        measure_step(bench, trainer, depth, context, f"depth {depth}, mix-order reductions {'on' if other else 'off'},")
+    torch._dynamo.reset()
+    trainer.forward = compiled_so_far
+
+
+def measure_step(bench: Bench, trainer: g.Trainer, depth: int, context: float, name: str) -> None:
     """Compile, then time `steps` steps twice; the spread of the two is the noise."""
     began = time.perf_counter()
     for _ in range(3):
         trainer.train_step(depth, 1.0)
     g.synchronize(bench.device)
-    bench.add(f"depth {depth} compile and warm up", time.perf_counter() - began, "s")
+    bench.add(f"{name} compile and warm up", time.perf_counter() - began, "s")
     if bench.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     graphs, waited, rounds = compiled_graphs(), trainer.loader.wait_ms, []
@@ -311,15 +326,15 @@ def measure_step(bench: Bench, trainer: g.Trainer, depth: int, context: float) -
     waited = (trainer.loader.wait_ms - waited) / (sum(rounds) * bench.sizes.steps)
     published = roofline.PUBLISHED_MS.get(depth)
     faster = f"; published {published:.0f} ms: {published / step_ms:.2f}x its speed" if published and tokens == 98_304 else ""
-    bench.add(f"depth {depth} step", step_ms, "ms", f"two rounds differ by {100 * abs(rounds[0] / rounds[1] - 1):.1f} %{faster}")
-    bench.add(f"depth {depth} tokens", 1e3 * tokens / step_ms, "tokens/s", f"loss {loss.item():.3f}")
+    bench.add(f"{name} step", step_ms, "ms", f"two rounds differ by {100 * abs(rounds[0] / rounds[1] - 1):.1f} %{faster}")
+    bench.add(f"{name} tokens", 1e3 * tokens / step_ms, "tokens/s", f"loss {loss.item():.3f}")
     if bench.cfg.model_dim == roofline.MODEL["d"]:
         operations = sum(k.operations for k in roofline.step_kernels(depth, tokens, context, True, ranks=1))
-        bench.add(f"depth {depth} share of peak", 1e3 * operations / step_ms / 989e12, "share", "of 989e12 operations a second")
-    bench.add(f"depth {depth} graphs compiled while timed", compiled_graphs() - graphs, "", "bound 0.5: it must be 0")
-    bench.add(f"depth {depth} wait for data", waited, "share of a step", "aim 0.01")
+        bench.add(f"{name} share of peak", 1e3 * operations / step_ms / 989e12, "share", "of 989e12 operations a second")
+    bench.add(f"{name} graphs compiled while timed", compiled_graphs() - graphs, "", "bound 0.5: it must be 0")
+    bench.add(f"{name} wait for data", waited, "share of a step", "aim 0.01")
     if bench.device.type == "cuda":
-        bench.add(f"depth {depth} memory", torch.cuda.max_memory_allocated() / 1e9, "GB", "published 46.6")
+        bench.add(f"{name} memory", torch.cuda.max_memory_allocated() / 1e9, "GB", "published 46.6")
 
 
 def measure_optimizer(bench: Bench, trainer: g.Trainer) -> None:
@@ -412,13 +427,14 @@ def time_mlp(bench: Bench) -> None:
     if not g.kernels_take(inputs[0]):
         return
     x, up, down = (t.detach() for t in inputs)
-    before, hidden = g.mlp_up_op(x, up)
+    hidden = g.mlp_up_op(x, up)
+    out = torch.empty_like(hidden)
     bench.add("up product alone", time_ms(lambda: F.linear(x, up), bench.device), "ms", "cuBLAS, for comparison")
     for tile in bench.sizes.mlp_tiles:
         note = "the tile in use" if tile == g.MLP_TILE else ""
         for backward, a, b in ((False, x, up), (True, x, down)):
             try:
-                took = time_ms(functools.partial(g.launch_mlp_kernel, a, b, before, hidden, backward, tile), bench.device)
+                took = time_ms(functools.partial(g.launch_mlp_kernel, a, b, hidden, out, backward, tile), bench.device)
             except g.triton.runtime.errors.OutOfResources as error:
                 took, note = float("nan"), str(error)[:120]
             bench.add(f"mlp kernel {'backward' if backward else 'forward'} {tile}", took, "ms", note)
@@ -438,28 +454,33 @@ def time_cross_entropy(bench: Bench) -> None:
 
 def part_ttt(bench: Bench) -> None:
     """A batch of documents at each of a few lengths, and the published validation set estimated from them."""
-    run = bench.make_run()
-    g.resolve_attention(run.cfg.attn_backend, bench.device)
-    model = bench.make_model(run)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    slots, seconds, adapter = run.cfg.ttt_batch_size, {}, g.Adapter(run, model)
-    began = time.perf_counter()
-    adapter.warm_up(equal_documents(run.cfg, slots, bench.sizes.ttt_lengths[0]))
-    bench.add("ttt compile and warm up", time.perf_counter() - began, "s")
+    measure_ttt(bench, bench.make_run(), "ttt", "adapters alone; published 470 with global SGD")
+
+
+def measure_ttt(bench: Bench, run: g.Run, name: str, note: str) -> None:
+    """Warm up, then time a batch of documents of each length; what the plan reckons for them gives the rest of the set."""
+    cfg, slots, ratios = run.cfg, run.cfg.ttt_batch_size, []
+    g.resolve_attention(cfg.attn_backend, bench.device)
+    scorer, began = g.TTTScorer(run, bench.make_model(run).requires_grad_(False)), time.perf_counter()
+    scorer.warm_up()
+    bench.add(f"{name}: compile and warm up", time.perf_counter() - began, "s")
     for length in bench.sizes.ttt_lengths:
-        documents = g.Documents(equal_documents(run.cfg, slots, length))
+        documents = g.Documents(equal_documents(cfg, slots, length))
+        bounds = np.array(g.chunk_bounds(cfg, int(documents.lengths[0])))
         graphs, began = compiled_graphs(), time.perf_counter()
-        adapter.score(documents, range(slots))
+        scorer.score(documents, range(slots))
         g.synchronize(bench.device)
-        seconds[length] = time.perf_counter() - began
-        bench.add(f"ttt documents of {length} tokens", slots / seconds[length], "documents/s",
-                  f"{1e3 * seconds[length]:.0f} ms a batch of {slots}")
-        bench.add(f"ttt graphs compiled at {length} tokens", compiled_graphs() - graphs, "", "bound 0.5: it must be 0")
-    estimate = estimate_ttt(seconds, slots, bench.sizes.document_tokens)
-    bench.add("ttt of 50,000 documents on 8 such devices", estimate, "s", "adapters alone, lengths drawn log-normal; published 470")
+        took, steps = time.perf_counter() - began, len(bounds) - 1
+        ratios.append(took / g.chunk_seconds(cfg, bounds, np.full(steps, slots)).sum())
+        bench.add(f"{name}: documents of {length} tokens", slots / took, "documents/s",
+                  f"{1e3 * took / steps:.1f} ms a step, {ratios[-1]:.2f} of what the plan reckons")
+        bench.add(f"{name}: graphs compiled at {length} tokens", compiled_graphs() - graphs, "", "bound 0.5: it must be 0")
+    plans = g.plan_ttt(cfg, reckon.made_up_lengths(PUBLISHED_VAL_DOCS), 8)
+    reckoned = sum(max(plan.seconds) for plan in plans)
+    bench.add(f"{name}: 50,000 documents on 8 such devices", reckoned * statistics.mean(ratios), "s", note)
     if bench.device.type == "cuda":
-        bench.add("ttt memory", torch.cuda.max_memory_allocated() / 1e9, "GB")
+        bench.add(f"{name}: memory", torch.cuda.max_memory_allocated() / 1e9, "GB")
+        torch.cuda.reset_peak_memory_stats()
 
 
 def equal_documents(cfg: g.Config, count: int, length: int) -> g.ValData:
@@ -469,41 +490,15 @@ def equal_documents(cfg: g.Config, count: int, length: int) -> g.ValData:
     return g.ValData(tokens, np.ones_like(tokens), count)
 
 
-def estimate_ttt(seconds: dict[int, float], slots: int, mean_length: float) -> float:
-    """Seconds for the published number of documents on eight devices; a batch costs what its longest document costs."""
-    lengths = np.random.default_rng(0).lognormal(np.log(mean_length) - 0.5, 1.0, PUBLISHED_VAL_DOCS)
-    longest = np.sort(lengths)[::-1][::slots]
-    known, took = np.array([0, *seconds]), np.array([0.0, *seconds.values()])
-    slope = (took[-1] - took[-2]) / (known[-1] - known[-2])
-    beyond = np.maximum(longest - known[-1], 0.0) * slope
-    return float((np.interp(longest, known, took) + beyond).sum() / 8)
-
-
 def part_ttt_cache(bench: Bench) -> None:
-    """A step of TTT with kept keys and values (on a GPU one replayed graph): milliseconds, memory, the whole set estimated."""
+    """TTT with kept keys and values (on a GPU every step is one replayed graph), by size of chunk and batch."""
     check_captured_steps(bench)
     for chunk, slots in itertools.product(bench.sizes.ttt_cache_chunks, bench.sizes.ttt_cache_batches):
-        run = bench.make_run(ttt_context="cache", ttt_chunk_size=chunk, ttt_batch_size=slots)
-        g.resolve_attention(run.cfg.attn_backend, bench.device)
-        adapter = g.Adapter(run, bench.make_model(run).requires_grad_(False))
-        began, name = time.perf_counter(), f"ttt cache, chunk {chunk}, batch {slots}"
+        name = f"ttt cache, chunk {chunk}, batch {slots}"
         try:
-            documents = g.Documents(equal_documents(run.cfg, slots, 2 * chunk))
-            adapter.score(documents, range(slots))
+            measure_ttt(bench, bench.make_run(ttt_context="cache", ttt_chunk_size=chunk, ttt_batch_size=slots), name, "aim 120")
         except torch.OutOfMemoryError:
-            bench.add(f"{name}: does not fit", float("nan"), "ms")
-            continue
-        bench.add(f"{name}: compiled and captured", time.perf_counter() - began, "s")
-        step, inputs = adapter.chunk_steps[chunk], g.chunk_tables(run, documents, range(slots), slots, [0, chunk])
-        per_step = {}
-        for begin in range(0, run.cfg.ttt_eval_seq_len + 1, chunk):
-            if (seen := step.places_in_sight(begin)) not in per_step and (step.graphs or begin < 2 * chunk):
-                per_step[seen] = time_ms(lambda: step(*inputs, begin, trains=True), bench.device)  # noqa: B023
-                bench.add(f"{name}: step with {seen} places in sight", per_step[seen], "ms")
-        bench.add(f"{name}: 50,000 documents on 8 such devices", estimate_cached(run, per_step), "s", "aim 120")
-        if bench.device.type == "cuda":
-            bench.add(f"{name}: memory", torch.cuda.max_memory_allocated() / 1e9, "GB")
-            torch.cuda.reset_peak_memory_stats()
+            bench.add(f"{name}: does not fit", float("nan"), "")
 
 
 def check_captured_steps(bench: Bench) -> None:
@@ -511,26 +506,14 @@ def check_captured_steps(bench: Bench) -> None:
     slots = min(bench.sizes.ttt_cache_batches)
     run = bench.make_run(ttt_context="cache", ttt_chunk_size=8, ttt_chunk_doubles_at=(16,), ttt_batch_size=slots)
     g.resolve_attention(run.cfg.attn_backend, bench.device)
-    adapter = g.Adapter(run, bench.make_model(run).requires_grad_(False))
+    scorer = g.TTTScorer(run, bench.make_model(run).requires_grad_(False))
+    scorer.warm_up()
     documents = g.Documents(equal_documents(run.cfg, slots, 60))
-    captured = np.concatenate(adapter.score(documents, range(slots)))
-    bench.add("ttt cache: steps captured", sum(len(step.graphs) for step in adapter.chunk_steps.values()), "", "0 on a CPU")
-    for step in adapter.chunk_steps.values():
-        step.graphs.clear()
-    eager = np.concatenate(adapter.score(documents, range(slots)))
+    captured = np.concatenate(scorer.score(documents, range(slots)))
+    bench.add("ttt cache: steps captured", len(scorer.captured), "", "0 on a CPU")
+    scorer.captured.clear()
+    eager = np.concatenate(scorer.score(documents, range(slots)))
     bench.add("ttt cache: captured against eager", np.abs(captured - eager).max(), "nats", "bound 0.02")
-
-
-def estimate_cached(run: g.Run, per_step: dict[int, float]) -> float:
-    """Seconds for the published number of documents on eight devices, from the milliseconds of a step by places in sight."""
-    lengths = np.sort(np.random.default_rng(0).lognormal(np.log(PUBLISHED_MEAN_LENGTH) - 0.5, 1.0, PUBLISHED_VAL_DOCS))
-    longest = lengths[::-1][::run.cfg.ttt_batch_size]
-    sizes = np.array(sorted(per_step))
-    costs = np.array([per_step[size] for size in sizes])
-    begins = np.arange(0, int(longest.max()) + 1, run.cfg.ttt_chunk_size)
-    batches_there = len(longest) - np.searchsorted(np.sort(longest), begins, side="right")
-    of_step = costs[np.minimum(np.searchsorted(sizes, begins), len(sizes) - 1)]
-    return float((of_step * batches_there).sum() / 8e3)
 
 
 def part_quantize(bench: Bench) -> None:
@@ -551,8 +534,7 @@ def part_quantize(bench: Bench) -> None:
     g.synchronize(bench.device)
     bench.add("gptq of all matrices", time.perf_counter() - began, "s", "one rank does all; aim 20 s")
     began = time.perf_counter()
-    settings = {name: getattr(run.cfg, name) for name in g.MODEL_SETTINGS}
-    data = g.pack_artifact(tensors, settings, run.cfg.compressor)
+    data = g.pack_artifact(tensors, run.cfg)
     bench.add("artifact packed", time.perf_counter() - began, "s", f"{len(data)} bytes of random weights, {run.cfg.compressor}")
 
 
@@ -659,7 +641,8 @@ def main(sizes: Sizes, script: Path, arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder for the results")
     parser.add_argument("--data", type=Path, help="folder of shards; without it a made-up language is used")
-    parser.add_argument("--parts", default=",".join(part for part in PARTS if part not in ONLY_BY_NAME), help="which parts, with commas between")
+    parser.add_argument("--parts", default=",".join(part for part in PARTS if part not in ONLY_BY_NAME),
+                        help="which parts, with commas between")
     parser.add_argument("--part", choices=list(PARTS), help="run this one here (used by the program itself)")
     options = parser.parse_args(arguments)
     options.script = [str(script)]
