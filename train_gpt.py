@@ -128,6 +128,7 @@ class Config:
     run_id: str = setting("", "name of the run's files; empty: time and seed", Check(
         "letters, digits, '.', '_' and '-'", lambda v: re.fullmatch(r"[\w.-]*", v) is not None))
     artifact_path: str = setting("", "with EVAL_ONLY: the artifact to score; empty: that of RUN_ID", ANY)
+    losses_path: str = setting("", "with EVAL_ONLY: .npz file for the nats of every target, as a referee wants them; empty: none", ANY)
     eval_only: bool = setting(False, "score an existing artifact, no training data needed", FLAG)
     # the run
     seed: int = setting(1337, "seed of initialisation and adapters", between(0, 2**31 - 1))
@@ -3787,6 +3788,15 @@ def score_artifact(run: Run, data: bytes, val: ValData) -> tuple[Scored, Score]:
     return Scored(score, clock.total_ms + ttt_ms), plain
 
 
+def write_losses(run: Run, scores: dict[str, Score]) -> None:
+    """LOSSES_PATH gets an array a score, (targets,) float32 nats in data order, whatever rank scored them."""
+    joined = {name: np.fmax.reduce(run.ranks.gather(score.losses)) for name, score in scores.items()}  # fmax passes over NaN
+    if run.ranks.rank == 0:
+        buffer = io.BytesIO()
+        np.savez(buffer, **joined)
+        write_atomically(run.cfg.losses_path, buffer.getvalue())
+
+
 def log_final(run: Run, score: Score, pre_ttt: Score, **values: Any) -> None:
     run.log.record("final", seed=run.cfg.seed, val_loss=f"{score.val_loss:.8f}", val_bpb=f"{score.val_bpb:.8f}",
                    pre_ttt_bpb=f"{pre_ttt.val_bpb:.8f}", **values)
@@ -3819,6 +3829,8 @@ def score_only(run: Run, data: bytes, environ: Mapping[str, str]) -> int:
     run.log.record("data", val_tokens=len(val.tokens), val_bytes=val.num_bytes, val_docs=val.documents,
                    published=int(run.cfg.shards_dir.name == PUBLISHED_NAME))
     scored, pre_ttt = score_artifact(run, data, val)
+    if run.cfg.losses_path:
+        write_losses(run, {"quantized": pre_ttt} | ({"quantized_ttt": scored.score} if run.cfg.ttt_enabled else {}))
     total_bytes = len(data) + sum(p.stat().st_size for p in code_files())
     log_final(run, scored.score, pre_ttt, eval_ms=int(scored.time_ms), total_bytes=total_bytes)
     problems = budget_problems(run, "evaluation", scored.time_ms, run.cfg.eval_budget_seconds)
