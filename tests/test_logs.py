@@ -197,7 +197,7 @@ def test_plot_and_report_overlay_both_dialects_and_fetch_nothing(tmp_path: Path)
     assert logs.main(["report", *paths, "--out", str(tmp_path / "r.html")]) == 0
     page = (tmp_path / "r.html").read_text()
     sources = re.findall(r'(?:src|href)="([^"]{0,30})', page)
-    assert len(sources) == 4 and all(source.startswith("data:image/svg+xml") for source in sources)
+    assert len(sources) == 5 and all(source.startswith("data:image/svg+xml") for source in sources)
     assert 'name="viewport"' in page and "<script" not in page and "@import" not in page
     for word in ("seed 3", "seed 4", "seed 5", "1.06417", "Settings that differ"):
         assert word in page

@@ -740,134 +740,250 @@ def compare_with_bar(old: Sequence[float], new: Sequence[float], bar: float) -> 
 
 COLORS = ["#0b5fa5", "#d1495b", "#2e8b57", "#8d5a97", "#c77700", "#00798c", "#6b705c", "#3d405b"]
 SHADES = ["#eef3f8", "#dbe7f2", "#c5d8ea", "#b0c9e1"]
+WARMUP_STEPS = 5  # the first of a depth are slower: they are drawn apart
+GRID = 200  # places at which seeds are averaged
 
 
 class Curve(NamedTuple):
-    """A run with the name and the colour that it has in every plot."""
+    """A configuration with the name and the colour that it has in every plot, and its runs, one a seed."""
 
     label: str
     color: str
-    run: RunLog
+    runs: list[RunLog]
 
 
 def curves_of(groups: list[Group]) -> list[Curve]:
-    """Every run with something to draw; the group is named where there are several."""
-    runs = [(group, run) for group in groups for run in group.runs]
-    labels = [f"{short(group.name)}, {run.name}" if len(groups) > 1 else run.name for group, run in runs]
-    return [Curve(label, COLORS[i % len(COLORS)], run) for i, (label, (_, run)) in enumerate(zip(labels, runs))]
+    """One curve a group, named by what its name has and others have not."""
+    words = [re.split(r"[_,\s]+", re.sub(r"^\d{4}-\d\d-\d\d_", "", group.name)) for group in groups]
+    common = set.intersection(*map(set, words)) if len(groups) > 1 else set()
+    labels = ["_".join(word for word in own if word not in common) or "_".join(own) for own in words]
+    labels = [short(label) + (f" #{i + 1}" if labels.count(label) > 1 else "") for i, label in enumerate(labels)]
+    seeds = [f" ({len(group.runs)} seeds)" if len(group.runs) > 1 else "" for group in groups]
+    return [Curve(label + count, COLORS[i % len(COLORS)], group.runs) for i, (label, count, group) in enumerate(zip(labels, seeds, groups))]
 
 
-def short(name: str, most: int = 24) -> str:
-    name = re.sub(r"^\d{4}-\d\d-\d\d_", "", name)
+def short(name: str, most: int = 32) -> str:
     return name if len(name) <= most else name[: most - 1] + "…"
 
 
-class StepAxis(NamedTuple):
-    """What the x axis counts: steps, or the share of the run where runs are of very different lengths."""
-
-    as_share: bool
-
-    @classmethod
-    def of(cls, curves: list[Curve]) -> StepAxis:
-        lasts = [curve.run.train[-1].step for curve in curves if curve.run.train]
-        return cls(bool(lasts) and max(lasts) > 2 * min(lasts))
-
-    @property
-    def label(self) -> str:
-        return "% of the run's steps" if self.as_share else "step"
-
-    def place(self, run: RunLog, step: int) -> float:
-        return 100 * step / max(run.train[-1].step, 1) if self.as_share else step
+Places = Callable[[RunLog, Point], float | None]
 
 
-def draw_loss(axes: Any, curves: list[Curve]) -> None:
-    """Training loss by step, and the validation losses as rings; the depth phases of the first run are shaded."""
-    shade_phases(axes, curves)
-    seen = []
-    x = StepAxis.of(curves)
-    for curve in (curve for curve in curves if curve.run.train):
-        run, last = curve.run, curve.run.train[-1].step
-        axes.plot([x.place(run, p.step) for p in run.train], [p.loss for p in run.train], color=curve.color, lw=1.3,
-                  label=curve.label)
-        rings = [(int(name[4:]) if name[4:].isdigit() else last if name == "final" else 0, e.val_loss)
-                 for name, e in run.evals.items() if re.fullmatch(r"initial|final|step\d+", name)]
-        axes.plot([x.place(run, step) for step, _ in rings], [loss for _, loss in rings], "o", mfc="white", ms=5,
-                  color=curve.color)
-        seen += [p.loss for p in run.train if p.step > 0.03 * last] + [loss for step, loss in rings if step]
-    axes.set_title("Loss (rings: validation)")
-    axes.set_xlabel(x.label)
-    axes.set_ylabel("nats a token")
+def by_step(run: RunLog, point: Point) -> float:
+    return point.step
+
+
+def by_minutes(run: RunLog, point: Point) -> float | None:
+    return None if point.elapsed_ms is None else point.elapsed_ms / 6e4
+
+
+def mean_line(lines: list[tuple[list[float], list[float]]]) -> tuple[list[float], list[float]]:
+    """The mean of several lines, over the stretch that all of them have."""
+    numpy = import_for_tools("numpy")
+    grid = numpy.linspace(max(xs[0] for xs, _ in lines), min(xs[-1] for xs, _ in lines), GRID)
+    return grid.tolist(), numpy.mean([numpy.interp(grid, xs, ys) for xs, ys in lines], axis=0).tolist()
+
+
+def draw_lines(axes: Any, curve: Curve, lines: list[tuple[list[float], list[float]]]) -> None:
+    """A thin line a seed, and a thick one for their mean."""
+    lines = [line for line in lines if line[0]]
+    for xs, ys in lines if len(lines) > 1 else []:
+        axes.plot(xs, ys, lw=0.7, alpha=0.45, color=curve.color)
+    if lines:
+        axes.plot(*(mean_line(lines) if len(lines) > 1 else lines[0]), lw=2, color=curve.color, label=curve.label)
+
+
+def draw_loss(axes: Any, curves: list[Curve], place: Places = by_step) -> None:
+    """Training loss, and as rings the validation losses; the beginning, which would flatten the rest, is cut off."""
+    shade_phases(axes, curves, place)
+    seen: list[float] = []
+    for curve in curves:
+        lines = []
+        for run in curve.runs:
+            points = [(x, p) for p in run.train if (x := place(run, p)) is not None]
+            lines.append(([x for x, _ in points], [p.loss for _, p in points]))
+            seen += [p.loss for _, p in points if p.step > 0.05 * points[-1][1].step]
+            rings = [(x, run.evals[f"step{p.step}"].val_loss) for x, p in points if f"step{p.step}" in run.evals]
+            axes.plot(*zip(*rings) if rings else ((), ()), "o", mfc="white", ms=5, color=curve.color, ls="")
+        draw_lines(axes, curve, lines)
+    axes.set_title("Loss by step" if place is by_step else "Loss by training time")
+    axes.set_xlabel("step" if place is by_step else "minutes")
+    axes.set_ylabel("nats a token (rings: validation)")
     if seen:
-        room = 0.1 * (max(seen) - min(seen)) + 0.01
+        room = 0.05 * (max(seen) - min(seen)) + 0.01
         axes.set_ylim(min(seen) - room, max(seen) + room)
 
 
-def shade_phases(axes: Any, curves: list[Curve]) -> None:
-    """Bands for the depth phases of the first run that has any; thin lines where another run changes depth."""
-    x, with_phases = StepAxis.of(curves), [curve for curve in curves if curve.run.phases and curve.run.train]
-    for nth, curve in enumerate(with_phases):
-        run, last = curve.run, curve.run.train[-1].step
+def draw_loss_by_time(axes: Any, curves: list[Curve]) -> None:
+    draw_loss(axes, curves, by_minutes)
+
+
+def shade_phases(axes: Any, curves: list[Curve], place: Places) -> None:
+    """Bands for the depth phases of the first run that has any; dotted lines where another configuration changes depth."""
+    runs = [(curve.color, run) for curve in curves for run in curve.runs[:1] if run.phases and run.train]
+    for nth, (color, run) in enumerate(runs):
         phases = run.phases if run.phases[0].step == 0 else [Phase(0, 0.0, 1), *run.phases]
-        for i, phase in enumerate(phases):
-            begin = x.place(run, phase.step)
-            end = x.place(run, phases[i + 1].step if i + 1 < len(phases) else last)
+        ends = [next((x for p in run.train if p.step >= phase.step and (x := place(run, p)) is not None), None) for phase in phases]
+        ends = [0 if phases[0].step == 0 else ends[0], *ends[1:], place(run, run.train[-1])]
+        for i, (phase, begin, end) in enumerate(zip(phases, ends, ends[1:])):
+            if begin is None or end is None:
+                continue
             if nth == 0:
                 axes.axvspan(begin, end, color=SHADES[min(i, len(SHADES) - 1)], lw=0, zorder=0)
-                axes.annotate(f"depth {phase.depth}", ((begin + end) / 2, 1), xycoords=("data", "axes fraction"),
-                              xytext=(0, -11), textcoords="offset points", ha="center", fontsize="x-small", color="#456")
+                axes.annotate(f"depth {phase.depth}", ((begin + end) / 2, 1), xycoords=("data", "axes fraction"), xytext=(0, -11),
+                              textcoords="offset points", ha="center", fontsize="x-small", color="#456")
             elif i:
-                axes.axvline(begin, color=curve.color, lw=0.6, ls=":", zorder=0)
+                axes.axvline(begin, color=color, lw=0.8, ls=":", zorder=0)
+
+
+STAGE_TITLES = {"last": "last step", "ema": "averaged", "quantized": "quantized", "quantized_ttt": "+ TTT"}
+
+
+def stage_score(run: RunLog, stage: str) -> float | None:
+    """BPB of a run at a stage of STAGE_TITLES; the last step is that of the weights that were not averaged."""
+    steps = [name for name in stage_names([run]) if name == "final" or name.startswith("step")]
+    found = run.evals.get((steps or [""])[-1] if stage == "last" else stage)
+    return found and found.val_bpb
+
+
+def stage_values(runs: Sequence[RunLog], stage: str) -> list[float]:
+    return [score for run in runs if (score := stage_score(run, stage)) is not None]
+
+
+def difference(first: Sequence[float], second: Sequence[float]) -> str:
+    """The mean of the second less that of the first, and its standard error where both have several values."""
+    if not (first and second):
+        return "-"
+    (a, a_std), (b, b_std) = mean_and_std(first), mean_and_std(second)
+    error = math.sqrt(a_std ** 2 / len(first) + b_std ** 2 / len(second))
+    return f"{b - a:+.5f}" + ("" if math.isnan(error) else f" ± {error:.5f}")
+
+
+def stage_comparison(curves: list[Curve]) -> list[list[str]]:
+    """Header and a row a stage: the mean of each configuration, and of two the difference."""
+    rows = [["BPB", *(curve.label for curve in curves), *(["difference"] if len(curves) == 2 else [])]]
+    for stage, title in STAGE_TITLES.items():
+        values = [stage_values(curve.runs, stage) for curve in curves]
+        if any(values):
+            rows.append([title, *(f"{statistics.fmean(v):.5f}" if v else "-" for v in values), *([difference(*values)] if len(curves) == 2 else [])])
+    return rows
 
 
 def draw_stages(axes: Any, curves: list[Curve]) -> None:
-    """BPB at each stage but the untrained one, which would flatten all others."""
-    stages = [name for name in stage_names(curve.run for curve in curves) if name != "initial"]
+    """BPB at each stage; under its name the difference of two configurations."""
+    stages = [stage for stage in STAGE_TITLES if any(stage_values(curve.runs, stage) for curve in curves)]
     for curve in curves:
-        found = [(stages.index(name), e.val_bpb) for name, e in curve.run.evals.items() if name in stages]
-        axes.plot(*zip(*sorted(found)) if found else ((), ()), "o-", ms=4, lw=1, color=curve.color, label=curve.label)
-    axes.set_xticks(range(len(stages)), [name.replace("quantized_ttt", "+ TTT") for name in stages],
-                    rotation=30 if len(stages) > 4 else 0, ha="right" if len(stages) > 4 else "center")
-    axes.set_title("Score at each stage")
+        for run in curve.runs if len(curve.runs) > 1 else []:
+            found = [(i, score) for i, stage in enumerate(stages) if (score := stage_score(run, stage)) is not None]
+            axes.plot(*zip(*found) if found else ((), ()), lw=0.7, alpha=0.45, color=curve.color)
+        means = [(i, statistics.fmean(values)) for i, stage in enumerate(stages) if (values := stage_values(curve.runs, stage))]
+        axes.plot(*zip(*means) if means else ((), ()), "o-", ms=5, lw=2, color=curve.color, label=curve.label)
+    texts = [STAGE_TITLES[stage] for stage in stages]
+    if len(curves) == 2:
+        texts = [f"{text}\n" + difference(*(stage_values(curve.runs, stage) for curve in curves)).replace(" ±", "\n±")
+                 for text, stage in zip(texts, stages)]
+    axes.set_xticks(range(len(stages)), texts, fontsize="small")
+    axes.margins(x=0.1)
+    axes.set_title("Score at each stage" + (" (below: second less first)" if len(curves) == 2 else ""))
     axes.set_ylabel("bits a byte")
 
 
+def ttt_line(run: RunLog) -> tuple[list[float], list[float]]:
+    return [100 * (p.done if p.scored is None else p.scored) for p in run.ttt], [p.val_bpb for p in run.ttt]
+
+
 def draw_ttt(axes: Any, curves: list[Curve]) -> None:
-    for curve in curves:
-        points = curve.run.ttt
-        axes.plot([100 * p.done for p in points], [p.val_bpb for p in points], ".-", ms=4, lw=1, color=curve.color,
-                  label=curve.label)
+    """The running score; of two configurations their difference at the same documents, which shows who is ahead, and when."""
+    with_ttt = [curve for curve in curves if any(len(run.ttt) > 1 for run in curve.runs)]
+    by_bytes = all(point.scored is not None for curve in with_ttt for run in curve.runs for point in run.ttt)
+    lines = [[ttt_line(run) for run in curve.runs if len(run.ttt) > 1] for curve in with_ttt]
+    axes.set_xlabel(f"{'bytes' if by_bytes else 'documents'} scored, %, longest documents first")
+    if len(with_ttt) == 2:
+        numpy = import_for_tools("numpy")
+        (xs, first), (others, second) = map(mean_line, lines)
+        xs = [x for x in xs if others[0] <= x <= others[-1]]
+        gap = numpy.interp(xs, others, second) - numpy.interp(xs, mean_line(lines[0])[0], first)
+        axes.plot(xs, gap, lw=2, color=with_ttt[1].color, label="_difference")
+        axes.axhline(0, color=with_ttt[0].color, lw=1.2)
+        axes.set_title("Running TTT score: second less first")
+        axes.set_ylabel("bits a byte (below 0: the second is ahead)")
+        return
+    for curve, own in zip(with_ttt, lines):
+        draw_lines(axes, curve, own)
     axes.set_title("Running score of test-time training")
-    axes.set_xlabel("documents scored, %, longest first")
     axes.set_ylabel("bits a byte so far")
 
 
+def draw_stage_table(axes: Any, curves: list[Curve]) -> None:
+    """The stages as a small table."""
+    rows = stage_comparison(curves)
+    axes.set_axis_off()
+    if len(rows) > 1:
+        rows[0] = ["BPB", *(short(cell, 18) for cell in rows[0][1:])]
+        table = axes.table(rows, loc="center", edges="horizontal", cellLoc="right")
+        table.auto_set_font_size(False)
+        table.set_fontsize(9)
+        table.scale(1, 1.6)
+        for (row, column), cell in table.get_celld().items():
+            cell.set_edgecolor("#d5dae0")
+            if row == 0 and 0 < column <= len(curves):
+                cell.get_text().set(color=curves[column - 1].color, weight="bold")
+
+
+def step_times(run: RunLog) -> dict[int, tuple[list[float], list[float]]]:
+    """Depth -> times of its steps, and apart those of its first ones."""
+    found: dict[int, tuple[list[float], list[float]]] = {}
+    begin = 0
+    for before, point in zip([None, *run.train], run.train):
+        begin = point.step if before is not None and point.depth != before.depth else begin
+        if point.step_ms is not None and point.depth is not None:
+            warm = point.step <= WARMUP_STEPS or point.step == begin or point.step - begin < WARMUP_STEPS
+            found.setdefault(point.depth, ([], []))[warm].append(point.step_ms)
+    return found
+
+
 def draw_step_time(axes: Any, curves: list[Curve]) -> None:
-    shade_phases(axes, curves)
-    x = StepAxis.of(curves)
-    for curve in curves:
-        points = [p for p in curve.run.train if p.step_ms is not None]
-        axes.plot([x.place(curve.run, p.step) for p in points], [p.step_ms for p in points], lw=1, color=curve.color,
-                  label=curve.label)
-    axes.set_title("Step time")
-    axes.set_xlabel(x.label)
+    """Medians by depth, a dot a seed; crosses are steps right after the start and after a change of depth."""
+    depths = sorted({depth for curve in curves for run in curve.runs for depth in step_times(run)})
+    for nth, curve in enumerate(curves):
+        shift = 0.16 * (nth - (len(curves) - 1) / 2)
+        for run in curve.runs:
+            for depth, (steps, first) in step_times(run).items():
+                axes.plot([depths.index(depth) + shift + 0.05] * len(first), first, "x", ms=3, alpha=0.4, color=curve.color)
+                if steps:
+                    middle = statistics.median(steps)
+                    axes.plot([depths.index(depth) + shift], [middle], "o", ms=6, color=curve.color)
+                    axes.annotate(f"{middle:.0f}", (depths.index(depth) + shift, middle), xytext=(-7, 4 if nth % 2 else -11), color=curve.color,
+                                  textcoords="offset points", ha="right", fontsize="x-small") if run is curve.runs[0] else None
+    axes.set_xticks(range(len(depths)), [f"depth {depth}" for depth in depths])
+    axes.set_xlim(-0.6, max(len(depths), 1) - 0.4)
+    axes.set_title("Step time: medians (crosses: warm-up steps)")
     axes.set_ylabel("ms")
-    axes.set_ylim(bottom=0)
+    if depths:
+        axes.set_ylim(bottom=0)
 
 
 PLOTS: dict[str, Callable[[Any, list[Curve]], None]] = {
-    "loss": draw_loss, "stages": draw_stages, "ttt": draw_ttt, "step_time": draw_step_time}
+    "loss": draw_loss, "loss_by_time": draw_loss_by_time, "ttt": draw_ttt, "table": draw_stage_table, "stages": draw_stages,
+    "step_time": draw_step_time}
 
 
-def style(axes: Any, curves: list[Curve]) -> None:
-    """The same plain frame for every plot; a legend where there is more than one curve, a note where there is none."""
+def style(axes: Any) -> None:
+    """The same plain frame for every plot, and a note where there is nothing to draw."""
+    if not axes.axison:
+        return
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#00000014", lw=0.6)
     axes.set_axisbelow(True)
-    drawn = [line for line in axes.get_lines() if len(line.get_xdata()) and not line.get_label().startswith("_")]
-    if not drawn:
+    if not any(len(line.get_xdata()) for line in axes.get_lines()):
         axes.text(0.5, 0.5, "not in these logs", transform=axes.transAxes, ha="center", color="#678")
-    elif len(curves) > 1:
-        axes.legend(fontsize="small", frameon=False)
+
+
+def legend(figure: Any, curves: list[Curve]) -> None:
+    """The configurations, above the plots and never over them."""
+    lines = import_for_tools("matplotlib.lines")
+    handles = [lines.Line2D([], [], color=curve.color, lw=2, label=curve.label) for curve in curves]
+    figure.legend(handles=handles, loc="outside upper left", ncols=2, frameon=False)
 
 
 def pyplot() -> Any:
@@ -880,12 +996,13 @@ def pyplot() -> Any:
 
 
 def plot(groups: list[Group], path: Path) -> None:
-    """All four plots on one picture."""
+    """All plots on one picture."""
     plt, curves = pyplot(), curves_of(groups)
-    figure, grid = plt.subplots(2, 2, figsize=(11, 7), dpi=110)
+    figure, grid = plt.subplots(3, 2, figsize=(11.5, 10.5), dpi=110)
     for axes, draw in zip(grid.flat, PLOTS.values()):
         draw(axes, curves)
-        style(axes, curves)
+        style(axes)
+    legend(figure, curves)
     buffer = io.BytesIO()
     figure.savefig(buffer, format=path.suffix.lstrip(".") or "png")
     plt.close(figure)
@@ -895,9 +1012,11 @@ def plot(groups: list[Group], path: Path) -> None:
 def plot_as_svg(name: str, curves: list[Curve]) -> str:
     """One plot as an inline image for the page."""
     plt = pyplot()
-    figure, axes = plt.subplots(figsize=(4.7, 3.3))
+    figure, axes = plt.subplots(figsize=(4.7, 3.5))
     PLOTS[name](axes, curves)
-    style(axes, curves)
+    style(axes)
+    if len(curves) > 1:
+        legend(figure, curves)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     plt.close(figure)
@@ -935,8 +1054,9 @@ ul { padding-left: 1.2rem; margin: .4rem 0 } li { overflow-wrap: anywhere }
 pre { font-size: .82rem; white-space: pre-wrap; overflow-wrap: anywhere; margin: 0 }
 details summary { cursor: pointer; padding: 6px 0 }
 """
-PLOT_WORDS = {"loss": "training loss by step with the depth phases", "stages": "bits a byte after each stage",
-              "ttt": "running score of test-time training", "step_time": "milliseconds of a step"}
+PLOT_WORDS = {"loss": "training loss by step with the depth phases", "loss_by_time": "training loss by time",
+              "stages": "bits a byte after each stage", "ttt": "running score of test-time training",
+              "step_time": "milliseconds of a step at each depth"}  # the table is one of the page's own
 
 
 def as_html(rows: list[list[str]]) -> str:
@@ -982,7 +1102,7 @@ def settings_section(groups: list[Group]) -> str:
     runs = [run for group in groups for run in group.runs if run.settings]
     if not runs:
         return ""
-    names = [curve.label for curve in curves_of(groups) if curve.run.settings]
+    names = [f"{curve.label}, {run.name}" if len(groups) > 1 else run.name for curve in curves_of(groups) for run in curve.runs if run.settings]
     differing = differing_settings(runs, ignore=("RUN_ID",))
     parts = ["<h2>Settings that differ</h2>"]
     parts.append(as_html([["setting", *names], *([name, *values] for name, values in differing.items())])
@@ -996,11 +1116,14 @@ def settings_section(groups: list[Group]) -> str:
 
 def report(groups: list[Group], path: Path) -> None:
     """Write the page: everything is in the one file, nothing is fetched."""
-    drawn = [curve for curve in curves_of(groups) if curve.run.train or curve.run.evals]
-    plots = [f'<div class="card"><img alt="{PLOT_WORDS[name]}" src="{plot_as_svg(name, drawn)}"></div>' for name in PLOTS]
-    comparison = ""
+    curves, comparison = curves_of(groups), ""
+    plots = [f'<div class="card"><img alt="{words}" src="{plot_as_svg(name, curves)}"></div>' for name, words in PLOT_WORDS.items()]
     if len(groups) == 2 and all(group.finished for group in groups):
-        comparison = f'<section class="card"><h2>Comparison</h2><pre>{html.escape(compare(*groups))}</pre></section>'
+        try:
+            text = f"{as_html(stage_comparison(curves))}<pre>{html.escape(compare(*groups))}</pre>"
+        except ValueError as error:
+            text = f"<p>{html.escape(str(error))}</p>"
+        comparison = f'<section class="card"><h2>Comparison</h2>{text}</section>'
     title = html.escape(" and ".join(group.name for group in groups))
     page = (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, '
             f'initial-scale=1"><title>{title}</title><style>{PAGE_STYLE}</style></head><body>'
