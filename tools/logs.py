@@ -393,7 +393,7 @@ def lines_of(path: Path) -> list[str]:
     """The lines of a log: UTF-8 or UTF-16, and of several ranks in one file those of the first."""
     data = path.read_bytes()
     encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
-    parts = [re.match(r"(?:\[(?:default|rank)?(\d+)\]: ?)?(.*)", line) for line in data.decode(encoding, errors="replace").splitlines()]
+    parts = [re.match(r"(?:\[(?:default|rank)?(\d+)\]:)?(.*)", line) for line in data.decode(encoding, errors="replace").splitlines()]
     return [part[2] for part in parts if part and part[1] in (None, "0")]
 
 
@@ -802,7 +802,7 @@ def draw_loss(axes: Any, curves: list[Curve], place: Places = by_step) -> None:
         for run in curve.runs:
             points = [(x, p) for p in run.train if (x := place(run, p)) is not None]
             lines.append(([x for x, _ in points], [p.loss for _, p in points]))
-            seen += [p.loss for _, p in points if p.step > 0.05 * points[-1][1].step]
+            seen += [p.loss for _, p in points if p.step > 0.12 * points[-1][1].step]
             rings = [(x, run.evals[f"step{p.step}"].val_loss) for x, p in points if f"step{p.step}" in run.evals]
             axes.plot(*zip(*rings) if rings else ((), ()), "o", mfc="white", ms=5, color=curve.color, ls="")
         draw_lines(axes, curve, lines)
@@ -976,6 +976,7 @@ def style(axes: Any) -> None:
     axes.grid(color="#00000014", lw=0.6)
     axes.set_axisbelow(True)
     if not any(len(line.get_xdata()) for line in axes.get_lines()):
+        axes.set(xticks=[], yticks=[], xlabel="", ylabel="")
         axes.text(0.5, 0.5, "not in these logs", transform=axes.transAxes, ha="center", color="#678")
 
 

@@ -119,6 +119,8 @@ def check_one_configuration(record: Record) -> Result:
     return judged("one configuration, one kind of machine", problems, f"{len(record.runs[0].settings)} settings are the same")
 
 
+CODE_RULES = ["the artifact scores what the log says", "causal", "the distribution adds up to 1",
+              "validation documents score no better than others", "no validation document in the training data"]
 CODE_RULE = "the folder's code is the code that ran"
 
 
