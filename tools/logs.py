@@ -919,8 +919,9 @@ def draw_stage_table(axes: Any, curves: list[Curve]) -> None:
     rows = stage_comparison(curves)
     axes.set_axis_off()
     if len(rows) > 1:
-        rows[0] = ["BPB", *(short(cell, 18) for cell in rows[0][1:])]
-        table = axes.table(rows, loc="center", edges="horizontal", cellLoc="right")
+        rows[0] = ["BPB", *(short(re.sub(r" \(.*", "", cell), 44 // len(rows[0])) for cell in rows[0][1:])]
+        widths = [0.2, *([0.26] * len(curves)), *([0.34] if len(curves) == 2 else [])]
+        table = axes.table(rows, loc="center", edges="horizontal", cellLoc="right", colWidths=[width / sum(widths) for width in widths])
         table.auto_set_font_size(False)
         table.set_fontsize(9)
         table.scale(1, 1.6)
@@ -946,15 +947,16 @@ def draw_step_time(axes: Any, curves: list[Curve]) -> None:
     """Medians by depth, a dot a seed; crosses are steps right after the start and after a change of depth."""
     depths = sorted({depth for curve in curves for run in curve.runs for depth in step_times(run)})
     for nth, curve in enumerate(curves):
-        shift = 0.16 * (nth - (len(curves) - 1) / 2)
+        shift = 0.26 * (nth - (len(curves) - 1) / 2)
         for run in curve.runs:
             for depth, (steps, first) in step_times(run).items():
-                axes.plot([depths.index(depth) + shift + 0.05] * len(first), first, "x", ms=3, alpha=0.4, color=curve.color)
+                axes.plot([depths.index(depth) + shift + 0.07] * len(first), first, "x", ms=3, alpha=0.4, color=curve.color)
                 if steps:
                     middle = statistics.median(steps)
                     axes.plot([depths.index(depth) + shift], [middle], "o", ms=6, color=curve.color)
-                    axes.annotate(f"{middle:.0f}", (depths.index(depth) + shift, middle), xytext=(-7, 4 if nth % 2 else -11), color=curve.color,
-                                  textcoords="offset points", ha="right", fontsize="x-small") if run is curve.runs[0] else None
+                    if run is curve.runs[0]:
+                        axes.annotate(f"{middle:.0f}", (depths.index(depth) + shift, middle), xytext=(0, -15), textcoords="offset points",
+                                      ha="center", fontsize="x-small", color=curve.color)
     axes.set_xticks(range(len(depths)), [f"depth {depth}" for depth in depths])
     axes.set_xlim(-0.6, max(len(depths), 1) - 0.4)
     axes.set_title("Step time: medians (crosses: warm-up steps)")
