@@ -377,8 +377,9 @@ def finish_theirs(run: RunLog) -> None:
                         pre_ttt_bpb=plain and plain.val_bpb)
     if last is None:
         unknown = [name for name in run.evals if not re.fullmatch(r"initial|ema|quantized|step\d+", name)]
-        run.problems.append("test-time training was to follow, and no score of it is here: the run did not end" if run.says_ttt and plain else
-                            f"no final score in a form known here: the run did not end, or its dialect is another (stages: "
+        broken_off = run.says_ttt and plain is not None
+        run.problems.append("test-time training was to follow, and no score of it is here: the run did not end" if broken_off else
+                            "no final score in a form known here: the run did not end, or its dialect is another (stages: "
                             f"{', '.join(unknown) or 'none'}; a row of STAGES or THEIRS would read it)")
 
 
@@ -433,7 +434,8 @@ def logs_in(folder: Path) -> list[Path]:
     """The logs of a record folder, or else every log of a folder but those of mere evaluations; seeds in order."""
     found = every_log(folder)
     records = [path for path in found if path.match(RECORD_LOGS)]
-    return sorted(records or found, key=lambda path: [(not t.isdigit(), int(t) if t.isdigit() else t) for t in re.split(r"(\d+)", path.name)])
+    return sorted(records or found, key=lambda path: [(not part.isdigit(), int(part) if part.isdigit() else part)
+                                                      for part in re.split(r"(\d+)", path.name)])
 
 
 def every_log(folder: Path) -> list[Path]:
@@ -597,7 +599,8 @@ def headline(group: Group) -> str:
 
 def group_warnings(group: Group) -> list[str]:
     """What a reader of the mean must know."""
-    found = group.notes + [f"{name} differs between the runs: {', '.join(values)}" for name, values in differing_settings(group.runs).items()]
+    differing = differing_settings(group.runs)
+    found = group.notes + [f"{name} differs between the runs: {', '.join(values)}" for name, values in differing.items()]
     versions = {tuple(sorted((file, row["sha256"]) for file, row in run.code.items())) for run in group.runs if run.code}
     if len(versions) > 1:
         found.append(f"the runs were made by {len(versions)} different versions of the code")
@@ -865,7 +868,8 @@ def stage_comparison(curves: list[Curve]) -> list[list[str]]:
     for stage, title in STAGE_TITLES.items():
         values = [stage_values(curve.runs, stage) for curve in curves]
         if any(values):
-            rows.append([title, *(f"{statistics.fmean(v):.5f}" if v else "-" for v in values), *([difference(*values)] if len(curves) == 2 else [])])
+            means = [f"{statistics.fmean(found):.5f}" if found else "-" for found in values]
+            rows.append([title, *means, *([difference(*values)] if len(curves) == 2 else [])])
     return rows
 
 
@@ -1105,7 +1109,8 @@ def settings_section(groups: list[Group]) -> str:
     runs = [run for group in groups for run in group.runs if run.settings]
     if not runs:
         return ""
-    names = [f"{curve.label}, {run.name}" if len(groups) > 1 else run.name for curve in curves_of(groups) for run in curve.runs if run.settings]
+    names = [f"{curve.label}, {run.name}" if len(groups) > 1 else run.name
+             for curve in curves_of(groups) for run in curve.runs if run.settings]
     differing = differing_settings(runs, ignore=("RUN_ID",))
     parts = ["<h2>Settings that differ</h2>"]
     parts.append(as_html([["setting", *names], *([name, *values] for name, values in differing.items())])

@@ -383,7 +383,8 @@ class Examination:
                 if len(wrong := np.flatnonzero(changed & stays)):
                     apart = np.abs(self.real[stage][wrong].astype(np.float64) - after[stage][wrong])
                     worst[stage] = max(worst[stage], float(apart.max()))
-                    problems[stage].append(f"cut {number}: {len(wrong)} of {int(stays.sum())} earlier losses changed, by {apart.max():.2g} at most")
+                    problems[stage].append(f"cut {number}: {len(wrong)} of {int(stays.sum())} earlier losses changed, "
+                                           f"by {apart.max():.2g} at most")
             self.apart &= not (~same_bits(self.real["quantized"], after["quantized"]) & change.untouched).any()
         again = self.suspect.score(self.val) if any(problems.values()) else self.real
         for stage in stages:

@@ -166,7 +166,8 @@ def check_packed(record: Record) -> Result:
     if (text := record.text_of(CODE_FILE)) is None:
         return Result(UNKNOWN, rule, f"there is no {CODE_FILE} here")
     if (unpacked := packed_source(text)) is None:
-        return judged(rule, [f"source/{CODE_FILE} is here, but {CODE_FILE} carries no source"] if source is not None else [], "it is not packed")
+        problems = [f"source/{CODE_FILE} is here, but {CODE_FILE} carries no source"] if source is not None else []
+        return judged(rule, problems, "it is not packed")
     if source is None:
         return Result(UNKNOWN, rule, f"{CODE_FILE} is packed, and source/{CODE_FILE} is not here to compare with")
     return judged(rule, [f"what {CODE_FILE} carries is not source/{CODE_FILE}"] if unpacked != source else [],
@@ -254,7 +255,8 @@ def check_arithmetic(record: Record) -> Result:
             problems.append(f"{run.path.name}: bytes a token differ from stage to stage: "
                             f"{', '.join(f'{name} {size:.5f}' for name, size in sizes.items())}")
         last = run.evals.get("quantized_ttt") or run.evals.get("quantized")
-        if run.final and run.dialect == "ours" and (last is None or (last.val_loss, last.val_bpb) != (run.final.val_loss, run.final.val_bpb)):
+        end = run.final if run.dialect == "ours" else None
+        if end and (last is None or (last.val_loss, last.val_bpb) != (end.val_loss, end.val_bpb)):
             problems.append(f"{run.path.name}: its last line says {run.final.val_bpb}, its evaluation {last and last.val_bpb}")
     return judged("BPB = nats / ln 2 / bytes, and the final score is the last evaluation", problems, "recomputed from every log")
 
