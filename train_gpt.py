@@ -145,6 +145,7 @@ class Config:
     run_id: str = setting("", "name of the run's files; empty: time, seed and a random part", Check(
         "up to 100 of the letters a-z A-Z, digits, '.', '_' and '-'", lambda v: re.fullmatch(r"[A-Za-z0-9_.-]{0,100}", v) is not None))
     artifact_path: str = setting("", "with EVAL_ONLY: the artifact to score; empty: that of RUN_ID", TEXT)
+    losses_path: str = setting("", "with EVAL_ONLY: .npz file for the nats of every target, as a referee wants them; empty: none", TEXT)
     eval_only: bool = setting(False, "score an existing artifact, no training data needed", FLAG)
     # the run
     seed: int = score_setting(1337, "seed of initialisation and adapters", between(0, 2**31 - 1))
@@ -3738,7 +3739,7 @@ class TTTProgress:
         sgd_ms = self.sgd_ms * sum(self.sgd_tokens) / max(sum(self.sgd_tokens[:phase]), 1)
         whole = (elapsed - self.sgd_ms) / max(share, 1e-9) + sgd_ms
         self.run.log.record("ttt", docs=f"{docs}/{len(self.documents)}", phase=f"{phase + 1}/{len(self.plans)}",
-                            val_bpb=f"{nats / math.log(2) / max(num_bytes, 1):.5f}", time_ms=int(elapsed), left_ms=int(max(0.0, whole - elapsed)))
+                            val_bpb=f"{nats / math.log(2) / max(num_bytes, 1):.5f}", bytes=num_bytes, time_ms=int(elapsed), left_ms=int(max(0.0, whole - elapsed)))
         if budget and whole > budget and not self.warned:
             self.warned = True
             self.run.log(f"warning: at this pace test-time training will take {whole / 1e3:.0f} s, more than EVAL_BUDGET_SECONDS="
@@ -4234,6 +4235,15 @@ def export(run: Run, model: GPT, hessians: dict[str, Tensor], checkpoint: Checkp
     return Exported(run.ranks.agree(data), steps, train_ms)
 
 
+def write_losses(run: Run, scores: dict[str, Score]) -> None:
+    """LOSSES_PATH gets an array a score, (targets,) float32 nats in data order, whatever rank scored them. A collective."""
+    joined = {name: np.fmax.reduce(run.ranks.gather(score.losses)) for name, score in scores.items()}  # fmax passes over NaN
+    if run.ranks.rank == 0:
+        buffer = io.BytesIO()
+        np.savez(buffer, **joined)
+        write_atomically(run.cfg.losses_path, buffer.getvalue())
+
+
 def score_and_finish(run: Run, val: ValData, artifact: Exported) -> int:
     """Score the artifact's model, then with test-time training if enabled; the final lines and the exit status.
 
@@ -4246,6 +4256,8 @@ def score_and_finish(run: Run, val: ValData, artifact: Exported) -> int:
     plain = score = evaluate(run, model, val, "quantized", cfg.eval_loop_depth)
     if cfg.ttt_enabled:
         score = score_with_ttt(run, model, val)
+    if cfg.eval_only and cfg.losses_path:
+        write_losses(run, {"quantized": plain} | ({"quantized_ttt": score} if cfg.ttt_enabled else {}))
     eval_ms, total_bytes = clock.total_ms + score.time_ms, len(artifact.data) + len(packed_code())
     problems = [f"{what} took {time_ms / 1e3:.1f} s, over the budget of {budget:g} s"
                 for what, time_ms, budget in (("training", artifact.train_ms, cfg.max_wallclock_seconds), ("evaluation", eval_ms, cfg.eval_budget_seconds))
