@@ -1293,7 +1293,7 @@ class Verification:
                               for split in splits for key, count in splits[split].items()
                               if key != "files" and self.manifest["splits"][split].get(key, count) != count]
             if [entry["sha256"] for entry in self.manifest["sources"]] != [entry["sha256"] for entry in replay.documents.finished]:
-                replay.faults.append(f"{', '.join(docs)}: SHA-256 differs from the source in {MANIFEST}")
+                replay.faults.insert(0, f"{', '.join(docs)}: SHA-256 differs from the source in {MANIFEST}")
         totals = splits["val"]
         self.report("equal to a new build", replay.faults, f"{totals['documents'] + splits['train']['documents']:,} documents;"
                         f" {int(self.val.byte_counts.sum(dtype=np.int64)):,} of {totals['bytes']:,} bytes of text charged")
