@@ -50,6 +50,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, NamedTuple, TypeVar
+from urllib.parse import urlsplit
 
 import numpy as np
 import sentencepiece
@@ -130,7 +131,7 @@ class Block(NamedTuple):
 def _text(line: bytes, replace_surrogates: bool) -> bytes:
     """The UTF-8 of a document's text; ValueError says what is wrong with the line."""
     try:
-        record = json.loads(line)
+        record = json.loads(line.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogatepass"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"is not a line of JSON: {error}") from None
     if not isinstance(record, dict) or not isinstance(text := record.get("text"), str):
@@ -962,7 +963,12 @@ class Hub:
 
     def __init__(self, repo: str) -> None:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # ours is a line that a log can hold
-        import huggingface_hub.errors  # here, because building data needs no hub
+        endpoint = os.environ.get("HF_ENDPOINT", "")
+        try:
+            urlsplit(endpoint).port  # the client's own error for a wrong one is of a kind of its own
+            import huggingface_hub.errors  # here, because building data needs no hub
+        except ValueError as error:
+            raise ValueError(f"the client of the hub cannot use HF_ENDPOINT={endpoint} or another HF_ variable: {error}") from None
         self.client = huggingface_hub
         self.repo = os.environ.get("MATCHED_FINEWEB_REPO_ID", repo)
         self.root = os.environ.get("MATCHED_FINEWEB_REMOTE_ROOT_PREFIX", "datasets").strip("/")
