@@ -459,16 +459,21 @@ def folder_lock(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK
     with open(path, "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock = None
-        if lock is None or not os.fstat(lock.fileno()).st_nlink:  # the other has just taken its lock away
+        if not _is_locked(lock.fileno()):
             raise ValueError(f"another process is writing to {folder}: wait for it or name another folder")
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)
+            path.unlink()
+
+
+def _is_locked(file: int) -> bool:
+    """Lock a file for this process, if no other has locked it or, at its end, has just removed it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return os.fstat(file).st_nlink > 0
 
 
 def write_file(path: Path, data: bytes) -> None:

@@ -620,14 +620,13 @@ def dataset_shards(folder: Path) -> dict[str, list[Path]]:
         raise ValueError(f"{folder} holds {', '.join(foreign[:3])}{' …' if foreign[3:] else ''}: {reason}; move or delete it")
     if len(prefixes := {prefix for prefix, _, _ in named.values()}) > 1:
         raise ValueError(f"{folder} holds shards of several data sets ({', '.join(sorted(prefixes))}): one folder, one data set")
-    shards = {kind: {int(number): name for name, (_, its, number) in named.items() if its == kind} for kind in SHARD_KINDS}
-    for kind, numbers in shards.items():
-        if gap := set(range(sum(its == kind for _, its, _ in named.values()))) - numbers.keys():
-            raise ValueError(f"{folder}: the {kind} shards ({', '.join(numbers.values())}) are not numbered from 0 without a gap: "
-                             f"number {min(gap)} is missing")
-    if shards["val"] and shards["val_bytes"] and shards["val_bytes"].keys() != shards["val"].keys():
+    shards = {kind: sorted((int(number), folder / name) for name, (_, its, number) in named.items() if its == kind) for kind in SHARD_KINDS}
+    for kind, numbered in shards.items():
+        if (numbers := [number for number, _ in numbered]) != list(range(len(numbers))):
+            raise ValueError(f"{folder}: the {kind} shards are numbered {', '.join(map(str, numbers))}, not from 0 without a gap")
+    if shards["val"] and shards["val_bytes"] and len(shards["val"]) != len(shards["val_bytes"]):
         raise ValueError(f"{folder}: {len(shards['val_bytes'])} sidecar shards (val_bytes) for {len(shards['val'])} validation shards")
-    return {kind: [folder / numbers[number] for number in sorted(numbers)] for kind, numbers in shards.items()}
+    return {kind: [path for _, path in numbered] for kind, numbered in shards.items()}
 
 
 def shard_paths(folder: Path, kind: str) -> list[Path]:
