@@ -594,21 +594,14 @@ class BuildRequest:
 
 class EncodedBlock(NamedTuple):
     """The documents of a block as they go into shards: flat arrays, and one entry a document."""
-    block: Block
-    val: int                # the first so many documents are for validation
+    block: Block            # without its lines
+    is_val: bool
     tokens: np.ndarray      # (n,) uint16, BOS before each document
-    charges: np.ndarray     # (n,) uint16 original bytes; may be empty where none is for validation
+    charges: np.ndarray     # (n,) uint16 original bytes, for validation; else empty
     lengths: np.ndarray     # (documents,) int64 tokens of each, BOS included; 0: left out
     text_bytes: np.ndarray  # (documents,) int64
     keys: list[bytes]       # by which equal documents are recognised; empty for one that is left out
-    faults: dict[int, str]  # bad documents of the whole block, and why
-
-    def split(self) -> tuple[EncodedBlock, EncodedBlock]:
-        """The documents for validation, and the others."""
-        entries = int(self.lengths[:self.val].sum())
-        parts = [(slice(None, entries), slice(None, self.val)), (slice(entries, None), slice(self.val, None))]
-        return tuple(self._replace(tokens=self.tokens[flat], charges=self.charges[flat], lengths=self.lengths[each],
-                                   text_bytes=self.text_bytes[each], keys=self.keys[each]) for flat, each in parts)
+    faults: dict[int, str]  # bad documents, and why
 
     def without(self, forbidden: set[bytes]) -> EncodedBlock:
         """The block without the documents of these keys: they get length 0."""
@@ -632,15 +625,11 @@ def make_encoder(tokenizer: Tokenizer, with_charges: bool) -> Encoder | FastEnco
     return (FastEncoder if tokenizer.by_word else Encoder)(tokenizer, with_charges)
 
 
-def encode_block(request: BuildRequest, sha256: str, block: Block, val: int) -> EncodedBlock:
-    """Tokenise the documents of a block, of which the first `val` are for validation; runs in a worker process.
-
-    Raises:
-        ValueError: names the first bad document, if they are not to be skipped.
-    """
+def encode_block(request: BuildRequest, sha256: str, block: Block, is_val: bool) -> EncodedBlock:
+    """Tokenise the documents of a block; runs in a worker process. ValueError names a bad one, if they are not skipped."""
     texts, faults = block.texts(request.replace_surrogates)
     good = [index for index in range(len(texts)) if index not in faults]
-    encoded = worker_encoder(str(request.model), sha256, val > 0).encode([texts[index] for index in good])
+    encoded = worker_encoder(str(request.model), sha256, is_val).encode([texts[index] for index in good])
     faults |= {good[index]: fault for index, fault in encoded.faults.items()}
     if faults and not request.skip_bad:
         index = min(faults)
@@ -650,7 +639,7 @@ def encode_block(request: BuildRequest, sha256: str, block: Block, val: int) -> 
     documents = iter(split_documents(encoded.tokens)[1])
     keys = [document_key(next(documents)) if length else b"" for length in lengths.tolist()]
     sizes = np.array([len(text) for text in texts], dtype=np.int64)
-    return EncodedBlock(block._replace(lines=[]), val, encoded.tokens, encoded.charges, lengths, sizes, keys, faults)
+    return EncodedBlock(block._replace(lines=[]), is_val, encoded.tokens, encoded.charges, lengths, sizes, keys, faults)
 
 
 Result = TypeVar("Result")
@@ -773,18 +762,18 @@ class Build:
         journal, val, passed = self.journal, Totals(), 0
         tokens, charges = (None, None) if journal.val else (self._open(VAL_TOKENS), self._open(VAL_BYTES))
         for encoded in results(self._calls(), self.request.workers):
-            for_val, for_train = encoded.split()
-            if journal.val is None:
-                tokens.append(for_val.tokens)
-                charges.append(for_val.charges)
-                val.count(for_val)
-                self.val_keys.update(filter(None, for_val.keys))
-                passed += encoded.val
+            if not encoded.is_val:
+                self._append_train(encoded.without(self.val_keys))
+            elif journal.val is None:
+                tokens.append(encoded.tokens)
+                charges.append(encoded.charges)
+                val.count(encoded)
+                self.val_keys.update(filter(None, encoded.keys))
+                passed += len(encoded.lengths)
                 if passed == self.request.val_docs and tokens.entries:
                     val.files = [tokens.finish(), charges.finish()]
                     journal.val = val
                     self._save(encoded.block, 0)
-            self._append_train(encoded.block, for_train.without(self.val_keys))
             self._say(encoded)
         if journal.val is None or not journal.train.documents:
             there = sum(source["documents"] for source in self.documents.finished)
@@ -802,7 +791,9 @@ class Build:
             if block.number == self.resume_at and block.seen != self.seen:
                 break
             if block.number >= self.resume_at:
-                yield encode_block, self.request, self.tokenizer.sha256, block, val
+                parts = ((block._replace(lines=block.lines[:val]), True),
+                         (block._replace(lines=block.lines[val:], first=block.first + val), False))
+                yield from ((encode_block, self.request, self.tokenizer.sha256, *part) for part in parts if part[0].lines)
             else:
                 self.progress = Progress("build", self.documents.bytes_total, self.documents.bytes_read)
         else:
@@ -811,7 +802,7 @@ class Build:
         raise ValueError(f"{', '.join(self.request.docs)}: not what the unfinished build in {self.request.out} was made"
                          " from; give the same documents, or build again with --force")
 
-    def _append_train(self, block: Block, encoded: EncodedBlock) -> None:
+    def _append_train(self, encoded: EncodedBlock) -> None:
         """Put a block's documents into train shards, closing each that becomes full."""
         at, self.skip_entries = self.skip_entries, 0  # entries that an earlier run wrote
         while at < len(encoded.tokens):
@@ -823,7 +814,7 @@ class Build:
             if self.shard.entries == self.request.shard_entries:
                 self.journal.train.files.append(self.shard.finish())
                 self.shard = None
-                self._save(block, at)
+                self._save(encoded.block, at)
         self.journal.train.count(encoded)
 
     def _open(self, name: str) -> ShardFile:

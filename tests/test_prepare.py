@@ -454,6 +454,16 @@ def test_bad_documents_are_left_out_when_asked(tmp_path: Path, workers: int, cap
     assert prepare.verify(wanted, 100) == 0, capsys.readouterr().out
 
 
+@pytest.mark.parametrize("block_bytes", [40, 1 << 20])
+def test_what_is_skipped_does_not_depend_on_blocks(tmp_path: Path, block_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Charges are needed of validation documents alone, also where one block holds both kinds."""
+    monkeypatch.setattr(prepare, "BLOCK_BYTES", block_bytes)
+    docs = data_tools.write_documents(tmp_path / "docs.jsonl", ["val", "a" + " " * 70_000 + "b", "train"])
+    nfkc = data_tools.tokenizer("nfkc").path
+    splits = prepare.build(request(docs, tmp_path / "set", val_docs=1, model=nfkc, skip_bad=True))["splits"]
+    assert (splits["train"]["documents"], splits["train"]["skipped"]) == (2, 0)
+
+
 def test_a_line_without_an_end_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prepare, "LONGEST_LINE", 1 << 21)
     (tmp_path / "docs.jsonl").write_text('{"text": "ok"}\n' + "x" * (4 << 20))
