@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import bz2
+import errno
 import fcntl
 import gzip
 import hashlib
@@ -1459,7 +1460,8 @@ def main(arguments: list[str]) -> int:
     try:
         return run(parse(arguments))
     except (ValueError, OSError) as problem:  # of the user's making, or a full disk, no permission and the like
-        say(f"error {problem}")
+        full = getattr(problem, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        say(f"error {problem}" + ("; make room, and the same command goes on from the last finished shard or file" if full else ""))
     except ImportError as problem:
         say(f"error {problem}: install what requirements.txt lists")
     except MemoryError:
