@@ -714,6 +714,10 @@ class Journal:
     entries: int = 0
     seen: str = ""
 
+    def files(self) -> list[dict[str, Any]]:
+        """All finished shards."""
+        return [*(self.val.files if self.val else []), *self.train.files]
+
     def save(self, folder: Path) -> None:
         """Write the journal with a checksum; the shards it speaks of are on disk already."""
         journal = asdict(self)
@@ -735,6 +739,10 @@ class Journal:
 def digest(value: Any) -> str:
     """The SHA-256 of something that JSON can hold."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+class OtherDocuments(ValueError):
+    """The documents are not those that an unfinished build was made from."""
 
 
 class Build:
@@ -800,8 +808,8 @@ class Build:
         else:
             if self.resume_at < 0 or block and block.number >= self.resume_at:
                 return
-        raise ValueError(f"{', '.join(self.request.docs)}: not what the unfinished build in {self.request.out} was made"
-                         " from; give the same documents, or build again with --force")
+        raise OtherDocuments(f"{', '.join(self.request.docs)}: not what the unfinished build in {self.request.out} was made"
+                             " from; give the same documents, or build again with --force")
 
     def _append_train(self, encoded: EncodedBlock) -> None:
         """Put a block's documents into train shards, closing each that becomes full."""
@@ -880,41 +888,46 @@ def standing(request: BuildRequest, tokenizer: Tokenizer) -> dict[str, Any] | No
     return manifest
 
 
-def begin(request: BuildRequest, tokenizer: Tokenizer) -> Journal:
-    """The journal to go on with, saved: that of an unfinished build, or a new one; what --force replaces is deleted.
+def unfinished(request: BuildRequest, wanted: dict[str, Any]) -> Journal | None:
+    """The journal of an unfinished build that this one can go on with; None: there is none, or --force gives it up.
 
     Raises:
-        ValueError: the folder holds another build, or shards that are of none.
+        ValueError: it is of another request, damaged, or lacks a shard.
     """
-    out, wanted = request.out, {"program": PROGRAM_VERSION, "tokenizer": tokenizer.sha256, **request.options()}
+    out = request.out
     try:
         journal = Journal.load(out)
+        if journal is None or (out / MANIFEST).exists():
+            return None
+        if differing := [key for key in wanted if journal.request.get(key) != wanted[key]]:
+            raise ValueError(f"{out} holds an unfinished build with another {', '.join(differing)}: build again with --force, or"
+                             " choose another --out")
+        for entry in journal.files():
+            read_shard(out / entry["file"], entry["entries"])
     except ValueError:
-        if not request.force:
-            raise
-        journal = None
-    if journal and journal.request != wanted and not request.force:
-        differing = [key for key in wanted if journal.request.get(key) != wanted[key]]
-        raise ValueError(f"{out} holds an unfinished build with another {', '.join(differing)}: build again with --force, or"
-                         " choose another --out")
-    resumes = journal is not None and journal.request == wanted and not (out / MANIFEST).exists()
-    journal = journal if resumes else Journal(wanted)
-    written = [*(journal.val.files if journal.val else []), *journal.train.files]
+        if request.force:
+            return None
+        raise
+    return journal
+
+
+def begin(request: BuildRequest, wanted: dict[str, Any]) -> Journal:
+    """The journal to go on with, or a new one, saved; what --force replaces is deleted. ValueError names foreign shards."""
+    out, there = request.out, unfinished(request, wanted)
+    journal = there or Journal(wanted)
     to_come = [TRAIN_TOKENS.format(len(journal.train.files))] if journal.val else [VAL_TOKENS, VAL_BYTES]
-    expected = {entry["file"] for entry in written} | set(to_come if resumes else [])
+    expected = {entry["file"] for entry in journal.files()} | set(to_come if there else [])
     others = {path.name for path in out.glob("*.bin")} - expected
     if foreign := sorted(name for name in others if not (request.force and OWN_NAMES.fullmatch(name))):
         raise ValueError(f"{out} holds {', '.join(foreign[:3])}{' …' if foreign[3:] else ''}, not of this build: move it away,"
                          " choose another --out, or delete the shards of earlier builds with --force")
-    if resumes and journal.val:
-        for entry in written:
-            read_shard(out / entry["file"], entry["entries"])
-        say(f"build resume blocks:{journal.block} train_shards:{len(journal.train.files)}")
     journal.save(out)
     (out / MANIFEST).unlink(missing_ok=True)
     for path in out.iterdir():
         if path.name in others or path.name.endswith(".tmp") and OWN_NAMES.fullmatch(path.name):
             path.unlink()
+    if journal.val:
+        say(f"build resume blocks:{journal.block} train_shards:{len(journal.train.files)}")
     return journal
 
 
@@ -924,10 +937,17 @@ def build(request: BuildRequest) -> dict[str, Any]:
         raise ValueError("--val-docs must be at least 1")
     Documents(request.docs)  # said before a folder is made
     tokenizer = Tokenizer(request.model)
+    wanted = {"program": PROGRAM_VERSION, "tokenizer": tokenizer.sha256, **request.options()}
     with folder_lock(request.out):
         if not request.force and (manifest := standing(request, tokenizer)):
             return manifest
-        return Build(request, tokenizer, begin(request, tokenizer)).run()
+        try:
+            return Build(request, tokenizer, begin(request, wanted)).run()
+        except OtherDocuments:
+            if not request.force:
+                raise
+        Journal(wanted).save(request.out)  # gives up what was built of them
+        return Build(request, tokenizer, begin(request, wanted)).run()
 
 
 # ------------------------------------------------------------------------------------------------------------ download

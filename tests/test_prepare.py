@@ -364,6 +364,12 @@ def test_unfinished_build_is_not_mixed_with_anything_else(tmp_path: Path, case: 
     change(tmp_path)
     with pytest.raises(ValueError, match=message):
         prepare.build(small(tmp_path, **options))
+    if case not in ("no documents", "foreign shard"):
+        prepare.build(small(tmp_path, force=True, **options))
+        manifest = prepare.build(small(tmp_path, **options))
+        assert {path.name for path in (tmp_path / "set").glob("*.bin")} == {
+            entry["file"] for split in manifest["splits"].values() for entry in split["files"]
+        }
 
 
 def test_a_folder_takes_one_build_at_a_time(documents: Path, tmp_path: Path) -> None:
