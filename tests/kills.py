@@ -1,7 +1,8 @@
-"""A process that ends as by kill -9 at its n-th call that changes a file: what a test starts again is what a user finds."""
+"""A process that ends as by kill -9 at its n-th call that changes a file, and a disk that is full at some write."""
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import sys
@@ -13,11 +14,28 @@ from typing import Any
 CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate"}  # names of audit events
 
 
-class DyingFile:
-    """A file whose every write may be the last: it gets half of the bytes to the disk first."""
+class Wrapped:
+    """A file opened for writing, to which something happens at its writes."""
+
+    def __init__(self, file: Any) -> None:
+        self.file = file
+
+    def __enter__(self) -> Wrapped:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+
+class DyingFile(Wrapped):
+    """Every write may be the last: it gets half of the bytes to the disk first."""
 
     def __init__(self, file: Any, tick: Callable[[], None]) -> None:
-        self.file, self.tick = file, tick
+        super().__init__(file)
+        self.tick = tick
 
     def write(self, data: Any) -> int:
         self.file.write(data[: len(data) // 2])
@@ -26,14 +44,22 @@ class DyingFile:
         self.file.write(data[len(data) // 2 :])
         return len(data)
 
-    def __enter__(self) -> DyingFile:
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
+class FullDisk(Wrapped):
+    """So many writes, counted over all files, still fit."""
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.file, name)
+    left = 0
+
+    def write(self, data: Any) -> int:
+        FullDisk.left -= 1
+        if FullDisk.left < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return self.file.write(data)
+
+
+def open_on_full_disk(path: Any, mode: str = "r") -> Any:
+    """In place of `open`."""
+    return FullDisk(open(path, mode)) if mode.startswith("w") else open(path, mode)
 
 
 def dies(step: int, module: ModuleType, work: Callable[[], object]) -> bool:

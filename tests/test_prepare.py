@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bz2
-import errno
 import fcntl
 import gzip
 import hashlib
@@ -281,30 +280,6 @@ def test_killed_while_it_replaces_another_data_set(tmp_path: Path) -> None:
     assert not whole
 
 
-class FullDisk:
-    """A file to which so many writes, counted over all files, still fit."""
-
-    left = 0
-
-    def __init__(self, file: object) -> None:
-        self.file = file
-
-    def write(self, data: bytes) -> int:
-        FullDisk.left -= 1
-        if FullDisk.left < 0:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return self.file.write(data)
-
-    def __enter__(self) -> FullDisk:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self.file, name)
-
-
 def test_a_full_disk_is_said_and_the_same_command_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -314,9 +289,9 @@ def test_a_full_disk_is_said_and_the_same_command_goes_on(
     expected = contents(tmp_path / "set")
     for fits in range(0, 20, 3):
         shutil.rmtree(tmp_path / "set")
-        FullDisk.left = fits
+        kills.FullDisk.left = fits
         with monkeypatch.context() as patch:
-            patch.setattr(prepare, "open", lambda path, mode="r": FullDisk(open(path, mode)) if mode[0] == "w" else open(path, mode), raising=False)
+            patch.setattr(prepare, "open", kills.open_on_full_disk, raising=False)
             assert prepare.main(arguments) == 2
         assert "No space left on device; make room, and the same command goes on" in capsys.readouterr().err
         assert prepare.main(arguments) == 0

@@ -104,7 +104,13 @@ def test_fast_encoder_with_a_full_table_is_still_exact(monkeypatch: pytest.Monke
     assert fast.table.kept == 100
 
 
-LONG = [" ".join(data_tools.texts()[:9]), "\u65e5\u672c\u8a9e\u306e\u6587\u7ae0" * 400, "\u00e9\u0301x" * 900, "ab" * 2000, "\u2581" * 99 + "A\u00c5" * 700]
+LONG = [
+    " ".join(data_tools.texts()[:9]),
+    "\u65e5\u672c\u8a9e\u306e\u6587\u7ae0" * 400,
+    "\u00e9\u0301x" * 900,
+    "ab" * 2000,
+    "\u2581" * 99 + "A\u00c5" * 700,
+]
 
 
 @pytest.mark.parametrize("text", LONG, ids=["words", "no spaces", "accents", "letters", "odd"])
