@@ -717,6 +717,9 @@ def write_atomically(path: str | Path, data: bytes) -> None:
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
 PUBLISHED_VAL = {"documents": 50_000, "tokens": 47_853_344, "bytes": 151_080_645}
 PUBLISHED_NAME = "fineweb10B_sp8192_lossless_caps_caseops_v1_reserved"
+MANIFEST, JOURNAL = "manifest.json", "build.json"  # of a finished and of an unfinished build
+SHARD_KINDS = ("train", "val", "val_bytes")
+SHARD_NAME = re.compile(r"([^.].*)_(train|val|val_bytes)_([0-9]{1,9})\.bin")  # prefix, kind, number; macOS's "._" files are none
 BUILD_HINT = "build the data with prepare_caseops_data.py, or set DATA_DIR or DATA_PATH to where it is"
 
 class Batch(NamedTuple):
@@ -730,36 +733,90 @@ class Batch(NamedTuple):
     max_seqlen: int
 
 
-def read_shard(path: Path) -> np.ndarray:
-    """The entries of a shard as a read-only memory map (uint16); ValueError names the file and what is wrong with it."""
-    size = path.stat().st_size
+def read_shard(path: Path, entries: int | None = None) -> np.ndarray:
+    """The entries of a shard, `entries` of them where that is known, as a read-only memory map (uint16).
+
+    Raises:
+        ValueError: naming the file and what is wrong with it.
+    """
     header_bytes = 4 * SHARD_HEADER_INTS
-    if size < header_bytes:
+    try:
+        size, header = path.stat().st_size, np.fromfile(path, dtype="<i4", count=SHARD_HEADER_INTS)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}; {BUILD_HINT}") from None
+    if len(header) < SHARD_HEADER_INTS:
         raise ValueError(f"{path}: {size} bytes, shorter than the {header_bytes}-byte header: the file is cut short; "
                          "copy or build it again")
-    header = np.fromfile(path, dtype="<i4", count=SHARD_HEADER_INTS)
     magic, version, count = (int(v) for v in header[:3])
     if magic != SHARD_MAGIC:
         raise ValueError(f"{path}: magic number {magic}, not {SHARD_MAGIC}: this is no token shard; {BUILD_HINT}")
     if version != SHARD_VERSION:
         raise ValueError(f"{path}: version {version}, this program reads {SHARD_VERSION}; {BUILD_HINT}")
-    if size != header_bytes + 2 * count:
+    if size != header_bytes + 2 * count or count < 1:
         raise ValueError(f"{path}: the header promises {count} entries = {header_bytes + 2 * count} bytes, the file has "
-                         f"{size}: it is cut short or damaged; copy or build it again")
+                         f"{size}: it is empty, cut short or damaged; copy or build it again")
+    if entries is not None and count != entries:
+        raise ValueError(f"{path}: {count} entries, {MANIFEST} beside it says {entries}: it is of another data set; "
+                         "copy or build it again")
     return np.memmap(path, dtype="<u2", mode="r", offset=header_bytes, shape=(count,))
+
+
+def manifest_files(folder: Path) -> dict[str, dict[str, Any]] | None:
+    """What `manifest.json` says of each shard (file name -> entries, sha256); None where there is no manifest."""
+    path = folder / MANIFEST
+    if not path.exists():
+        return None
+    try:
+        splits = json.loads(path.read_bytes())["splits"]
+        files = {entry["file"]: entry for split in ("val", "train") for entry in splits[split]["files"]}
+        if not files or not all(SHARD_NAME.fullmatch(name) and type(entry["entries"]) is int and type(entry["sha256"]) is str
+                                for name, entry in files.items()):
+            raise ValueError("its list of shards is not in the form of a build")
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is not the manifest of a data set ({type(error).__name__}: {error}); move it away if it "
+                         f"is another program's, else {BUILD_HINT}") from None
+    return files
+
+
+def dataset_shards(folder: Path) -> dict[str, list[Path]]:
+    """The shards of a data set by kind (train, val, val_bytes), in order. What a right set of shards is stands here alone.
+
+    `manifest.json` decides where there is one: its files, no others. Always: one prefix, numbers from 0 without a gap, and
+    a sidecar shard for each validation shard or none at all. A wrong `.bin` file or an unfinished build is refused by name.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"no data: {folder} is not a folder; {BUILD_HINT}")
+    listed = manifest_files(folder)
+    if listed is None and (folder / JOURNAL).exists():
+        raise ValueError(f"{folder} holds an unfinished build ({JOURNAL}): give the same prepare_caseops_data.py command again, "
+                         "it goes on where it stopped")
+    there = sorted(path.name for path in folder.glob("*.bin"))
+    named = {name: match.groups() for name in listed or there if (match := SHARD_NAME.fullmatch(name))}
+    if foreign := [name for name in there if name not in named]:
+        reason = "no name of a shard, PREFIX_train|val|val_bytes_NNNNNN.bin" if listed is None else f"not in {MANIFEST}"
+        raise ValueError(f"{folder} holds {', '.join(foreign[:3])}{' …' if foreign[3:] else ''}: {reason}; move or delete it")
+    if len(prefixes := {prefix for prefix, _, _ in named.values()}) > 1:
+        raise ValueError(f"{folder} holds shards of several data sets ({', '.join(sorted(prefixes))}): one folder, one data set")
+    shards = {kind: sorted((int(number), folder / name) for name, (_, its, number) in named.items() if its == kind) for kind in SHARD_KINDS}
+    for kind, numbered in shards.items():
+        if (numbers := [number for number, _ in numbered]) != list(range(len(numbers))):
+            raise ValueError(f"{folder}: the {kind} shards are numbered {', '.join(map(str, numbers))}, not from 0 without a gap")
+    if shards["val"] and shards["val_bytes"] and len(shards["val"]) != len(shards["val_bytes"]):
+        raise ValueError(f"{folder}: {len(shards['val_bytes'])} sidecar shards (val_bytes) for {len(shards['val'])} validation shards")
+    return {kind: [path for _, path in numbered] for kind, numbered in shards.items()}
 
 
 def shard_paths(folder: Path, kind: str) -> list[Path]:
     """Shards of one kind ('train', 'val' or 'val_bytes') in order; the sidecar is never taken for tokens."""
-    return sorted(p for p in folder.glob(f"*_{kind}_*.bin") if re.fullmatch(rf".*_{kind}_\d+\.bin", p.name)
-                  and (kind == "val_bytes" or not p.name[: p.name.rindex("_")].endswith("_bytes")))
+    return dataset_shards(folder)[kind]
 
 
 def read_shards(folder: Path, kind: str) -> list[np.ndarray]:
-    """All shards of one kind; ValueError if there is none."""
+    """All shards of one kind, of the lengths that the manifest lists; ValueError if there is none."""
     if not (paths := shard_paths(folder, kind)):
         raise ValueError(f"no {kind} shards (*_{kind}_NNNNNN.bin) in {folder}; {BUILD_HINT}")
-    return [read_shard(path) for path in paths]
+    listed = manifest_files(folder)
+    return [read_shard(path, listed[path.name]["entries"] if listed else None) for path in paths]
 
 
 class ValData(NamedTuple):
@@ -791,6 +848,20 @@ def check_tokens(tokens: np.ndarray, vocab_size: int, what: str, sample: int = 2
                          "apart; " + BUILD_HINT)
 
 
+def read_sidecar(folder: Path, tokens: np.ndarray) -> np.ndarray:
+    """The bytes of every validation token; ValueError if the sidecar is missing or does not belong to `tokens` (N,)."""
+    if not shard_paths(folder, "val_bytes"):
+        raise ValueError(f"no byte sidecar (*_val_bytes_NNNNNN.bin) in {folder}: bits per byte cannot be counted; {BUILD_HINT}")
+    sizes, own = (list(map(len, read_shards(folder, kind))) for kind in ("val", "val_bytes"))
+    if sizes != own:
+        raise ValueError(f"the byte sidecar in {folder} has {own} entries, the validation tokens {sizes}: they must be the same; "
+                         "build both again from the same text")
+    byte_counts = np.concatenate(read_shards(folder, "val_bytes"))
+    if byte_counts[tokens == BOS_ID].any():
+        raise ValueError(f"the byte sidecar in {folder} charges bytes to BOS: it does not belong to these tokens")
+    return byte_counts
+
+
 def load_val(cfg: Config) -> ValData:
     """The validation set, checked: sidecar present and of the same length, BOS, ids, the published constants.
 
@@ -805,14 +876,7 @@ def load_val(cfg: Config) -> ValData:
     if not cfg.caseops_enabled:
         byte_counts = piece_byte_counts(cfg, tokens)
     else:
-        if not shard_paths(folder, "val_bytes"):
-            raise ValueError(f"no byte sidecar (*_val_bytes_NNNNNN.bin) in {folder}: bits per byte cannot be counted; {BUILD_HINT}")
-        byte_counts = np.concatenate(read_shards(folder, "val_bytes"))
-        if len(byte_counts) != len(tokens):
-            raise ValueError(f"the byte sidecar in {folder} has {len(byte_counts)} entries, the validation tokens "
-                             f"{len(tokens)}: they must be the same; build both again from the same text")
-        if byte_counts[tokens == BOS_ID].any():
-            raise ValueError(f"the byte sidecar in {folder} charges bytes to BOS: it does not belong to these tokens")
+        byte_counts = read_sidecar(folder, tokens)
     val = ValData(tokens, byte_counts, int((tokens == BOS_ID).sum()))
     if folder.name == PUBLISHED_NAME:
         found = {"documents": val.documents, "tokens": len(tokens), "bytes": val.num_bytes}
@@ -834,7 +898,10 @@ def _piece_byte_table(path: str, vocab_size: int) -> tuple[np.ndarray, np.ndarra
     """By token: its bytes without a leading space mark, whether it has that mark, whether it is a control token."""
     import sentencepiece
 
-    model = sentencepiece.SentencePieceProcessor(model_file=path)
+    try:
+        model = sentencepiece.SentencePieceProcessor(model_proto=Path(path).read_bytes())
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"TOKENIZER_PATH {path} is not a SentencePiece model: {error}") from None
     if model.vocab_size() != vocab_size:
         raise ValueError(f"{path} has {model.vocab_size()} pieces, VOCAB_SIZE is {vocab_size}: set the one or the other")
     lengths, space = np.zeros(vocab_size, np.uint16), np.zeros(vocab_size, bool)
@@ -870,13 +937,20 @@ def check_dataset(cfg: Config, with_train: bool = True) -> ValData:
     Raises:
         ValueError: names the file, what is wrong and what to do.
     """
-    if not cfg.shards_dir.is_dir():
-        raise ValueError(f"no data: {cfg.shards_dir} is not a folder; {BUILD_HINT}")
-    if with_train:
-        shards = read_shards(cfg.shards_dir, "train")
-        for path, shard in zip(shard_paths(cfg.shards_dir, "train"), shards):
-            check_tokens(shard, cfg.vocab_size, str(path), sample=max(1_000_000, 200_000_000 // len(shards)))
-    return load_val(cfg)
+    train = dict(zip(shard_paths(cfg.shards_dir, "train"), read_shards(cfg.shards_dir, "train"))) if with_train else {}
+    val = load_val(cfg)
+    for path, shard in train.items():
+        check_tokens(shard, cfg.vocab_size, str(path), sample=max(1_000_000, 200_000_000 // len(train)))
+        if begins_like(shard, val.tokens):
+            raise ValueError(f"{path} holds the validation tokens: they must not be trained on; {BUILD_HINT}")
+    return val
+
+
+def begins_like(shard: np.ndarray, tokens: np.ndarray, enough: int = 4096) -> bool:
+    """Does a shard begin with the documents of `tokens` (N,): with `enough` entries of them, or with all?"""
+    start = tokens[:enough]
+    rest = shard[len(start): len(start) + 1]
+    return np.array_equal(shard[:len(start)], start) and (len(start) == enough or not len(rest) or rest[0] == BOS_ID)
 
 
 def segment_starts(tokens: np.ndarray, span: int, longest: int) -> np.ndarray:
@@ -1848,6 +1922,7 @@ class Checkpoint:
 
     def done(self) -> None:
         if self.run.ranks.rank == 0:
+            self._sweep(keep="")
             self._set("done")
 
     def _set(self, stage: str, **values: Any) -> None:

@@ -60,7 +60,7 @@ def wrong_tensors(data: bytes) -> Iterator[tuple[str, bytes]]:
         def put(tensors: dict, value: object, name: str = name) -> None:
             tensors[name] = value(tensors[name])
         yield f"no {name}", with_tensors(data, lambda tensors: tensors.pop(name))
-        for value in (lambda t: t.double(), lambda t: t[..., :-1].contiguous(), lambda t: t.flatten().contiguous(), lambda t: t[None],
+        for value in (lambda t: t.double(), lambda t: t[..., :-1].contiguous(), lambda t: t.flatten()[None, None], lambda t: t[None],
                       lambda t: torch.zeros(0), lambda t: torch.full_like(t.float(), float("nan")).half(),
                       lambda t: torch.full_like(t.float(), -float("inf")).half(), lambda t: t.view(torch.uint8)):
             yield f"changed {name}", with_tensors(data, lambda tensors: put(tensors, value))
@@ -132,12 +132,12 @@ def test_every_hostile_file_is_refused_or_read_in_a_moment(valid: dict[str, byte
         assert len(results["refused"]) > (3 if make is asking_much else 0.5 * sum(map(len, results.values())))
     if make in (wrong_headers, wrong_tensors, asking_much):
         harmless = [name for name in results.get("read", []) if not name.startswith(("header", "{'num_loops'"))]
-        assert not harmless, harmless
+        assert not harmless
 
 
 def test_a_bomb_takes_no_more_memory_than_its_limit(valid: dict[str, bytes]) -> None:
     bomb = sealed(bytes(tg.ARTIFACT_MAX_PLAIN_BYTES + 1))
-    assert len(bomb) < 10_000
+    assert len(bomb) < 60_000
     tracemalloc.start()
     outcome_of = outcome(bomb)
     peak = tracemalloc.get_traced_memory()[1]

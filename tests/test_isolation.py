@@ -144,8 +144,8 @@ def on_ranks(world: int, function: Callable[[g.Ranks], Any]) -> list[Any]:
 @every_scorer
 @every_setting
 def test_one_rank_and_two_give_the_same_score(setting: str, scorer: str) -> None:
-    phases = {} if scorer == "evaluation" else {"PHASED_TTT_ENABLED": 1, "PHASED_TTT_PREFIX_DOCS": 2, "PHASED_TTT_NUM_PHASES": 1, "TTT_BATCH_SIZE": 1,
-                                                "PHASED_TTT_LEAVE_OUT": 1, "GLOBAL_TTT_CHUNK_TOKENS": 20}
+    phases = {"PHASED_TTT_ENABLED": 1, "PHASED_TTT_PREFIX_DOCS": 2, "PHASED_TTT_NUM_PHASES": 1, "PHASED_TTT_LEAVE_OUT": 1,
+              "TTT_BATCH_SIZE": 1, "GLOBAL_TTT_CHUNK_TOKENS": 20} if scorer != "evaluation" else {}
     one = losses(setting, scorer, DOCS, **phases)
     two = on_ranks(2, lambda ranks: losses(setting, scorer, DOCS, ranks, **phases))
     assert two[0].nats == two[1].nats == pytest.approx(one.nats, rel=1e-6)

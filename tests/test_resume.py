@@ -51,7 +51,7 @@ def test_a_kill_at_any_change_of_a_file_loses_nothing(few_data: Path, whole: dic
         if not struck.exists():
             assert statuses == [0] * ranks and number > 30
             return
-        assert statuses[0] == 9 and 0 not in statuses
+        assert statuses[0] == 9 and set(statuses[1:]) <= {0, 1, 2}, "rank 1 may be done"
         goes_on(env, whole[ranks], ranks)
     raise AssertionError("no end of changes")
 

@@ -1,4 +1,4 @@
-"""The step of test-time training lowered by Inductor, because the layout of its gradients and what it compiles again are Inductor's choice."""
+"""The step of test-time training lowered by Inductor, which chooses the layout of its gradients and what it compiles again."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from ttt_tools import CONTEXTS, make_model, make_run, make_val
 
 import train_gpt
 
-ONE_LAYER = {"NUM_LAYERS": 1, "LOOP_START": 0, "LOOP_END": 0, "PARALLEL_START_LAYER": 1, "XSA_LAST_N": 1, "NUM_LOOPS": 0, "EVAL_LOOP_DEPTH": 1,
-             "TTT_BATCH_SIZE": 4, "MODEL_DIM": 16, "NUM_HEADS": 2}
+ONE_LAYER = {"NUM_LAYERS": 1, "LOOP_START": 0, "LOOP_END": 0, "PARALLEL_START_LAYER": 1, "XSA_LAST_N": 1, "NUM_LOOPS": 0,
+             "EVAL_LOOP_DEPTH": 1, "TTT_BATCH_SIZE": 4, "MODEL_DIM": 16, "NUM_HEADS": 2}
 
 
 @pytest.mark.parametrize("context", CONTEXTS)
-def test_ttt_lowered_by_inductor_scores_as_eager_with_gradients_laid_out_as_the_parameters(context: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ttt_lowered_by_inductor_scores_as_eager_with_gradients_laid_out_as_the_parameters(
+        context: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     changes = {**ONE_LAYER, "TTT_CONTEXT": context, "TTT_LORA_RANK": 2, "TTT_CHUNK_SIZE": 8, "TTT_EVAL_SEQ_LEN": 24}

@@ -136,8 +136,9 @@ def test_the_global_sgd_is_given_those_documents_with_the_bos_behind_each(monkey
 
 @pytest.mark.parametrize(("context", "ranks"), list(zip(CONTEXTS, (2, 3))))
 def test_processes_that_share_the_work_give_the_score_of_one(context: str, ranks: int, tmp_path: Path) -> None:
-    changes = {"ttt_context": context, "phased_ttt_enabled": 1, "phased_ttt_prefix_docs": 9, "phased_ttt_num_phases": 3, "phased_ttt_leave_out": 2,
-               "global_ttt_lr": 0.02, "global_ttt_chunk_tokens": 32, "ttt_batch_size": 3, "eval_loop_depth": 2, "num_layers": 6}
+    changes = {"ttt_context": context, "phased_ttt_enabled": 1, "phased_ttt_prefix_docs": 9, "phased_ttt_num_phases": 3,
+               "phased_ttt_leave_out": 2, "global_ttt_lr": 0.02,
+               "global_ttt_chunk_tokens": 32, "ttt_batch_size": 3, "eval_loop_depth": 2, "num_layers": 6}
     data = tiny.write_dataset(tmp_path / "data", val_docs=16)
     run = make_run(**changes, data_path=data)
     tensors = quantized(run)
