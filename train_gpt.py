@@ -99,11 +99,11 @@ class Check(NamedTuple):
 
 
 def between(low: float, high: float) -> Check:
-    return Check(f"from {low:g} to {high:g}", lambda value: low <= value <= high)
+    return Check(f"from {low:.10g} to {high:.10g}", lambda value: low <= value <= high)
 
 
 def above(low: float, high: float) -> Check:
-    return Check(f"above {low:g}, up to {high:g}", lambda value: low < value <= high)
+    return Check(f"above {low:.10g}, up to {high:.10g}", lambda value: low < value <= high)
 
 
 def below(low: float, high: float) -> Check:
@@ -263,7 +263,7 @@ class Config:
     phased_ttt_prefix_docs: int = score_setting(2000, "documents that the global SGD may learn from", between(0, 10**9))
     phased_ttt_num_phases: int = score_setting(3, "parts of the prefix, each followed by global SGD", between(1, 1000))
     phased_ttt_leave_out: int = score_setting(
-        448, "longest documents, scored by then, that the global SGD leaves out (published: seven batches in hand)", between(0, 10**9))
+        432, "longest documents, scored by then, that the global SGD leaves out (published: seven batches in hand)", between(0, 10**9))
     global_ttt_lr: float = score_setting(1e-3, "learning rate of the global SGD", RATE)
     global_ttt_momentum: float = score_setting(0.9, "its momentum", below(0, 1))
     global_ttt_epochs: int = score_setting(1, "passes over each of its chunks", between(0, 1000))
@@ -4447,9 +4447,9 @@ def fail(error: BaseException, ranks: Ranks | None, log: Log | None) -> int:
     return status
 
 
-def main(environ: Mapping[str, str] = os.environ, arguments: list[str] | None = None) -> int:
+def main(environ: Mapping[str, str] = os.environ, arguments: tuple[str, ...] = ()) -> int:
     """Run as the environment says; the exit status: 0, 2 for something the user can mend, 3 over a cap or budget, 128 + a signal's number."""
-    if arguments := sys.argv[1:] if arguments is None else arguments:
+    if arguments:
         known = {"--help": settings_help(), "--source": own_source()}
         print(known.get(arguments[0], f"{arguments[0]} is not known; settings are environment variables (--help lists them, --source prints the code)"))
         return 0 if arguments[0] in known else EXIT_USER_ERROR
@@ -4474,4 +4474,4 @@ def main(environ: Mapping[str, str] = os.environ, arguments: list[str] | None = 
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(arguments=tuple(sys.argv[1:])))

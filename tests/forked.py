@@ -88,7 +88,7 @@ def at_call(owner: object, name: str, number: int, act: Fault) -> Fault:
 
 
 def killed_at_change(number: int, counter: Path) -> Fault:
-    """A fault: the process ends, as by SIGKILL, right before the number-th call that changes a file; every other one half way in a write."""
+    """A fault: the process ends, as by SIGKILL, before the number-th call that changes a file, or half way through a write."""
     def arm() -> None:
         left, fdopen, fsync = [number], os.fdopen, os.fsync
 

@@ -17,7 +17,8 @@ from artifact_tools import codes, config, header_of, random_tensors
 import train_gpt as tg
 
 COMPRESSORS = ("brotli", "rans")
-OFF_DEFAULT = {"SMEAR_GATE_ENABLED": 1, "MLP_GATE_ENABLED": 1, "GATED_ATTN_QUANT_GATE": 0, "TTT_CHUNK_DOUBLES_AT": "32", "TTT_CONTEXT": "cache"}
+OFF_DEFAULT = {"SMEAR_GATE_ENABLED": 1, "MLP_GATE_ENABLED": 1, "GATED_ATTN_QUANT_GATE": 0,
+               "TTT_CHUNK_DOUBLES_AT": "32", "TTT_CONTEXT": "cache"}
 
 
 def assert_same(left: tg.Tensors, right: tg.Tensors) -> None:

@@ -76,7 +76,8 @@ def test_settings_print_as_they_are_written() -> None:
         assert tg.parse_setting(f, tg.format_setting(f.default)) == f.default, f.name
 
 
-@pytest.mark.parametrize("text", ["1_0", "\u0661", "\uff11", "nan", "inf", "-inf", "1e", "0x10", "1,0", "1 0", "1\n0", "", "9" * 50, "1e400", "--1"])
+@pytest.mark.parametrize("text", ["1_0", "\u0661", "\uff11", "nan", "inf", "-inf", "1e", "0x10", "1,0", "1 0", "1\n0", "",
+                                  "9" * 50, "1e400", "--1"])
 def test_what_only_looks_like_a_number_is_refused(text: str) -> None:
     for f in fields(tg.Config):
         if tg.SETTING_TYPES[f.name] in (int, float):
@@ -100,7 +101,9 @@ def ends_of(f: Field) -> list[tuple[object, bool]]:
     low, high = (kind(float(v)) for v in (low, high))
     if kind is int:
         return [(low, True), (low - 1, False), (low + 1, True), (high - 1, True)]
-    return [(low, "above" not in words), (low - 1e-9 * max(1, abs(low)), False), (high, "below" not in words), (high * (1 + 1e-9) + 1e-9, False)]
+    return [
+        (low, "above" not in words), (low - 1e-9 * max(1, abs(low)), False), (high, "below" not in words), (high * (1 + 1e-9) + 1e-9, False),
+    ]
 
 
 NUMBERS = [f for f in fields(tg.Config) if tg.SETTING_TYPES[f.name] in (int, float)]

@@ -19,8 +19,8 @@ from artifact_tools import config, header_of, parts, random_tensors, sealed, wit
 
 import train_gpt as tg
 
-WRONG = (None, True, False, "1", "", [], [1], [[1]], {}, 0, -1, 1, 2, 3, 2**31, 2**63, 10**30, -10**30, 0.5, 1e308, -1e308, float("nan"), float("inf"),
-         [float("nan")], [2**40] * 3, [0], [1] * 100)
+WRONG = (None, True, False, "1", "", [], [1], [[1]], {}, 0, -1, 1, 2, 3, 2**31, 2**63, 10**30, -10**30, 0.5, 1e308, -1e308,
+         float("nan"), float("inf"), [float("nan")], [2**40] * 3, [0], [1] * 100)
 
 
 @pytest.fixture(scope="module")
@@ -102,8 +102,8 @@ def wrong_streams(data: bytes) -> Iterator[tuple[str, bytes]]:
 
 def asking_much(data: bytes) -> Iterator[tuple[str, bytes]]:
     """A small file of a model that is not in it."""
-    for changes in ({"num_layers": 256, "model_dim": 16384, "num_heads": 1024}, {"vocab_size": 65536, "model_dim": 2048}, {"mlp_mult": 64, "num_layers": 200},
-                    {"num_loops": 63, "eval_loop_depth": 64, "loop_start": 0, "loop_end": 7}):
+    for changes in ({"num_layers": 256, "model_dim": 16384, "num_heads": 1024}, {"vocab_size": 65536, "model_dim": 2048},
+                    {"mlp_mult": 64, "num_layers": 200}, {"num_loops": 63, "eval_loop_depth": 64, "loop_start": 0, "loop_end": 7}):
         yield f"{changes}", with_settings(data, **changes)
 
 
@@ -148,8 +148,8 @@ def test_a_bomb_takes_no_more_memory_than_its_limit(valid: dict[str, bytes]) -> 
 def scored(data: bytes, folder: Path, shards: Path, capfd: pytest.CaptureFixture[str]) -> tuple[int, str]:
     """Exit status and output of EVAL_ONLY."""
     (folder / "x.artifact").write_bytes(data)
-    env = {"EVAL_ONLY": "1", "ARTIFACT_PATH": str(folder / "x.artifact"), "DATA_PATH": str(shards), "ARTIFACT_DIR": str(folder), "RUN_ID": "x",
-           "EVAL_BUDGET_SECONDS": "0"}
+    env = {"EVAL_ONLY": "1", "ARTIFACT_PATH": str(folder / "x.artifact"), "DATA_PATH": str(shards), "ARTIFACT_DIR": str(folder),
+           "RUN_ID": "x", "EVAL_BUDGET_SECONDS": "0"}
     status = tg.main(env, [])
     out, err = capfd.readouterr()
     return status, out + err

@@ -15,13 +15,16 @@ import tiny
 import train_gpt as tg
 
 
+Whole = dict[int, bytes]
+
+
 @pytest.fixture(scope="module")
 def few_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.write_dataset(tmp_path_factory.mktemp("few"), train_docs=40, val_docs=4)
 
 
 @pytest.fixture(scope="module")
-def whole(few_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, bytes]:
+def whole(few_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
     """The artifact of a run that nothing interrupted, by the number of its ranks."""
     found = {}
     for ranks in (1, 2):
@@ -33,7 +36,7 @@ def whole(few_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int,
 
 
 def goes_on(env: dict[str, str], expected: bytes, ranks: int = 1) -> None:
-    """The same command ends with the artifact of a run never interrupted and leaves nothing else; once more, it says it is complete."""
+    """The same command ends with the artifact of a run never interrupted and leaves nothing else; if it had ended already, it says so."""
     out = Path(env["ARTIFACT_DIR"])
     status = forked.run(env, ranks)
     complete = json.loads((out / "run.run.json").read_text())["stage"] == "done"
@@ -43,7 +46,7 @@ def goes_on(env: dict[str, str], expected: bytes, ranks: int = 1) -> None:
 
 
 @pytest.mark.parametrize(("ranks", "stride"), [(1, 1), (2, 4)])
-def test_a_kill_at_any_change_of_a_file_loses_nothing(few_data: Path, whole: dict[int, bytes], tmp_path: Path, ranks: int, stride: int) -> None:
+def test_a_kill_at_any_change_of_a_file_loses_nothing(few_data: Path, whole: Whole, tmp_path: Path, ranks: int, stride: int) -> None:
     for number in range(1, 200, stride):
         out, struck = tmp_path / str(number), tmp_path / f"{number}.struck"
         env = forked.environment(few_data, out)
@@ -65,14 +68,15 @@ PLACES = {
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("place", PLACES)
-def test_a_signal_in_any_phase_ends_the_run_and_the_same_command_goes_on(few_data: Path, whole, tmp_path: Path, place: str, number: int) -> None:
+def test_a_signal_in_any_phase_ends_the_run_and_the_same_command_goes_on(few_data: Path, whole: Whole, tmp_path: Path, place: str,
+                                                                                 number: int) -> None:
     env = forked.environment(few_data, tmp_path, VAL_LOSS_EVERY=100)
     status = forked.run(env, fault=forked.at_call(*PLACES[place], lambda: os.kill(os.getpid(), number)))
     assert status in ([128 + number], [-number]), (tmp_path / "run.log").read_text()[-1500:]
     goes_on(env, whole[1])
 
 
-def test_a_signal_to_one_of_two_ranks_stops_both(few_data: Path, whole, tmp_path: Path) -> None:
+def test_a_signal_to_one_of_two_ranks_stops_both(few_data: Path, whole: Whole, tmp_path: Path) -> None:
     env = forked.environment(few_data, tmp_path)
     fault = forked.at_call(tg.Trainer, "train_step", 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert forked.run(env, 2, fault, faulty=1) == [128 + signal.SIGTERM] * 2
@@ -83,9 +87,11 @@ def fail() -> None:
     raise KeyError("made to fail")
 
 
-@pytest.mark.parametrize(("act", "status"), [(fail, (1, 2)), (lambda: os.kill(os.getpid(), signal.SIGKILL), (-9,))], ids=["error", "killed"])
+@pytest.mark.parametrize(("act", "status"), [(fail, (1, 2)), (lambda: os.kill(os.getpid(), signal.SIGKILL), (-9,))],
+                         ids=["error", "killed"])
 @pytest.mark.parametrize("place", ["first step", "Hessians", "GPTQ"])
-def test_a_rank_that_fails_ends_the_run_in_seconds_with_a_line_in_the_log(few_data: Path, tmp_path: Path, place: str, act, status: tuple[int, ...]) -> None:
+def test_a_rank_that_fails_ends_the_run_in_seconds_with_a_line_in_the_log(few_data: Path, tmp_path: Path, place: str, act: forked.Fault,
+                                                                            status: tuple[int, ...]) -> None:
     env, began = forked.environment(few_data, tmp_path), time.monotonic()
     statuses = forked.run(env, 2, forked.at_call(*PLACES[place], act), faulty=1)
     assert statuses[1] in status and statuses[0] not in (0, 99) and time.monotonic() - began < 20
@@ -114,7 +120,7 @@ def test_a_damaged_state_or_index_is_told_and_nothing_is_lost(few_data: Path, tm
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.suffix != ".log"} == before
 
 
-def test_every_flipped_byte_of_an_index_is_refused_or_harmless(few_data: Path, whole, tmp_path: Path) -> None:
+def test_every_flipped_byte_of_an_index_is_refused_or_harmless(few_data: Path, tmp_path: Path) -> None:
     env = stopped_after_checkpoint(few_data, tmp_path)
     cfg, index = tg.Config.from_env(env), tmp_path / "run.run.json"
     run = tg.Run(cfg, tg.Ranks(), tg.Log(None, enabled=False))
@@ -135,7 +141,7 @@ def test_other_settings_under_the_same_run_id_are_refused(few_data: Path, tmp_pa
     assert (tmp_path / "run.state2").exists()
 
 
-def test_a_second_process_under_the_same_run_id_is_refused(few_data: Path, whole, tmp_path: Path) -> None:
+def test_a_second_process_under_the_same_run_id_is_refused(few_data: Path, whole: Whole, tmp_path: Path) -> None:
     env, gate = forked.environment(few_data, tmp_path), tmp_path.parent / f"{tmp_path.name}.gate"
 
     def hold() -> None:
@@ -160,7 +166,7 @@ def test_a_complete_run_says_so_and_is_not_touched(few_data: Path, tmp_path: Pat
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.suffix != ".log"} == before
 
 
-def test_a_log_that_cannot_be_written_costs_its_lines_and_not_the_run(few_data: Path, whole, tmp_path: Path) -> None:
+def test_a_log_that_cannot_be_written_costs_its_lines_and_not_the_run(few_data: Path, whole: Whole, tmp_path: Path) -> None:
     def full_disk() -> None:
         original = tg.Log.__init__
 

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
+import subprocess
+import sys
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import tiny
 
 import train_gpt as tg
+
+
+def eval_only(data: Path, out: Path, artifact: Path, **changes: object) -> dict[str, str]:
+    """EVAL_ONLY with no setting but where things are."""
+    given = {"EVAL_ONLY", "ARTIFACT_PATH", "DATA_PATH", "ARTIFACT_DIR", "EVAL_BUDGET_SECONDS", *changes}
+    env = tiny.environment(data, out, EVAL_ONLY=1, ARTIFACT_PATH=artifact, **changes)
+    return {name: value for name, value in env.items() if name in given or name.lower() not in tg.SETTING_TYPES}
 
 
 def scores(log: str) -> dict[str, dict[str, str]]:
@@ -31,16 +40,49 @@ def test_artifact_in_a_fresh_process_without_training_data_scores_what_the_log_s
     data = tmp_path / "data"
     shutil.copytree(one_rank.data, data, ignore=shutil.ignore_patterns("*_train_*"))
     shutil.copy(one_rank.out / "run.artifact", tmp_path / "elsewhere")
-    model_settings = {name.upper() for name in tg.MODEL_SETTINGS}
-    env = tiny.environment(data, tmp_path / "out", EVAL_ONLY=1, ARTIFACT_PATH=tmp_path / "elsewhere")
-    done = tiny.run({k: v for k, v in env.items() if k not in model_settings})
+    done = tiny.run(eval_only(data, tmp_path / "out", tmp_path / "elsewhere"))
     assert done.returncode == 0, done.stdout + done.stderr
     found, expected = scores(done.stdout), scores(one_rank.log)
     assert found == {name: expected[name] for name in ("quantized", "quantized_ttt")}
 
 
+SCORE_SETTINGS = {"SEED": 11, "EVAL_SEQ_LEN": 32, "TTT_LORA_RANK": 3, "TTT_LORA_LR": 0.01, "TTT_CHUNK_SIZE": 8, "TTT_WEIGHT_DECAY": 0.1,
+                  "GLOBAL_TTT_LR": 0.01, "PHASED_TTT_NUM_PHASES": 2, "TTT_BETA2": 0.9}
+
+
+def test_the_artifact_alone_carries_how_it_is_scored_and_the_environment_wins_only_there(tiny_data: Path, tmp_path: Path) -> None:
+    env = forked.environment(tiny_data, tmp_path / "run", **SCORE_SETTINGS, TTT_ENABLED=1)
+    said = [tmp_path / name for name in ("trained", "alone", "rank", "width")]
+    assert forked.run(env, said=said[0]) == [0]
+    alone = eval_only(tiny_data, tmp_path / "out", tmp_path / "run" / "run.artifact")
+    for changes, path in zip(({}, {"TTT_LORA_RANK": "5"}, {"MODEL_DIM": "256"}), said[1:]):
+        assert forked.run({**alone, **changes}, said=path) == [0]
+    trained, by_itself, rank, width = (scores(path.read_text()) for path in said)
+    expected = {name: trained[name] for name in ("quantized", "quantized_ttt")}
+    assert by_itself == width == expected
+    assert rank["quantized"] == expected["quantized"] and rank["quantized_ttt"] != expected["quantized_ttt"]
+    differing = [[line for line in path.read_text().splitlines() if "differs from the artifact's" in line] for path in said]
+    assert [len(lines) for lines in differing] == [0, 0, 1, 1]
+    assert "TTT_LORA_RANK=5" in differing[2][0] and "MODEL_DIM=256" in differing[3][0]
+
+
+def test_the_packed_file_makes_the_same_artifact(tiny_data: Path, tmp_path: Path) -> None:
+    packed = tmp_path / "packed" / "train_gpt.py"
+    packed.parent.mkdir()
+    packed.write_bytes(tg.packed_code())
+    files = []
+    for name, script in (("readable", tiny.ROOT / "train_gpt.py"), ("packed", packed)):
+        env = forked.environment(tiny_data, tmp_path / name, ITERATIONS=2)
+        done = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-2000:]
+        files.append(((tmp_path / name / "run.artifact").read_bytes(), tiny.records(done.stdout, "code")[1], scores(done.stdout)))
+    assert files[0] == files[1]
+    assert tg.pack_code(tg.own_source()) == tg.pack_code(tg.own_source()) == packed.read_bytes()
+
+
 def test_two_ranks_score_the_same_artifact_the_same(one_rank, tmp_path: Path) -> None:
-    env = tiny.environment(one_rank.data, tmp_path, EVAL_ONLY=1, ARTIFACT_PATH=one_rank.out / "run.artifact", LOSSES_PATH=tmp_path / "losses.npz")
+    env = tiny.environment(one_rank.data, tmp_path, EVAL_ONLY=1, ARTIFACT_PATH=one_rank.out / "run.artifact",
+                           LOSSES_PATH=tmp_path / "losses.npz")
     done = tiny.run(env, ranks=2)
     assert done.returncode == 0, done.stdout + done.stderr
     expected = scores(one_rank.log)
@@ -60,12 +102,12 @@ def test_same_seed_same_figures(one_rank, tmp_path: Path) -> None:
 
 
 def test_log_says_what_ran(one_rank) -> None:
-    code = tiny.records(one_rank.log, "code")[0]
-    source = (tiny.ROOT / "train_gpt.py").read_bytes()
-    assert int(code["bytes"]) == len(source) and code["sha256"] == tg.hashlib.sha256(source).hexdigest()
+    codes = {r["kind"]: r for r in tiny.records(one_rank.log, "code")}
+    for kind, code in (("source", (tiny.ROOT / "train_gpt.py").read_bytes()), ("counted", tg.packed_code())):
+        assert int(codes[kind]["bytes"]) == len(code) and codes[kind]["sha256"] == tg.hashlib.sha256(code).hexdigest()
     artifact = tiny.records(one_rank.log, "artifact")[0]
     assert int(artifact["model_bytes"]) == (one_rank.out / "run.artifact").stat().st_size
-    assert int(artifact["total_bytes"]) == int(artifact["model_bytes"]) + len(source)
+    assert int(artifact["total_bytes"]) == int(artifact["model_bytes"]) + len(tg.packed_code())
     starred = [line for line in one_rank.log.splitlines() if line.startswith("setting *")]
     assert f"setting *MODEL_DIM value:32 default:{tg.Config.model_dim}" in starred and not any("ROPE_BASE" in s for s in starred)
     phases = [(r["step"], r["depth"]) for r in tiny.records(one_rank.log, "phase")]
@@ -92,8 +134,8 @@ def test_missing_data_and_a_token_out_of_range_are_told(tiny_data: Path, tmp_pat
 
 
 def test_more_ranks_than_the_batch_allows_are_refused(tiny_data: Path, tmp_path: Path) -> None:
-    said = told(tiny.environment(tiny_data, tmp_path, TRAIN_BATCH_TOKENS=8), ranks=2)
-    assert "2 ranks do not divide TRAIN_BATCH_TOKENS=8" in said
+    said = told(tiny.environment(tiny_data, tmp_path, TRAIN_BATCH_TOKENS=16), ranks=3)
+    assert "3 ranks do not divide TRAIN_BATCH_TOKENS=16" in said
 
 
 def test_a_misspelt_setting_is_a_warning(one_rank, tmp_path: Path) -> None:
@@ -110,14 +152,6 @@ def test_a_damaged_or_other_artifact_is_told(one_rank, tmp_path: Path) -> None:
     out.mkdir()
     assert "cut short" in told(tiny.environment(one_rank.data, out, EVAL_ONLY=1, ARTIFACT_PATH=short))
     assert "no artifact at" in told(tiny.environment(one_rank.data, out, EVAL_ONLY=1, ARTIFACT_PATH=tmp_path / "none"))
-    said = told(tiny.environment(one_rank.data, out, EVAL_ONLY=1, ARTIFACT_PATH=one_rank.out / "run.artifact", NUM_HEADS=2))
-    assert "NUM_HEADS=2 contradicts" in said and "made with 4" in said
-
-
-def test_a_log_is_never_overwritten(one_rank) -> None:
-    done = tiny.run(tiny.environment(one_rank.data, one_rank.out, RUN_ID="run"))
-    assert done.returncode == tg.EXIT_USER_ERROR and "choose another RUN_ID" in done.stderr
-    assert (one_rank.out / "run.log").read_text() == one_rank.log
 
 
 def test_a_folder_that_cannot_be_written_is_told_at_once(tiny_data: Path, tmp_path: Path) -> None:
@@ -128,8 +162,8 @@ def test_a_folder_that_cannot_be_written_is_told_at_once(tiny_data: Path, tmp_pa
 
 def test_a_disk_with_no_room_for_the_artifact_is_told_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.setattr(tg.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10**6))
-    assert tg.main({"ARTIFACT_DIR": str(tmp_path / "out")}) == tg.EXIT_USER_ERROR
-    assert "only 1 MB free" in capsys.readouterr().err and not list((tmp_path / "out").iterdir())
+    assert tg.main({"ARTIFACT_DIR": str(tmp_path / "out")}, []) == tg.EXIT_USER_ERROR
+    assert "only 1 MB free" in capsys.readouterr().err and not list((tmp_path / "out").glob("*.artifact"))
 
 
 def test_a_full_disk_leaves_the_old_artifact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,57 +195,13 @@ def test_importing_has_no_side_effects(tmp_path: Path) -> None:
     assert done.stdout == "" and done.stderr == "" and not list(tmp_path.iterdir())
 
 
-def tg_import(folder: Path):
-    import subprocess
-    import sys
-
+def tg_import(folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", "import train_gpt"], cwd=folder, capture_output=True, text=True,
                           env={**os.environ, "PYTHONPATH": str(tiny.ROOT), "PYTHONDONTWRITEBYTECODE": "1"})
 
 
-def interrupted(data: Path, out: Path, how: int, **changes: object) -> tuple[int, str]:
-    """A run that gets signal `how` after its checkpoint of step 8, and then goes on; exit status of the first, log of both."""
-    import subprocess
-    import sys
-    import time
-
-    env = tiny.environment(data, out, RUN_ID="run", TTT_ENABLED=0, **changes)
-    first = subprocess.Popen([sys.executable, str(tiny.ROOT / "train_gpt.py")], env=env, stdout=subprocess.DEVNULL)
-    for _ in range(1200):
-        if (out / "run.log").exists() and "train step:10/20" in (out / "run.log").read_text():
-            break
-        time.sleep(0.05)
-    first.send_signal(how)
-    status = first.wait(60)
-    assert tiny.run(env).returncode == 0
-    return status, (out / "run.log").read_text()
-
-
-def figures(log: str) -> list[str]:
-    return [r["loss"] for r in tiny.records(log, "train") if r["step"] in ("15/20", "20/20")] + [scores(log)["quantized"]["val_loss"]]
-
-
-def test_a_killed_run_resumes_with_the_losses_of_one_never_interrupted(one_rank, tmp_path: Path) -> None:
-    status, log = interrupted(one_rank.data, tmp_path, signal.SIGKILL, CHECKPOINT_EVERY=8)
-    assert status == -signal.SIGKILL and "resumed from step 8" in log
-    assert figures(log) == figures(one_rank.log)
-    assert not list(tmp_path.glob("*checkpoint*")), "nothing is left behind"
-
-
-def test_sigterm_writes_a_checkpoint_and_ends_cleanly(one_rank, tmp_path: Path) -> None:
-    status, log = interrupted(one_rank.data, tmp_path, signal.SIGTERM)
-    assert status == 0 and "stopped by SIGTERM" in log and "resumed from step 1" in log
-    assert figures(log) == figures(one_rank.log)
-
-
-def test_a_checkpoint_of_other_settings_is_refused(one_rank, tmp_path: Path) -> None:
-    (tmp_path / "run.checkpoint").write_text('{"step": 8, "ranks": 1, "settings": "other"}')
-    assert "choose another RUN_ID" in told(tiny.environment(one_rank.data, tmp_path, RUN_ID="run"))
-
-
 def test_two_copies_in_one_process_do_not_share_operators(tmp_path: Path) -> None:
     import importlib.util
-    import sys
 
     import torch
 
