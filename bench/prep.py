@@ -3,9 +3,9 @@
 
     python bench/prep.py FILE.jsonl [--sp MODEL ...] [--mb 40] [--build WORKERS ...] [--kill] [--full-table]
 
-rate     one process, the same documents in turns: SentencePiece on text that is transformed already, against the fast
-         encoder on raw text (transform included), for train documents and with the sidecar; both see every word for
-         the first time. Every document's tokens are compared.
+rate     one process, the same documents in turns: SentencePiece on text that is transformed already, against the
+         encoder of a build on raw text (transform included), for train documents and with the sidecar; both see every
+         word for the first time. Every document's tokens are compared.
 caseops  the transform against a loop over characters, and its inverse.
 build    the whole program on FILE: wall and CPU time, and the peak memory of the parent and of the largest worker.
 full     an encoder fed with random words until its table is full: the most memory that a worker can come to.
@@ -68,8 +68,8 @@ def timed(function: Callable[[], object], seconds: dict[str, list[float]], name:
 def bench_rates(path: str, model: str, limit: int) -> None:
     """Plain and fast, in turns on the same groups of documents."""
     tokenizer = caseops_tokenizer.Tokenizer(model)
-    for_train = caseops_tokenizer.FastEncoder(tokenizer, with_charges=False)
-    with_sidecar = caseops_tokenizer.FastEncoder(tokenizer, with_charges=True)
+    for_train = prepare.make_encoder(tokenizer, with_charges=False)
+    with_sidecar = prepare.make_encoder(tokenizer, with_charges=True)
     seconds: dict[str, list[float]] = {}
     total = documents = tokens = 0
     for texts in groups(path, limit):
@@ -84,7 +84,7 @@ def bench_rates(path: str, model: str, limit: int) -> None:
         assert np.array_equal(fast[0], charged[0])
         total, documents, tokens = total + sum(map(len, raw)), documents + len(raw), tokens + len(fast[0])
     print(f"rate tokenizer:{Path(model).name} documents:{documents} mb:{total / 1e6:.1f} tokens:{tokens}"
-          f" parts:{for_train.table.kept}")
+          f" encoder:{type(for_train).__name__}")
     for name, (wall, cpu) in seconds.items():
         print(f"rate {name} mb_s:{total / 1e6 / wall:.1f} cpu_mb_s:{total / 1e6 / cpu:.1f}"
               f" ratio:{seconds['plain'][0] / wall:.2f} cpu_ratio:{seconds['plain'][1] / cpu:.2f}")

@@ -9,7 +9,7 @@ of the row, and a row that is there already is only read. It may be one of more 
 and the first ones are compared (with global SGD and meta they do depend, and such a row is refused). `--jobs N` scores N rows at
 once, in a process with one thread each. Words in small letters are experiments that are no settings of the program:
 
-    sites=k,o,mlp,head     adapters on these sites only
+    sites=k,attn,mlp,head  adapters on these sites only
     meta=0.5               after each batch of documents the initial A and B move by this share to where the batch ended
     mix=ROW1,ROW2          no run: the mean of the probabilities that two rows gave to each target
 
@@ -32,7 +32,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -45,7 +45,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt as g  # noqa: E402
 
-SITES = "q|k|v|o|mlp|head"
+SITES = "q|k|v|attn|mlp|head"
 EXPERIMENTS = {  # what may stand behind the = of a word in small letters
     "sites": rf"({SITES})(,({SITES}))*", "meta": r"\d+(\.\d*)?|\.\d+", "mix": r".+", "refresh": r"[01]", "loss_chunks": r"[12]",
 }
@@ -70,109 +70,93 @@ class ExperimentalAdapters(g.Adapters):
 
     def __init__(self, run: g.Run, schedule: g.Schedule, documents: int) -> None:
         super().__init__(run, schedule, documents)
-        self.used = False
-        self.initial_b = {name: torch.zeros_like(b[:, :1]) for name, b in self.b.items()}
+        self.used = 0  # documents that have had an adapter since the last reset
         if sites := self.options.get("sites"):
-            for table in (self.initial, self.initial_b, self.a, self.b):
-                for name in set(table) - set(sites.split(",")):
+            for name in set(self.shapes) - set(sites.split(",")):
+                for table in (self.shapes, self.initial):
                     del table[name]
-            self.params = [*self.a.values(), *self.b.values()]
-            self.adamw = torch.optim.AdamW(self.params, lr=self.adamw.param_groups[0]["lr"], betas=(run.cfg.ttt_beta1, run.cfg.ttt_beta2),
-                                           eps=1e-10, weight_decay=run.cfg.ttt_weight_decay, fused=True)
+                for table in (self.values, self.first, self.second, self.steps):
+                    del table[f"a.{name}"], table[f"b.{name}"]
+        self.initial_b = {name: torch.zeros_like(self.values[f"b.{name}"][:1]) for name in self.shapes}
+
+    def live(self, documents: int) -> dict[str, Tensor]:
+        self.used = max(self.used, documents)
+        return super().live(documents)
 
     @torch.no_grad()
     def reset(self) -> None:
         share = float(self.options.get("meta", 0))
         if share and self.used:
-            for initial, current in ((self.initial, self.a), (self.initial_b, self.b)):
-                for name, value in current.items():
-                    initial[name].lerp_(value.mean(1, keepdim=True), share)
+            for kind, initial in (("a", self.initial), ("b", self.initial_b)):
+                for name, value in initial.items():
+                    value.lerp_(self.values[f"{kind}.{name}"][: self.used].mean(0, keepdim=True), share)
         super().reset()
-        for name, initial in self.initial_b.items():
-            self.b[name].copy_(initial.expand_as(self.b[name]))
-        self.used = True
+        for name, value in self.initial_b.items():
+            self.values[f"b.{name}"].copy_(value.expand_as(self.values[f"b.{name}"]))
+        self.used = 0
 
 
-class ExperimentalStep(g.ChunkStep):
-    """A step of cached TTT with `refresh` and `loss_chunks`."""
+class ExperimentalScorer(g.TTTScorer):
+    """Cached TTT with `refresh` and `loss_chunks`; counts what they forward besides the program's own steps."""
 
     options: dict[str, str]
+    before: g.Chunk | None = None  # the chunk before
 
-    def __init__(self, run: g.Run, losses_of: Callable, adapters: g.Adapters, cache: g.Cache, size: int) -> None:
-        self.forwarded = 0  # tokens that went through the model besides those of the program's own step
-        self.previous: tuple[Tensor, Tensor] | None = None  # tokens and targets of the chunk before
-        super().__init__(run, losses_of, adapters, cache, size)
+    def score(self, documents: g.Documents, members: range) -> list[np.ndarray]:
+        self.before = None
+        return super().score(documents, members)
 
-    def __call__(self, tokens: Tensor, targets: Tensor, weights: Tensor, begin: int, trains: bool) -> Tensor:
-        if begin == 0:
-            self.previous = None
-        return super().__call__(tokens, targets, weights, begin, trains)
-
-    def forward(self, tokens: Tensor, targets: Tensor, seen: int) -> tuple[Tensor, list]:
+    def forward(self, batch: g.Batch, leaves: dict[str, Tensor], seen: int) -> tuple[Tensor, list]:
         """Losses, and keys and values, of the chunk that begins at the cache's `begin`."""
-        positions = (self.cache.begin + torch.arange(self.size)).int().repeat(self.adapters.documents)
-        return self.losses_of(g.Batch(tokens, targets, self.bounds, positions, self.size), self.adapters, self.cache, seen)
+        return self.losses_of(batch, self.adapters, leaves, None, None, self.cache, seen)
 
-    def previous_losses(self, seen: int) -> Tensor:
+    def losses_before(self, leaves: dict[str, Tensor], live: int, seen: int) -> Tensor:
         """Losses of the chunk before, which sees what it saw when it was scored, with the adapters of now.
 
         `begin` moves back over it, so its own places in the ring are out of sight. This comes before the current chunk is stored,
         which takes the places of the oldest positions that the one before it has seen.
         """
-        assert self.previous is not None
-        self.cache.begin -= self.size
-        losses, _ = self.forward(*self.previous, seen)
-        self.cache.begin += self.size
+        assert self.before is not None
+        batch, size = self.before.batch, self.before.batch.max_seqlen
+        batch = g.Batch(*(t[: live * size] for t in batch[:3]), batch.cu_seqlens[: live + 1], batch.positions[: live * size], size)
+        self.cache.begin -= size
+        losses, _ = self.forward(batch, leaves, seen)
+        self.cache.begin += size
         self.forwarded += len(losses)
         return losses
 
-    def loss(self, losses: Tensor, seen: int) -> Tensor:
+    def loss(self, losses: Tensor, chunk: g.Chunk, leaves: dict[str, Tensor], live: int, seen: int) -> Tensor:
         """What an update lowers: the mean loss of a document's chunk, or of its two chunks; none in a document's last chunk."""
-        if self.previous is None:
-            return (losses * self.weights).sum()
-        both = [part.unflatten(0, (self.adapters.documents, -1)) for part in (self.previous_losses(seen), losses)]
-        goes_on = self.weights.unflatten(0, (self.adapters.documents, -1)).sum(1)  # 1 or 0
+        if self.before is None:
+            return (losses * chunk.weights).sum()
+        both = [part.unflatten(0, (live, -1)) for part in (self.losses_before(leaves, live, seen), losses)]
+        goes_on = chunk.weights.unflatten(0, (live, -1)).sum(1)  # 1 or 0
         return (torch.cat(both, 1).mean(1) * goes_on).sum()
 
-    def work(self, seen: int, trains: bool) -> None:
-        refresh, two_chunks = (self.options.get(word) == value for word, value in (("refresh", "1"), ("loss_chunks", "2")))
-        if not refresh and not two_chunks:
-            super().work(seen, trains)
-            return
+    def _losses_and_learn(self, chunk: g.Chunk, live: int, seen: int, trains: bool) -> Tensor:
+        leaves = self.adapters.live(live)
         with torch.set_grad_enabled(trains):
-            losses, fresh = self.forward(self.tokens, self.targets, seen)
-            self.losses.copy_(losses.detach())
+            losses, made = self.forward(chunk.batch, leaves, seen)
+            scored = losses.detach().clone()
             for again in range(self.run.cfg.ttt_grad_steps if trains else 0):
                 if again:
-                    losses, _ = self.forward(self.tokens, self.targets, seen)
-                self.adapters.learn(self.loss(losses, seen))
-        if refresh and trains:
+                    losses, _ = self.forward(chunk.batch, leaves, seen)
+                self.adapters.learn(self.loss(losses, chunk, leaves, live, seen), leaves)
+        if self.options.get("refresh") == "1" and trains:
             with torch.no_grad():
-                _, fresh = self.forward(self.tokens, self.targets, seen)
-            self.forwarded += len(self.tokens)
-        if two_chunks:
-            self.previous = self.tokens.clone(), self.targets.clone()
-        self.cache.store(fresh)
-
-
-class ExperimentalAdapter(g.Adapter):
-    """Counts the forwards of ExperimentalStep."""
-
-    options: dict[str, str]
-
-    def _score_cached(self, documents: g.Documents, members: range, slots: int, longest: int) -> np.ndarray:
-        table = super()._score_cached(documents, members, slots, longest)
-        for step in self.chunk_steps.values():
-            self._count(0, step.forwarded)
-            step.forwarded = 0
-        return table
+                _, made = self.forward(chunk.batch, leaves, seen)
+            self.forwarded += len(chunk.batch.tokens)
+        if self.options.get("loss_chunks") == "2":
+            self.before = chunk
+        self.cache.store(made)
+        return scored
 
 
 @contextmanager
 def experiments(options: dict[str, str]) -> Iterator[None]:
     """train_gpt with classes that know the experiments `options`; those that no experiment needs stay its own."""
     classes: dict[str, type] = {"Adapters": ExperimentalAdapters} if options.keys() & {"sites", "meta"} else {}
-    classes |= {"ChunkStep": ExperimentalStep, "Adapter": ExperimentalAdapter} if options.keys() & CACHED else {}
+    classes |= {"TTTScorer": ExperimentalScorer} if options.keys() & CACHED else {}
     own = {name: getattr(g, name) for name in classes}
     for name, experimental in classes.items():
         experimental.options = options
@@ -223,6 +207,8 @@ def config_of(words: list[str], data: str) -> g.Config:
     if used := sorted(options.keys() & CACHED):
         if cfg.ttt_context != "cache":
             raise SystemExit(f"{used[0]}= needs TTT_CONTEXT=cache")
+        if cfg.ngram_tilt_enabled:
+            raise SystemExit(f"{used[0]}= is without NGRAM_TILT_ENABLED")
         if options.get("loss_chunks") == "2" and cfg.ttt_chunk_doubles_at:
             raise SystemExit("loss_chunks=2 is for chunks of one size, without TTT_CHUNK_DOUBLES_AT")
     return cfg
@@ -252,17 +238,18 @@ def run_row(words: list[str], artifact: bytes, data: str, span: tuple[int, int])
     """Score one row; losses, CPU seconds, forwards a target."""
     _, options = parse(words)
     stored, tensors = g.unpack_artifact(artifact)
-    cfg = replace(config_of(words, data), **stored)
-    run = g.Run(cfg, g.Ranks(), g.Log(None, speaks=False))
+    of_artifact = [f.name for f in fields(g.Config) if f.metadata["model"]] + ["eval_loop_depth"]
+    cfg = replace(config_of(words, data), **{name: getattr(stored, name) for name in of_artifact})
+    run = g.Run(cfg, g.Ranks(), g.Log(None, enabled=False))
     if options.keys() & CACHED and run.device.type != "cpu":
         raise SystemExit("refresh and loss_chunks run on a CPU only")
     work: dict[str, str] = {}
     run.log.record = lambda word, /, **values: work.update(values) if word == "ttt_work" else None
-    model = g.model_from_tensors(cfg, tensors, run)
+    model = g.model_from_tensors(run, tensors)
     val = part_of(g.load_val(cfg), *span)
     began = time.process_time()
     with experiments(options):
-        score, _ = g.score_with_ttt(run, model, val)
+        score = g.score_with_ttt(run, model, val)
     return score.losses, time.process_time() - began, float(work["forwards_per_target"])
 
 

@@ -69,3 +69,10 @@ def damage(path: Path, entry: int, value: int) -> None:
     data = bytearray(path.read_bytes())
     data[1024 + 2 * entry : 1026 + 2 * entry] = value.to_bytes(2, "little")
     path.write_bytes(data)
+
+
+def flip(path: Path, place: int) -> None:
+    """Change one bit of a file."""
+    data = bytearray(path.read_bytes())
+    data[place % len(data)] ^= 1
+    path.write_bytes(data)

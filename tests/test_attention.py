@@ -1,6 +1,4 @@
 """attention(): values and gradients against a dense float64 oracle, causality to the last bit, the choice of a backend."""
-import sys
-import types
 from collections.abc import Callable
 
 import pytest
@@ -39,6 +37,11 @@ def eager(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int) -> 
     return train_gpt.attention(q, k, v, cu_seqlens, longest)
 
 
+def masked(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
+    """What attention() is inside a graph, as it is."""
+    return train_gpt.masked_attention(q, k, v, cu_seqlens)
+
+
 def compiled(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
     """attention() inside one graph."""
     torch._dynamo.reset()
@@ -46,7 +49,7 @@ def compiled(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int) 
     return function(q, k, v, cu_seqlens)
 
 
-@pytest.mark.parametrize("run", [eager, compiled])
+@pytest.mark.parametrize("run", [eager, masked, compiled])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 2e-5), (torch.bfloat16, 3e-2)])
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 def test_attention_equals_a_dense_oracle_in_values_and_gradients(lengths: list[int], dtype: torch.dtype, tolerance: float,
@@ -92,12 +95,6 @@ def test_inputs_may_be_views_of_one_projection() -> None:
     torch.testing.assert_close(train_gpt.attention(q, k, v, cu_seqlens, 4), oracle(q, k, v, cu_seqlens))
 
 
-def test_bounds_that_do_not_cover_the_stream_are_refused() -> None:
-    q, k, v = random_qkv(5, 2, 2, 8, torch.float32)
-    with pytest.raises(AssertionError, match="number of tokens"):
-        train_gpt.attention(q, k, v, bounds([2, 2]), 2)
-
-
 def test_one_graph_serves_every_packing_of_the_same_size() -> None:
     torch._dynamo.reset()
     counters = torch._dynamo.testing.CompileCounter()
@@ -116,8 +113,7 @@ def restore_backend(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_cpu_gets_sdpa_and_the_log_its_name(restore_backend: None) -> None:
     for name in ("auto", "sdpa"):
-        assert train_gpt.resolve_attention(name, torch.device("cpu")).name == "sdpa"
-        assert train_gpt.attention_backend_name() == "sdpa"
+        assert train_gpt.resolve_attention(name, torch.device("cpu")).name == "sdpa" == train_gpt.attention_backend.name
 
 
 @pytest.mark.parametrize("name", ["fa3", "fa4", "varlen"])
@@ -126,23 +122,16 @@ def test_a_flash_backend_on_a_cpu_is_an_error_that_names_it(name: str) -> None:
         train_gpt.resolve_attention(name, torch.device("cpu"))
 
 
-def test_an_unknown_backend_is_an_error_that_lists_the_known() -> None:
-    with pytest.raises(ValueError, match="fa5.*auto, fa3, fa4, varlen, sdpa"):
-        train_gpt.resolve_attention("fa5", torch.device("cpu"))
-
-
 @pytest.fixture
 def pretend_gpu(monkeypatch: pytest.MonkeyPatch, restore_backend: None) -> Callable[[int, set[str]], None]:
     """A function that makes resolve_attention see a GPU of some generation on which only some libraries import."""
     def pretend(capability: int, installed: set[str]) -> None:
-        def loader(name: str) -> Callable[[], str]:
-            def load() -> str:
-                if name not in installed:
-                    raise ImportError(f"No module named {name}")
-                return name
-            return load
+        def load(name: str) -> Callable[[], str]:
+            if name not in installed:
+                raise ImportError(f"No module named {name}")
+            return lambda: name
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (capability, 0))
-        monkeypatch.setattr(train_gpt, "ATTENTION_LOADERS", {name: loader(name) for name in ("fa3", "fa4", "varlen")})
+        monkeypatch.setattr(train_gpt, "load_flash", load)
     return pretend
 
 
@@ -152,7 +141,8 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch, restore_backend: None) -> Calla
 def test_the_order_of_backends(pretend_gpu: Callable, capability: int, installed: set[str], chosen: str) -> None:
     pretend_gpu(capability, installed)
     backend = train_gpt.resolve_attention("auto", torch.device("cuda"))
-    assert backend.name == chosen == train_gpt.attention_backend_name()
+    assert backend.name == chosen and backend is train_gpt.attention_backend
+    assert chosen == "sdpa" if backend.varlen is None else backend.varlen() == chosen
 
 
 def test_a_backend_that_was_passed_over_is_named_with_the_reason(pretend_gpu: Callable) -> None:
@@ -169,49 +159,43 @@ def test_a_forced_backend_that_is_missing_is_an_error_that_says_what_to_install(
         train_gpt.resolve_attention(name, torch.device("cuda"))
 
 
-def flash_by_autograd(q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
-                      max_seqlen_k: int, causal: bool) -> Tensor:
-    """A stand-in with the signature of FlashAttention 3."""
-    assert causal and max_seqlen_q == max_seqlen_k and cu_seqlens_q is cu_seqlens_k
-    return train_gpt.segment_attention(q, k, v, cu_seqlens_q)
+def test_a_process_on_a_gpu_never_lets_cudnn_attend(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("is_available", lambda: True), ("device_count", lambda: 1), ("set_device", lambda device: None)):
+        monkeypatch.setattr(torch.cuda, name, value)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        assert train_gpt.Ranks.start({}).device == torch.device("cuda", 0)
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
-def test_fa3_is_called_as_its_wheel_expects(monkeypatch: pytest.MonkeyPatch) -> None:
-    for result in (flash_by_autograd, lambda *a, **k: (flash_by_autograd(*a, **k), None)):
-        monkeypatch.setitem(sys.modules, "flash_attn_interface", types.SimpleNamespace(flash_attn_varlen_func=result))
-        q, k, v = random_qkv(9, 4, 2, 8, torch.float32)
-        out = train_gpt.load_fa3()(q, k, v, bounds([4, 5]), 5)
-        torch.testing.assert_close(out, train_gpt.attention(q, k, v, bounds([4, 5]), 5))
+@pytest.mark.parametrize("name, activated", [("fa3", ["FA3"]), ("fa4", ["FA4"]), ("varlen", [])])
+def test_torchs_own_function_is_called_causal_and_grouped(name: str, activated: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch.nn.attention as library
+    import torch.nn.attention.varlen as varlen
 
+    calls: list[str] = []
 
-def test_fa4_kernels_become_one_operator_with_a_backward() -> None:
-    def forward(q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
-                max_seqlen_k: int, causal: bool, return_lse: bool) -> tuple:
-        assert causal and return_lse
-        return train_gpt.segment_attention(q, k, v, cu_seqlens_q), q.new_zeros(q.size(1), q.size(0)), None, None, None
+    def varlen_attn(q: Tensor, k: Tensor, v: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int, *,
+                    window_size: tuple[int, int], enable_gqa: bool) -> Tensor:
+        assert window_size == (-1, 0) and enable_gqa and cu_seq_q is cu_seq_k and max_q == max_k == 5
+        return train_gpt.segment_attention(q, k, v, cu_seq_q)
 
-    def backward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, grad: Tensor, lse: Tensor, *, cu_seqlens_q: Tensor,
-                 cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int, causal: bool) -> tuple:
-        assert out.shape == grad.shape and lse.shape == (q.size(1), q.size(0)) and grad.is_contiguous()
-        return tuple(train_gpt.segment_attention_backward(grad, q, k, v, cu_seqlens_q))
-
-    run = train_gpt.make_fa4_attention(forward, backward)
+    monkeypatch.setattr(library, "activate_flash_attention_impl", calls.append)
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
+    run = train_gpt.load_flash(name)
     q, k, v = random_qkv(9, 4, 2, 8, torch.float32)
-    grad = torch.randn(q.shape)
-    function = torch.compile(lambda *t: run(*t, 5) * 1.0, backend="aot_eager", fullgraph=True)
-    reference = train_gpt.attention(q, k, v, bounds([4, 5]), 5)
-    for out in (run(q, k, v, bounds([4, 5]), 5), function(q, k, v, bounds([4, 5]))):
-        torch.testing.assert_close(out, reference)
-        for ours, theirs in zip(torch.autograd.grad(out, (q, k, v), grad),
-                                torch.autograd.grad(reference, (q, k, v), grad, retain_graph=True)):
-            torch.testing.assert_close(ours, theirs)
+    cu_seqlens = bounds([4, 5])
+    torch.testing.assert_close(run(q, k, v, cu_seqlens, cu_seqlens, 5, 5), train_gpt.attention(q, k, v, cu_seqlens, 5))
+    assert calls == activated
 
 
 def test_varlen_traces_forward_and_backward_at_the_size_of_the_record_without_a_gpu() -> None:
     pytest.importorskip("torch.nn.attention.varlen", reason="this torch has no variable-length attention")
-    run = train_gpt.load_varlen()
+    run = train_gpt.load_flash("varlen")
     q, k, v = (torch.empty(98_304, heads, 64, dtype=torch.bfloat16, device="meta", requires_grad=True) for heads in (8, 4, 4))
     cu_seqlens = torch.empty(257, dtype=torch.int32, device="meta")
-    out = torch.compile(lambda *t: run(*t, 2048), backend="aot_eager", fullgraph=True)(q, k, v, cu_seqlens)
+    out = torch.compile(lambda *t: run(*t, cu_seqlens, cu_seqlens, 2048, 2048), backend="aot_eager", fullgraph=True)(q, k, v)
     grads = torch.autograd.grad(out, (q, k, v), torch.empty_like(out))
     assert out.shape == q.shape and [g.shape for g in grads] == [q.shape, k.shape, v.shape]

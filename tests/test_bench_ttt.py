@@ -16,7 +16,7 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT), str(ROOT / "bench")]
 import tiny  # noqa: E402
 import train_gpt as g  # noqa: E402
 import ttt  # noqa: E402
-from test_ttt import Oracle, make_model, make_run, make_val  # noqa: E402
+from ttt_tools import Oracle, make_model, make_run, make_val, quantized  # noqa: E402
 
 SMALL = {"NUM_LAYERS": 2, "LOOP_START": 0, "LOOP_END": 0, "PARALLEL_START_LAYER": 1, "XSA_LAST_N": 1, "EVAL_LOOP_DEPTH": 2}
 # 21 and 18 targets in chunks of 2: longer than the ring of 8 places, and the last chunk is not full
@@ -31,13 +31,13 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def scored(options: dict[str, str], docs: list[np.ndarray], **changes: object) -> tuple[list[np.ndarray], g.Adapter]:
+def scored(options: dict[str, str], docs: list[np.ndarray], **changes: object) -> tuple[list[np.ndarray], g.TTTScorer]:
     """The losses of each document, all in one batch, and what scored them."""
     run = make_run(**{**WRAPS, **changes})
     with ttt.experiments(options):
-        adapter = g.Adapter(run, make_model(run))
+        scorer = g.TTTScorer(run, make_model(run))
         documents = g.Documents(make_val(docs))
-        return adapter.score(documents, range(len(documents))), adapter
+        return scorer.score(documents, range(len(documents))), scorer
 
 
 class ExperimentalOracle(Oracle):
@@ -92,13 +92,13 @@ def test_without_learning_an_experiment_is_the_plain_cache(options: dict[str, st
 
 def test_the_chunk_before_sees_what_it_saw_when_it_was_scored(monkeypatch: pytest.MonkeyPatch) -> None:
     again = []
-    own = ttt.ExperimentalStep.previous_losses
+    own = ttt.ExperimentalScorer.losses_before
 
-    def previous_losses(step: ttt.ExperimentalStep, seen: int) -> torch.Tensor:
-        again.append(own(step, seen).detach())
+    def losses_before(scorer: ttt.ExperimentalScorer, *rest: object) -> torch.Tensor:
+        again.append(own(scorer, *rest).detach())
         return again[-1].requires_grad_()
 
-    monkeypatch.setattr(ttt.ExperimentalStep, "previous_losses", previous_losses)
+    monkeypatch.setattr(ttt.ExperimentalScorer, "losses_before", losses_before)
     monkeypatch.setattr(g.Adapters, "learn", lambda *_: None)
     (losses,), _ = scored({"loss_chunks": "2"}, TWO_DOCUMENTS[:1])
     assert len(again) == 8
@@ -117,7 +117,7 @@ def test_a_batch_does_not_depend_on_the_one_before() -> None:
     run = make_run(**WRAPS)
     documents = g.Documents(make_val(TWO_DOCUMENTS))
     with ttt.experiments(EVERY[-1]):
-        one, other = (g.Adapter(run, make_model(run)) for _ in range(2))
+        one, other = (g.TTTScorer(run, make_model(run)) for _ in range(2))
         after = [one.score(documents, range(d, d + 1))[0] for d in range(2)][1]
         np.testing.assert_array_equal(after, other.score(documents, range(1, 2))[0])
 
@@ -148,16 +148,31 @@ def test_every_forward_is_counted(options: dict[str, str], forwarded: int, monke
         return forward(model, batch, *rest)
 
     monkeypatch.setattr(g.GPT, "forward", counted)
-    _, adapter = scored(options, [np.append(TWO_DOCUMENTS[0], 5)])
-    assert adapter.forwarded == sum(real) == forwarded
+    _, scorer = scored(options, [np.append(TWO_DOCUMENTS[0], 5)])
+    assert scorer.forwarded == sum(real) == forwarded
+
+
+def test_adapters_on_some_sites_only_learn_there_and_meta_moves_where_the_next_batch_begins() -> None:
+    run, documents = make_run(**WRAPS), g.Documents(make_val(TWO_DOCUMENTS))
+    with ttt.experiments({"sites": "k,attn", "meta": "0.5"}):
+        scorer = g.TTTScorer(run, make_model(run))
+        scorer.score(documents, range(2))
+        adapters = scorer.adapters
+        assert sorted(adapters.values) == sorted(adapters.steps) == ["a.attn", "a.k", "b.attn", "b.k"]
+        begun, ended = adapters.initial["k"].clone(), adapters.values["a.k"].clone()
+        b_ended = adapters.values["b.attn"].clone()
+        scorer.score(documents, range(1))  # resets first
+    torch.testing.assert_close(adapters.initial["k"], (begun + ended.mean(0, keepdim=True)) / 2)
+    torch.testing.assert_close(adapters.initial_b["attn"], b_ended.mean(0, keepdim=True) / 2)
+    assert b_ended.abs().max() > 0
 
 
 def test_nothing_of_an_experiment_stays_behind() -> None:
-    own = g.Adapters, g.ChunkStep, g.Adapter
+    own = g.Adapters, g.TTTScorer
     with ttt.experiments({"sites": "k", "refresh": "1"}):
-        assert (g.Adapters, g.ChunkStep, g.Adapter) == (ttt.ExperimentalAdapters, ttt.ExperimentalStep, ttt.ExperimentalAdapter)
+        assert (g.Adapters, g.TTTScorer) == (ttt.ExperimentalAdapters, ttt.ExperimentalScorer)
     with ttt.experiments({}):
-        assert (g.Adapters, g.ChunkStep, g.Adapter) == own
+        assert (g.Adapters, g.TTTScorer) == own
 
 
 def test_the_standard_error_is_that_of_a_ratio() -> None:
@@ -182,8 +197,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny artifact and tiny data."""
     folder, run = tmp_path_factory.mktemp("inputs"), make_run(**SMALL)
     tiny.write_dataset(folder / "data", train_docs=2, val_docs=8)
-    stored = {name: getattr(run.cfg, name) for name in g.MODEL_SETTINGS}
-    (folder / "artifact").write_bytes(g.pack_artifact(dict(make_model(run).state_dict()), stored, run.cfg.compressor))
+    (folder / "artifact").write_bytes(g.pack_artifact(quantized(run), run.cfg))
     return folder
 
 
@@ -218,6 +232,7 @@ def bench(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Benc
     (["b sites=k,w"], "'k,w' is no value of sites"),
     (["b grow=192:16"], "no such experiment"),
     (["b loss_chunks=2 TTT_CHUNK_DOUBLES_AT=32"], "row b: loss_chunks=2 is for chunks of one size"),
+    (["b refresh=1 NGRAM_TILT_ENABLED=1"], "row b: refresh= is without NGRAM_TILT_ENABLED"),
     (["b refresh=1 TTT_CONTEXT=window"], "row b: refresh= needs TTT_CONTEXT=cache"),
     (["b mix=a,c", "c refresh=1"], "row b: mix= of c, which is no row above it"),
     (["b mix=a,a refresh=1"], "stands alone"),

@@ -1,10 +1,10 @@
 """torch.compile: one graph a depth and use, no break, and nothing compiled while a clock runs.
 
-Training and evaluation are traced forward and backward as on a GPU ("aot_eager" generates no code), TTT forward only.
+Training and evaluation are traced forward and backward as on a GPU ("aot_eager" generates no code). For test-time training
+see test_ttt_compiled.py.
 """
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -18,21 +18,14 @@ LAYERS = {"NUM_LAYERS": 2, "LOOP_START": 0, "LOOP_END": 0, "PARALLEL_START_LAYER
           "TRAIN_LOOP_PREWARM_DEPTHS": "2", "EVAL_LOOP_DEPTH": "1", "NUM_LOOPS": 1, "TTT_BATCH_SIZE": 4, "VAL_BATCH_TOKENS": 2048}
 
 
-COMPILE = torch.compile
-
-
-def compile_with(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
-    monkeypatch.setattr(torch, "compile", partial(COMPILE, backend=backend))
-
-
 @pytest.fixture
 def compiled_run(monkeypatch: pytest.MonkeyPatch) -> train_gpt.Run:
     """A run of few layers that compiles, one graph for each use."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    compile_with(monkeypatch, "aot_eager")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     cfg = train_gpt.Config.from_env({name: str(value) for name, value in (SETTINGS | LAYERS).items()})
-    return train_gpt.Run(cfg, train_gpt.Ranks(), train_gpt.Log(None, speaks=False), compile=True)
+    return train_gpt.Run(cfg, train_gpt.Ranks(), train_gpt.Log(None, enabled=False), compile=True)
 
 
 def make_model(run: train_gpt.Run) -> train_gpt.GPT:
@@ -78,27 +71,3 @@ def test_evaluation_has_one_graph(compiled_run: train_gpt.Run) -> None:
     train_gpt.evaluate(compiled_run, model, val, "first", 2)
     train_gpt.evaluate(compiled_run, model, val, "second", 2)
     assert train_gpt.graphs_made(compiled_run) == 1
-
-
-@pytest.fixture
-def score_lengths(compiled_run: train_gpt.Run) -> Callable[[train_gpt.Adapter, list[int]], None]:
-    """Scores one batch of documents of the given lengths."""
-    def score(adapter: train_gpt.Adapter, lengths: list[int]) -> None:
-        tokens = np.concatenate([np.append(1, np.arange(n - 1) % 50 + 5) for n in lengths] + [[1]]).astype(np.uint16)
-        val = train_gpt.ValData(tokens, np.ones_like(tokens), len(lengths))
-        adapter.score(train_gpt.Documents(val), range(len(lengths)))
-    return score
-
-
-def test_ttt_compiles_before_the_clock_only(compiled_run: train_gpt.Run, score_lengths: Callable,
-                                            monkeypatch: pytest.MonkeyPatch) -> None:
-    compile_with(monkeypatch, "eager")
-    model = make_model(compiled_run).requires_grad_(False)
-    adapter = train_gpt.Adapter(compiled_run, model)
-    tokens = np.concatenate(documents(8, seed=4)).astype(np.uint16)
-    adapter.warm_up(train_gpt.ValData(tokens, np.ones_like(tokens), 8))
-    graphs = train_gpt.graphs_made(compiled_run)
-    assert graphs <= 2, "one that learns and one that only scores"
-    for lengths in ([40, 30, 20, 7], [200, 16, 16, 16], [70, 3]):
-        score_lengths(adapter, lengths)
-    assert train_gpt.graphs_made(compiled_run) == graphs and graph_breaks() == 0

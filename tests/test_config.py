@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+import re
+from dataclasses import Field, fields
 
 import pytest
 
@@ -46,8 +47,8 @@ def test_defaults_are_the_records() -> None:
 
 @pytest.mark.parametrize(("setting", "told"), [
     ("MATRIX_LR=fast", "a number"), ("MATRIX_LR=nan", "a number"), ("MATRIX_LR=inf", "a number"), ("NUM_LAYERS=2.5", "a whole number"),
-    ("NUM_LAYERS=0", "at least 1"), ("EMA_DECAY=1.5", "from 0 to 1"), ("COMPRESSOR=zip", "brotli"), ("TTT_ENABLED=yes", "0 or 1"),
-    ("TRAIN_LOOP_PHASE_DEPTHS=1,x", "commas"), ("TRAIN_LOOP_PHASE_DEPTHS=0,1", "at least 1"), ("RUN_ID=../x", "letters"),
+    ("NUM_LAYERS=0", "from 1 to 256"), ("EMA_DECAY=1.5", "below 1"), ("COMPRESSOR=zip", "brotli"), ("TTT_ENABLED=yes", "0 or 1"),
+    ("TRAIN_LOOP_PHASE_DEPTHS=1,x", "commas"), ("TRAIN_LOOP_PHASE_DEPTHS=0,1", "from 1 to 64"), ("RUN_ID=../x", "letters"),
 ])
 def test_a_wrong_value_names_variable_value_and_what_is_allowed(setting: str, told: str) -> None:
     name, value = setting.split("=")
@@ -75,5 +76,53 @@ def test_settings_print_as_they_are_written() -> None:
         assert tg.parse_setting(f, tg.format_setting(f.default)) == f.default, f.name
 
 
-def test_model_settings_are_settings() -> None:
-    assert set(tg.MODEL_SETTINGS) <= {f.name for f in fields(tg.Config)}
+@pytest.mark.parametrize("text", ["1_0", "\u0661", "\uff11", "nan", "inf", "-inf", "1e", "0x10", "1,0", "1 0", "1\n0", "", "9" * 50, "1e400", "--1"])
+def test_what_only_looks_like_a_number_is_refused(text: str) -> None:
+    for f in fields(tg.Config):
+        if tg.SETTING_TYPES[f.name] in (int, float):
+            with pytest.raises(ValueError, match=f.name.upper()):
+                tg.parse_setting(f, text)
+
+
+def test_no_text_can_forge_a_line_of_the_log() -> None:
+    for f in fields(tg.Config):
+        if tg.SETTING_TYPES[f.name] is str:
+            for text in ("a\nfinal seed:0", "a\rb", "a\u2028b", "a\x1b[2Jb", "x" * 1001):
+                with pytest.raises(ValueError, match=f.name.upper()):
+                    tg.parse_setting(f, text)
+
+
+def ends_of(f: Field) -> list[tuple[object, bool]]:
+    """Values of a number at and just outside the ends of its rule, read from the rule's words, and whether they are allowed."""
+    kind, number = tg.SETTING_TYPES[f.name], r"(-?[0-9.]+(?:e[+-]?[0-9]+)?)"
+    words = f.metadata["check"].text
+    low, high = re.search(rf"(?:from|above) {number}(?: to below|, up to| to) {number}", words).groups()
+    low, high = (kind(float(v)) for v in (low, high))
+    if kind is int:
+        return [(low, True), (low - 1, False), (low + 1, True), (high - 1, True)]
+    return [(low, "above" not in words), (low - 1e-9 * max(1, abs(low)), False), (high, "below" not in words), (high * (1 + 1e-9) + 1e-9, False)]
+
+
+NUMBERS = [f for f in fields(tg.Config) if tg.SETTING_TYPES[f.name] in (int, float)]
+
+
+@pytest.mark.parametrize("f", NUMBERS, ids=lambda f: f.name)
+def test_every_number_is_allowed_to_its_ends_and_no_further(f: Field) -> None:
+    for value, allowed in ends_of(f):
+        if allowed:
+            assert tg.parse_setting(f, repr(value)) == value
+        else:
+            with pytest.raises(ValueError, match=f.name.upper()):
+                tg.parse_setting(f, repr(value))
+
+
+def test_flags_and_words_take_their_values_and_no_others() -> None:
+    for f in fields(tg.Config):
+        if tg.SETTING_TYPES[f.name] is bool:
+            assert [tg.parse_setting(f, text) for text in "01"] == [False, True]
+            for text in ("2", "true", "", "-1"):
+                with pytest.raises(ValueError):
+                    tg.parse_setting(f, text)
+        elif f.metadata["check"].text.startswith("one of "):
+            for word in f.metadata["check"].text.removeprefix("one of ").split(", "):
+                assert tg.parse_setting(f, word) == word

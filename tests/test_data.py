@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +97,8 @@ FAULTS = {
     "magic": ("tiny_train_000000.bin", damaged_header(0, 7), "magic number 7"),
     "version": ("tiny_train_000000.bin", damaged_header(1, 2), "version 2"),
     "count": ("tiny_val_000000.bin", damaged_header(2, 99), "promises 99 entries"),
+    "negative count": ("tiny_val_000000.bin", damaged_header(2, 0xFFFFFFFF), "promises -1 entries"),
+    "no entries": ("tiny_val_000000.bin", with_entries(lambda e: e[:0]), "promises 0 entries"),
     "truncated": ("tiny_train_000001.bin", lambda h, e: bytes(h) + e[:-1].tobytes(), "cut short"),
     "no header": ("tiny_train_000001.bin", lambda h, e: bytes(h[:100]), "shorter than"),
     "no bos in train": ("tiny_train_000000.bin", replaced(1, 5), "no BOS"),
@@ -123,6 +126,130 @@ def test_each_fault_of_the_data_is_named_with_its_file_or_folder(tmp_path: Path,
     with pytest.raises(ValueError, match=told) as raised:
         tg.check_dataset(config(tmp_path))
     assert str(tmp_path) in str(raised.value)
+
+
+def copied(name: str, to: str):
+    return lambda folder: (folder / to).write_bytes((folder / name).read_bytes())
+
+
+def renamed(name: str, to: str):
+    return lambda folder: (folder / name).rename(folder / to)
+
+
+WRONG_SETS = {
+    "two prefixes": (copied("tiny_train_000000.bin", "other_train_000000.bin"), "several data sets .other, tiny."),
+    "validation of another": (renamed("tiny_val_000000.bin", "x_val_000000.bin"), "several data sets .tiny, x."),
+    "a gap": (renamed("tiny_train_000001.bin", "tiny_train_000002.bin"), "train shards are numbered 0, 2, not"),
+    "no first": (renamed("tiny_train_000000.bin", "tiny_train_000007.bin"), "train shards are numbered 1, 7, not"),
+    "one number twice": (copied("tiny_train_000001.bin", "tiny_train_1.bin"), "train shards are numbered 0, 1, 1, not"),
+    "a copy from a Mac": (copied("tiny_val_000000.bin", "._tiny_val_000000.bin"), r"holds \._tiny_val_000000.bin: no name of a shard"),
+    "no number": (copied("tiny_val_000000.bin", "tiny_val.bin"), "holds tiny_val.bin: no name of a shard"),
+    "a copy": (copied("tiny_val_000000.bin", "tiny_val_000000 (1).bin"), "no name of a shard"),
+    "sidecar numbered otherwise": (renamed("tiny_val_bytes_000000.bin", "tiny_val_bytes_000001.bin"), "val_bytes .* numbered 1, not"),
+    "more sidecars": (copied("tiny_val_bytes_000000.bin", "tiny_val_bytes_000001.bin"), "2 sidecar shards .* for 1 validation"),
+    "validation twice": (copied("tiny_val_000000.bin", "tiny_val_000001.bin"), "1 sidecar shards .* for 2 validation"),
+    "unfinished build": (lambda folder: (folder / "build.json").write_text("{}"), "unfinished build"),
+    "a folder for a shard": (lambda folder: (folder / "tiny_train_000002.bin").mkdir(), "tiny_train_000002.bin cannot be read: Is a"),
+    "a link to nothing": (lambda folder: (folder / "tiny_train_000002.bin").symlink_to("none"), "cannot be read: No such file"),
+    "train is val": (copied("tiny_val_000000.bin", "tiny_train_000001.bin"), "tiny_train_000001.bin holds the validation tokens"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_SETS)
+def test_a_wrong_set_of_shards_is_refused_by_name(tmp_path: Path, case: str) -> None:
+    change, told = WRONG_SETS[case]
+    tiny.write_dataset(tmp_path, train_docs=40, val_docs=5)
+    change(tmp_path)
+    with pytest.raises(ValueError, match=told) as raised:
+        tg.check_dataset(config(tmp_path))
+    assert str(tmp_path) in str(raised.value)
+
+
+def test_what_a_build_writes_is_what_a_run_reads() -> None:
+    """The writer's constants beside the rules."""
+    import prepare_caseops_data as prepare
+
+    assert (prepare.SHARD_MAGIC, prepare.SHARD_VERSION, prepare.HEADER_INTS) == (tg.SHARD_MAGIC, tg.SHARD_VERSION, tg.SHARD_HEADER_INTS)
+    assert (prepare.MANIFEST, prepare.JOURNAL, prepare.PUBLISHED) == (tg.MANIFEST, tg.JOURNAL, tg.PUBLISHED_NAME)
+    for name in (prepare.VAL_TOKENS, prepare.VAL_BYTES, prepare.TRAIN_TOKENS.format(7)):
+        assert tg.SHARD_NAME.fullmatch(name) and prepare.OWN_NAMES.fullmatch(name)
+
+
+def with_manifest(folder: Path) -> dict:
+    """The tiny data set with a manifest as a build writes it, as far as a run reads it."""
+    tiny.write_dataset(folder, train_docs=40, val_docs=5)
+    files = {path.name: {"file": path.name, "entries": (path.stat().st_size - 1024) // 2, "sha256": "0" * 64}
+             for path in sorted(folder.glob("*.bin"))}
+    return {"splits": {"val": {"files": [files[name] for name in files if "val" in name]},
+                       "train": {"files": [files[name] for name in files if "train" in name]}}}
+
+
+def test_the_manifest_decides_which_shards_there_are(tmp_path: Path) -> None:
+    manifest = with_manifest(tmp_path)
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    assert tg.check_dataset(config(tmp_path)).documents == 5
+    (tmp_path / "build.json").write_text("{}")  # a kill between the manifest and the removal of this leaves both
+    assert tg.check_dataset(config(tmp_path)).documents == 5
+    copied("tiny_train_000000.bin", "tiny_train_000002.bin")(tmp_path)
+    with pytest.raises(ValueError, match="holds tiny_train_000002.bin: not in manifest.json"):
+        tg.check_dataset(config(tmp_path))
+    (tmp_path / "tiny_train_000002.bin").unlink()
+    (tmp_path / "tiny_train_000001.bin").write_bytes((tmp_path / "tiny_val_000000.bin").read_bytes())
+    with pytest.raises(ValueError, match=r"tiny_train_000001.bin: \d+ entries, manifest.json beside it says"):
+        tg.check_dataset(config(tmp_path))
+    (tmp_path / "tiny_train_000001.bin").unlink()
+    with pytest.raises(ValueError, match="tiny_train_000001.bin cannot be read"):
+        tg.check_dataset(config(tmp_path))
+    assert tg.check_dataset(config(tmp_path), with_train=False).documents == 5, "to score, the validation set is enough"
+
+
+def changes_of(value: object, path: tuple = ()):
+    """Every way to drop a part of something read from JSON, or to put something of another kind in its place."""
+    for wrong in (None, -1, "x", [], {}, 1e99, True):
+        if type(wrong) is not type(value):
+            yield path, wrong
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in parts:
+        yield from changes_of(part, (*path, key))
+
+
+def changed(value: object, path: tuple, wrong: object) -> object:
+    if not path:
+        return wrong
+    value = dict(value) if isinstance(value, dict) else list(value)
+    value[path[0]] = changed(value[path[0]], path[1:], wrong)
+    return value
+
+
+def test_a_damaged_manifest_is_refused_wherever_it_is_damaged(tmp_path: Path) -> None:
+    manifest = with_manifest(tmp_path)
+    cases = list(changes_of(manifest))
+    assert len(cases) > 90
+    for path, wrong in cases:
+        (tmp_path / "manifest.json").write_text(json.dumps(changed(manifest, path, wrong)))
+        with pytest.raises(ValueError, match=str(tmp_path)):
+            tg.check_dataset(config(tmp_path))
+    for text in (b"", b"{", b"[" * 100_000, b"\xff", b"5", b"{}", b'{"datasets": []}'):
+        (tmp_path / "manifest.json").write_bytes(text)
+        with pytest.raises(ValueError, match="is not the manifest of a data set"):
+            tg.check_dataset(config(tmp_path))
+
+
+@pytest.mark.parametrize("what", ["a folder", "not there", "no model", "empty"])
+@pytest.mark.parametrize("caseops", [0, 1])
+def test_a_tokenizer_that_is_none_is_refused(tmp_path: Path, what: str, caseops: int) -> None:
+    tiny.write_dataset(tmp_path / "data", train_docs=40, val_docs=5)
+    path = tmp_path / "t.model"
+    if what == "a folder":
+        path.mkdir()
+    elif what != "not there":
+        path.write_bytes(b"" if what == "empty" else b"not a model at all")
+    cfg = config(tmp_path / "data", CASEOPS_ENABLED=caseops, TOKENIZER_PATH=path)
+    with pytest.raises(ValueError, match=str(path)):
+        tg.check_tokenizer(cfg)
+    if not caseops:
+        with pytest.raises(ValueError, match=str(path)):
+            tg.check_dataset(cfg)
 
 
 def test_no_data_says_how_to_get_it(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -58,22 +59,29 @@ def published_files() -> dict[str, bytes]:
 
 
 class HubServer(ThreadingHTTPServer):
-    """Speaks as much of the hub's protocol as a download needs; `cuts` and `wrong` make it misbehave."""
+    """Speaks as much of the hub's protocol as a download needs; `cuts`, `wrong` and `refuse` make it misbehave."""
 
     def __init__(self, files: dict[str, bytes]) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.files = files
         self.cuts: dict[str, list[int]] = {}  # file -> after how many bytes each of the next answers breaks off
         self.wrong: dict[str, int] = {}  # file -> a size that the listing claims for it
+        self.refuse: list[tuple[str, int]] = []  # (part of a path, status): the next request for it is answered so
         self.asked: list[tuple[str, str, str | None]] = []
 
     @property
     def endpoint(self) -> str:
         return f"http://127.0.0.1:{self.server_port}"
 
+    def listed(self, path: str) -> dict[str, object]:
+        """What the hub lists of a file."""
+        size = self.wrong.get(path, len(self.files[path]))
+        lfs = {"oid": hashlib.sha256(self.files[path]).hexdigest(), "size": size, "pointerSize": 100}
+        return {"type": "file", "path": path, "size": size, "oid": "1" * 40, "lfs": lfs}
+
 
 class Handler(BaseHTTPRequestHandler):
-    """The listing of paths (POST) and the files themselves (HEAD and GET, with ranges)."""
+    """The listing of paths (POST), of all files, and the files themselves (HEAD and GET, with ranges)."""
 
     protocol_version = "HTTP/1.1"
     server: HubServer
@@ -83,27 +91,33 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"])).decode()
-        listed = []
-        for path in parse_qs(body).get("paths", []):
-            if path in self.server.files:
-                data = self.server.files[path]
-                size = self.server.wrong.get(path, len(data))
-                listed.append(
-                    {
-                        "type": "file",
-                        "path": path,
-                        "size": size,
-                        "oid": "1" * 40,
-                        "lfs": {"oid": hashlib.sha256(data).hexdigest(), "size": size, "pointerSize": 100},
-                    }
-                )
-        self._answer(200, json.dumps(listed).encode())
+        if not self._refused():
+            paths = [path for path in parse_qs(body).get("paths", []) if path in self.server.files]
+            self._answer(200, json.dumps(list(map(self.server.listed, paths))).encode())
 
     def do_HEAD(self) -> None:
         self.do_GET()
 
     def do_GET(self) -> None:
-        _, _, path = unquote(self.path).partition("/resolve/main/")
+        if self._refused():
+            return
+        if "/revision/" in self.path:
+            self._answer(200, json.dumps({"id": "a/b", "sha": COMMIT, "siblings": []}).encode())
+        elif "/tree/" in self.path:
+            self._answer(200, json.dumps(list(map(self.server.listed, self.server.files))).encode())
+        else:
+            self._file(re.sub(r".*/resolve/[^/]+/", "", unquote(self.path)))
+
+    def _refused(self) -> bool:
+        """Answer as `refuse` wants it."""
+        for part, status in self.server.refuse:
+            if part in self.path:
+                self.server.refuse.remove((part, status))
+                self._answer(status, b"not now", {"Retry-After": "0"})
+                return True
+        return False
+
+    def _file(self, path: str) -> None:
         wanted = self.headers.get("Range")
         self.server.asked.append((self.command, path, wanted))
         data = self.server.files.get(path)
@@ -157,8 +171,10 @@ def download(endpoint: str, folder: Path, *arguments: str, **variables: str) -> 
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         **variables,
     }
+    script = "import sys, prepare_caseops_data as p; p.WAITS_S, p.PROGRESS_S = (0.01,) * 4, 0.02; sys.exit(p.main(sys.argv[1:]))"
     return subprocess.run(
-        [sys.executable, str(PROGRAM), "--data-dir", str(folder), *arguments],
+        [sys.executable, "-c", script, "--data-dir", str(folder), *arguments],
+        cwd=PROGRAM.parent,
         env=environment,
         capture_output=True,
         text=True,
@@ -189,7 +205,7 @@ def test_published_data_set_arrives_where_a_run_looks_for_it(hub: HubServer, tmp
     done = download(hub.endpoint, tmp_path, "--download")  # the third shard only
     assert done.returncode == 0, done.stderr
     assert_complete(hub, tmp_path, 3)
-    fetched = {path for command, path, _ in hub.asked if command == "GET" and path}
+    fetched = {path for command, path, _ in hub.asked if command == "GET" and path.endswith(".bin")}
     assert fetched == {f"datasets/datasets/{NAME}/fineweb_train_000002.bin"}
 
 
@@ -199,6 +215,7 @@ def test_a_cut_connection_goes_on_where_it_stopped(hub: HubServer, tmp_path: Pat
     done = download(hub.endpoint, tmp_path, "--download", "--train-shards", "1")
     assert done.returncode == 0, done.stderr
     assert_complete(hub, tmp_path, 1)
+    assert re.search(r"download mb:\d+ of_mb:12 mb_s:", done.stderr), "progress in bytes"
     ranges = [wanted for command, asked, wanted in hub.asked if command == "GET" and asked == path]
     assert len(ranges) == 2 and ranges[1] and 0 < int(ranges[1].removeprefix("bytes=").rstrip("-")) <= 11_000_000
 
@@ -217,7 +234,7 @@ def test_a_wrong_size_is_refused_and_mended_by_the_next_run(hub: HubServer, tmp_
 def test_a_file_that_is_no_shard_is_named(hub: HubServer, tmp_path: Path) -> None:
     hub.files[f"datasets/datasets/{NAME}/fineweb_val_000000.bin"] += b"xx"
     done = download(hub.endpoint, tmp_path, "--download", "--train-shards", "0")
-    assert done.returncode == 2 and "fineweb_val_000000.bin has" in done.stderr and "its header promises" in done.stderr
+    assert done.returncode == 2 and "fineweb_val_000000.bin: the header promises" in done.stderr
 
 
 def test_documents_and_another_repository(hub: HubServer, tmp_path: Path) -> None:
@@ -241,6 +258,78 @@ def test_what_the_repository_lacks_is_named(hub: HubServer, tmp_path: Path) -> N
     del hub.files[f"datasets/datasets/{NAME}/fineweb_val_bytes_000000.bin"]
     done = download(hub.endpoint, tmp_path, "--download", "--train-shards", "0")
     assert done.returncode == 2 and "fineweb_val_bytes_000000.bin: ask for fewer" in done.stderr
+
+
+def test_answers_that_may_pass_are_asked_for_again(hub: HubServer, tmp_path: Path) -> None:
+    """Too many requests, or no service for the moment: the list of files, the revision, the tree, a file."""
+    hub.refuse = [(what, status) for what in ("paths-info", "/revision/", "/tree/", "/resolve/") for status in (429, 503)]
+    done = download(hub.endpoint, tmp_path, "--download", "--train-shards", "0")
+    assert done.returncode == 0 and not hub.refuse, done.stderr
+    assert_complete(hub, tmp_path, 0)
+
+
+def test_a_refusal_is_said_at_once(hub: HubServer, tmp_path: Path) -> None:
+    hub.refuse = [("paths-info", 403)] * 2
+    done = download(hub.endpoint, tmp_path, "--download")
+    assert done.returncode == 2 and "403" in done.stderr and len(hub.refuse) == 1
+
+
+def test_a_full_disk_is_not_called_the_network(hub: HubServer, tmp_path: Path) -> None:
+    """Said before the download where it can be known, and by its true cause where not."""
+    script = (
+        "import sys, os, errno, collections, prepare_caseops_data as p\n"
+        "import huggingface_hub\n"
+        "def full(*a, **k): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), 'x')\n"
+        "usage = collections.namedtuple('usage', 'total used free')(10, 9, 1)\n"
+        "if sys.argv.pop(1) == 'before': p.shutil.disk_usage = lambda path: usage\n"
+        "else: huggingface_hub.snapshot_download = full\n"
+        "sys.exit(p.main(sys.argv[1:]))"
+    )
+    environment = os.environ | {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home")}
+    for when, words in (("before", "the disk lacks 0.00 GB"), ("while", "No space left on device")):
+        command = [sys.executable, "-c", script, when, "--data-dir", str(tmp_path), "--download"]
+        done = subprocess.run(command, cwd=PROGRAM.parent, env=environment, capture_output=True, text=True)
+        assert done.returncode == 2 and words in done.stderr and "network" not in done.stderr, done.stderr
+
+
+def test_a_file_that_is_there_but_damaged_is_fetched_again(hub: HubServer, tmp_path: Path) -> None:
+    assert download(hub.endpoint, tmp_path, "--download", "--train-shards", "0").returncode == 0
+    path = base(tmp_path) / f"datasets/{NAME}/fineweb_val_000000.bin"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    assert download(hub.endpoint, tmp_path, "--download", "--train-shards", "0").returncode == 0
+    assert_complete(hub, tmp_path, 0)
+
+
+HOSTILE = {
+    "not JSON": b"{",
+    "another form": b'{"datasets": 5}',
+    "numbers as words": b'{"datasets": [{"name": "%s", "tokenizer_name": "t", "stats": {"files_train": "3"}}], "tokenizers": []}'
+    % NAME.encode(),
+    "no tokenizer": json.dumps(
+        {"datasets": [{"name": NAME, "tokenizer_name": "t", "stats": {"files_train": 0, "files_val": 1}}], "tokenizers": []}
+    ).encode(),
+    "outside": json.dumps(
+        {
+            "datasets": [{"name": NAME, "tokenizer_name": "t", "stats": {"files_train": 0, "files_val": 1}}],
+            "tokenizers": [{"name": "t", "model_path": "../../../outside"}],
+        }
+    ).encode(),
+}
+
+
+@pytest.mark.parametrize("manifest", HOSTILE)
+def test_a_manifest_of_another_form_is_refused(tmp_path: Path, manifest: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetch = prepare.Hub.fetch
+
+    def first_only(hub: prepare.Hub, base: Path, names: list[str]) -> None:
+        if names == ["manifest.json"]:
+            (base / "manifest.json").write_bytes(HOSTILE[manifest])
+        else:
+            fetch(hub, base, names)
+
+    monkeypatch.setattr(prepare.Hub, "fetch", first_only)
+    with pytest.raises(ValueError, match="manifest.json|is no path in a repository"):
+        prepare.download_published(tmp_path, None)
 
 
 def test_without_a_network_the_error_says_what_to_do(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ def setup(data: Path, **changes: object) -> tuple[tg.Run, tg.GPT, tg.ValData]:
     with torch.no_grad():
         for param in model.parameters():
             param.add_(0.05 * torch.randn(param.shape, generator=torch.Generator().manual_seed(1)))
-    return tg.Run(cfg, tg.Ranks(), tg.Log(None, speaks=False)), model, tg.load_val(cfg)
+    return tg.Run(cfg, tg.Ranks(), tg.Log(None, enabled=False)), model, tg.load_val(cfg)
 
 
 def test_every_target_is_scored_once_and_bytes_add_up(tiny_data: Path) -> None:

@@ -13,15 +13,15 @@ def meta_batch(segments: int) -> train_gpt.Batch:
     """One rank's share of the record's batch."""
     def empty(size: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(size, dtype=dtype, device="meta")
-    return train_gpt.Batch(empty(TOKENS, torch.int64), empty(TOKENS, torch.int64), empty(segments, torch.int32),
-                           empty(TOKENS, torch.int32), 2048)
+    return train_gpt.Batch(empty(TOKENS, torch.int64), empty(TOKENS, torch.int64), empty(TOKENS, torch.int64),
+                           empty(segments, torch.int32), empty(TOKENS, torch.int32), 2048)
 
 
 @pytest.fixture
 def model(monkeypatch: pytest.MonkeyPatch) -> train_gpt.GPT:
     """The record's model on a device that is no CPU, as on a Hopper GPU: torch's flash attention, the kernels on."""
     pytest.importorskip("triton", reason="Triton is not installed")
-    monkeypatch.setattr(train_gpt, "attention_backend", train_gpt.AttentionBackend("varlen", train_gpt.load_varlen()))
+    monkeypatch.setattr(train_gpt, "attention_backend", train_gpt.AttentionBackend("varlen", train_gpt.load_flash("varlen")))
     monkeypatch.setattr(train_gpt, "has_tma", torch.compiler.assume_constant_result(lambda: True))
     with torch.device("meta"):
         return train_gpt.GPT(train_gpt.Config(), torch.bfloat16)
@@ -42,7 +42,7 @@ def operators(losses: torch.Tensor) -> set[str]:
 def test_a_step_of_the_record_in_bfloat16_with_every_kernel(depth: int, model: train_gpt.GPT) -> None:
     losses = model(meta_batch(128), train_gpt.loop_schedule(model.cfg, depth))
     names = " ".join(operators(losses))
-    assert all(word in names for word in ("FusedMLP", "varlen_attn", "cross_entropy"))
+    assert all(word in names for word in ("FusedMLP", "varlen_attn", "exclude_self", "cross_entropy"))
     losses.mean().backward()
     assert losses.shape == (TOKENS,) and losses.dtype == torch.float32
     for name, param in model.named_parameters():

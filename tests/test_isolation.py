@@ -23,7 +23,7 @@ import train_gpt as g
 
 SCORERS = ("evaluation", *CONTEXTS)
 PLAN = {"TTT_CHUNK_SIZE": 8, "TTT_EVAL_SEQ_LEN": 16, "EVAL_SEQ_LEN": 40, "TTT_BATCH_SIZE": 3, "EVAL_LOOP_DEPTH": 2, "TTT_LORA_RANK": 2,
-        "VAL_BATCH_TOKENS": 320}
+        "VAL_BATCH_TOKENS": 800}
 DOCS = [np.append(1, np.random.default_rng(seed).integers(4, tiny.VOCAB, length)) for seed, length in enumerate((27, 34, 22, 30))]
 every_setting = pytest.mark.parametrize("setting", MODEL_SETTINGS)
 every_scorer = pytest.mark.parametrize("scorer", SCORERS)
@@ -61,7 +61,7 @@ def changed_places(setting: str, scorer: str, document: int, first: int) -> np.n
 def check_isolation(setting: str, scorer: str) -> None:
     """Tokens that change move the losses of themselves and of what follows in their document, and no others."""
     starts = np.cumsum([0, *map(len, DOCS)])  # the loss of a token stands at the one before it; a document's last is that of the next BOS
-    for document, first in ((1, 13), (2, 19), (0, len(DOCS[0]) - 1)):
+    for document, first in ((1, 13), (0, len(DOCS[0]) - 1)):
         expected = np.arange(starts[document] + first - 1, starts[document + 1])
         assert changed_places(setting, scorer, document, first).tolist() == expected.tolist(), (document, first)
 
@@ -144,8 +144,8 @@ def on_ranks(world: int, function: Callable[[g.Ranks], Any]) -> list[Any]:
 @every_scorer
 @every_setting
 def test_one_rank_and_two_give_the_same_score(setting: str, scorer: str) -> None:
-    phases = {} if scorer == "evaluation" else {"PHASED_TTT_ENABLED": 1, "PHASED_TTT_PREFIX_DOCS": 2, "PHASED_TTT_NUM_PHASES": 1, "TTT_BATCH_SIZE": 1,
-                                                "PHASED_TTT_LEAVE_OUT": 1, "GLOBAL_TTT_CHUNK_TOKENS": 20}
+    phases = {"PHASED_TTT_ENABLED": 1, "PHASED_TTT_PREFIX_DOCS": 2, "PHASED_TTT_NUM_PHASES": 1, "PHASED_TTT_LEAVE_OUT": 1,
+              "TTT_BATCH_SIZE": 1, "GLOBAL_TTT_CHUNK_TOKENS": 20} if scorer != "evaluation" else {}
     one = losses(setting, scorer, DOCS, **phases)
     two = on_ranks(2, lambda ranks: losses(setting, scorer, DOCS, ranks, **phases))
     assert two[0].nats == two[1].nats == pytest.approx(one.nats, rel=1e-6)

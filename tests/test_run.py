@@ -7,6 +7,7 @@ import shutil
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 
@@ -39,10 +40,13 @@ def test_artifact_in_a_fresh_process_without_training_data_scores_what_the_log_s
 
 
 def test_two_ranks_score_the_same_artifact_the_same(one_rank, tmp_path: Path) -> None:
-    env = tiny.environment(one_rank.data, tmp_path, EVAL_ONLY=1, ARTIFACT_PATH=one_rank.out / "run.artifact")
+    env = tiny.environment(one_rank.data, tmp_path, EVAL_ONLY=1, ARTIFACT_PATH=one_rank.out / "run.artifact", LOSSES_PATH=tmp_path / "losses.npz")
     done = tiny.run(env, ranks=2)
     assert done.returncode == 0, done.stdout + done.stderr
     expected = scores(one_rank.log)
+    losses = np.load(tmp_path / "losses.npz")  # of all ranks, in one file
+    assert sorted(losses) == ["quantized", "quantized_ttt"]
+    assert all(float(nats.mean()) == pytest.approx(float(expected[name]["val_loss"]), abs=1e-6) for name, nats in losses.items())
     for name, entry in scores(done.stdout).items():
         assert float(entry["val_loss"]) == pytest.approx(float(expected[name]["val_loss"]), abs=1e-6)
         assert (entry["tokens"], entry["bytes"]) == (expected[name]["tokens"], expected[name]["bytes"])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +18,9 @@ from hypothesis import strategies as st
 import caseops_tokenizer
 import data_tools
 import prepare_caseops_data as prepare
-from caseops_tokenizer import Encoder, FastEncoder, PartTable, Tokenizer, encode_plainly, read_spans
+from caseops_tokenizer import Encoder, FastEncoder, PartTable, Tokenizer, read_spans
 from lossless_caps import OPERATORS
 
-KINDS = ["lossless", "nfkc"]
 # Words and what lies between them: plain, odd white space, what normalisation joins, removes or makes a space.
 chunks = st.sampled_from(
     [
@@ -78,45 +79,72 @@ chunks = st.sampled_from(
 texts = st.lists(chunks | st.just(" ") | st.text(st.characters(codec="utf-8"), max_size=3), max_size=14).map("".join)
 
 
-@pytest.fixture(scope="module", params=KINDS)
-def encoders(request: pytest.FixtureRequest) -> tuple[Encoder, FastEncoder, FastEncoder]:
-    """(SentencePiece itself, fast with charges, fast without)."""
-    model = data_tools.tokenizer(request.param)
-    return Encoder(model), FastEncoder(model, True), FastEncoder(model, False)
-
-
-Encoders = tuple[Encoder, FastEncoder, FastEncoder]
-
-
-def assert_equal(encoders: Encoders, documents: list[str]) -> None:
-    plain, with_charges, without = encoders
-    raw = [text.encode() for text in documents]
-    tokens, charges, lengths = encode_plainly(plain, documents, True)
-    for got, expected in zip(with_charges.encode(raw), (tokens, charges, lengths)):
+def assert_equal(documents: list[str], with_charges: bool = True, fast: FastEncoder | None = None) -> None:
+    """The fast encoder gives what SentencePiece gives, and the charges are those of the pieces."""
+    model, raw = data_tools.tokenizer("lossless"), [text.encode() for text in documents]
+    for got, expected in zip((fast or FastEncoder(model, with_charges)).encode(raw), Encoder(model, with_charges).encode(raw)):
         np.testing.assert_array_equal(got, expected)
-    got_tokens, _, got_lengths = without.encode(raw)
-    np.testing.assert_array_equal(got_tokens, tokens)
-    np.testing.assert_array_equal(got_lengths, lengths)
 
 
 @settings(max_examples=250, deadline=None)
-@given(documents=st.lists(texts, min_size=1, max_size=4))
-def test_fast_encoder_equals_sentencepiece_for_any_text(encoders: tuple, documents: list[str]) -> None:
-    assert_equal(encoders, documents)
+@given(documents=st.lists(texts, min_size=1, max_size=4), with_charges=st.booleans())
+def test_fast_encoder_equals_sentencepiece_for_any_text(documents: list[str], with_charges: bool) -> None:
+    assert_equal(documents, with_charges)
 
 
-def test_fast_encoder_equals_sentencepiece_on_documents(encoders: tuple) -> None:
-    assert_equal(encoders, data_tools.texts())
+def test_fast_encoder_equals_sentencepiece_on_documents() -> None:
+    assert_equal(data_tools.texts())
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_fast_encoder_with_a_full_table_is_still_exact(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fast_encoder_with_a_full_table_is_still_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(caseops_tokenizer, "TABLE_ENTRIES", 100)
-    model = data_tools.tokenizer(kind)
-    fast = FastEncoder(model, True)
+    fast = FastEncoder(data_tools.tokenizer("lossless"), True)
     for _ in range(2):
-        assert_equal((Encoder(model), fast, FastEncoder(model, False)), data_tools.texts()[:60])
+        assert_equal(data_tools.texts()[:60], fast=fast)
     assert fast.table.kept == 100
+
+
+LONG = [
+    " ".join(data_tools.texts()[:9]),
+    "\u65e5\u672c\u8a9e\u306e\u6587\u7ae0" * 400,
+    "\u00e9\u0301x" * 900,
+    "ab" * 2000,
+    "\u2581" * 99 + "A\u00c5" * 700,
+]
+
+
+@pytest.mark.parametrize("text", LONG, ids=["words", "no spaces", "accents", "letters", "odd"])
+def test_a_long_document_in_slices_has_the_tokens_of_the_whole(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = data_tools.tokenizer("lossless")
+    whole = Encoder(model, True).encode([text.encode(), b"", text.encode()])
+    assert_equal([text])
+    monkeypatch.setattr(caseops_tokenizer, "SLICE_BYTES", 600)
+    monkeypatch.setattr(caseops_tokenizer, "LONGEST_AT_ONCE", 500)
+    for encoder in (FastEncoder(model, True), Encoder(model, True)):
+        for got, expected in zip(encoder.encode([text.encode(), b"", text.encode()]), whole):
+            np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("letters", ["the quick brown fox ", "\u65e5\u672c\u8a9e\u306e\u6587\u7ae0\u304c"])
+def test_memory_stays_flat_for_a_huge_document(letters: str) -> None:
+    """What a document of 24 MB takes beside itself: less than twenty times its size would be 480 MB."""
+    script = (
+        "import resource, sys; from caseops_tokenizer import *\n"
+        "text = (sys.argv[2] * 400_000).encode()[:24_000_000]; text = text[:len(text) - len(text) % 3]\n"
+        "encoder = FastEncoder(Tokenizer(sys.argv[1]), True); peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "text = text.decode(errors='ignore').encode(); before = peak(); encoder.encode([text])\n"
+        "print((peak() - before) * 1024 / len(text))"
+    )
+    command = [sys.executable, "-c", script, str(data_tools.tokenizer("lossless").path), letters]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(prepare.__file__).parent)
+    assert float(done.stdout) < 20
+
+
+def test_a_normalising_tokenizer_refuses_what_it_cannot_take_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(caseops_tokenizer, "LONGEST_NORMALISED", 50)
+    encoded = Encoder(data_tools.tokenizer("nfkc"), True).encode([b"ok", b"x" * 51, b"ok"])
+    assert list(encoded.faults) == [1] and "has 51 bytes" in encoded.faults[1] and encoded.lengths[1] == 0
+    assert len(encoded.tokens) == len(encoded.charges) == encoded.lengths.sum()
 
 
 def test_part_table_finds_what_it_keeps_while_it_grows() -> None:
@@ -129,7 +157,7 @@ def test_part_table_finds_what_it_keeps_while_it_grows() -> None:
     for start in range(0, len(keys), 7000):
         part, numbers = keys[start : start + 7000], counts[start : start + 7000]
         assert (table.find(part) == -1).all()
-        new = table.append(np.zeros(numbers.sum(), dtype=np.uint16), np.zeros(0), numbers)
+        new = table.append(np.zeros(numbers.sum(), dtype=np.uint16), numbers)
         table.keep(part, new)
         spans = np.concatenate([spans, new])
         np.testing.assert_array_equal(table.find(keys[: start + 7000]), spans)
@@ -142,7 +170,7 @@ def test_part_table_finds_what_it_keeps_while_it_grows() -> None:
 @given(text=texts)
 def test_lossless_tokenizer_gives_back_every_text_and_charges_every_byte(text: str) -> None:
     model = data_tools.tokenizer("lossless")
-    tokens, charges, _ = FastEncoder(model, True).encode([text.encode()])
+    tokens, charges, *_ = FastEncoder(model, True).encode([text.encode()])
     assert model.decode(tokens.tolist()) == text
     assert charges.sum() == len(text.encode())
     assert not charges[np.isin(tokens, [model.names.index(operator) for operator in OPERATORS])].any() or any(
@@ -154,7 +182,7 @@ def test_lossless_tokenizer_gives_back_every_text_and_charges_every_byte(text: s
 @given(text=texts)
 def test_normalising_tokenizer_charges_all_bytes_but_those_stripped_at_the_ends(text: str) -> None:
     """Between two characters that stay, every byte of the text is charged, whatever happened to it."""
-    _, charges, _ = FastEncoder(data_tools.tokenizer("nfkc"), True).encode([f"a{text}z".encode()])
+    _, charges = Encoder(data_tools.tokenizer("nfkc"), True).one(f"a{text}z")
     assert charges.sum() == len(text.encode()) + 2
 
 
@@ -176,9 +204,9 @@ CHARGED = [
 @pytest.mark.parametrize("text,expected", CHARGED)
 def test_surface_charges_of_known_cases(text: str, expected: list[int]) -> None:
     model = data_tools.tokenizer("nfkc")
-    tokens, charges, _ = FastEncoder(model, True).encode([text.encode()])
+    tokens, charges = Encoder(model, True).one(text)
     visible, waiting = [], 0
-    for token, charge in zip(tokens[1:].tolist(), charges[1:].tolist()):
+    for token, charge in zip(tokens.tolist(), charges.tolist()):
         waiting += charge
         ends_character = model.kinds[token] != caseops_tokenizer.BYTE or charge
         if ends_character and model.names[token] not in (caseops_tokenizer.SPACE, OPERATORS[3]) and waiting:
@@ -215,7 +243,7 @@ def test_a_tokenizer_that_does_not_work_by_word_goes_through_sentencepiece() -> 
     encoder = prepare.worker_encoder(str(path), crossing.sha256, True)
     assert isinstance(encoder, Encoder)
     for text in data_tools.texts()[:30]:
-        assert crossing.decode(np.frombuffer(encoder.ids(text), dtype="<u2").tolist()) == text
+        assert crossing.decode(encoder.one(text)[0].tolist()) == text
 
 
 def test_our_tokenizer_is_what_its_readme_says() -> None:
@@ -236,7 +264,7 @@ def test_our_tokenizer_is_what_its_readme_says() -> None:
 @pytest.mark.parametrize("text", data_tools.texts()[:26])
 def test_our_tokenizer_gives_back_documents(text: str) -> None:
     ours = Tokenizer(prepare.OUR_TOKENIZER)
-    tokens, charges, _ = FastEncoder(ours, True).encode([text.encode()])
+    tokens, charges, *_ = FastEncoder(ours, True).encode([text.encode()])
     assert ours.decode(tokens.tolist()) == text and charges.sum() == len(text.encode())
     sentencepiece_text = ours.processor.decode(tokens.tolist())  # its own decoder agrees
     assert prepare.lossless_caps.decode(sentencepiece_text) == text
@@ -293,10 +321,8 @@ PUBLISHED, CASES = os.environ.get("CASEOPS_PUBLISHED_TOKENIZER"), os.environ.get
 
 @pytest.mark.skipif(not (PUBLISHED and CASES), reason="CASEOPS_PUBLISHED_TOKENIZER and CASEOPS_CASES name no files")
 def test_published_tokenizer_cases() -> None:
-    model = Tokenizer(PUBLISHED)
-    fast = FastEncoder(model, True)
+    encoder = Encoder(Tokenizer(PUBLISHED), True)
     for case in json.loads(Path(CASES).read_text()):
-        tokens, charges, _ = fast.encode([case["text"].encode()])
+        ids, charges = encoder.one(case["text"])
         assert prepare.lossless_caps.encode(case["text"]) == case["transformed"]
-        assert (tokens[1:].tolist(), charges[1:].tolist()) == (case["ids"], case["original_bytes"]), case["text"]
-    assert_equal((Encoder(model), fast, FastEncoder(model, False)), data_tools.texts())
+        assert (ids.tolist(), charges.tolist()) == (case["ids"], case["original_bytes"]), case["text"]

@@ -12,7 +12,7 @@ import torch
 
 import train_gpt as tg
 
-SILENT = tg.Log(None, speaks=False)
+SILENT = tg.Log(None, enabled=False)
 
 
 def read_quantizers(codes: np.ndarray) -> np.ndarray:
@@ -27,7 +27,7 @@ def read_quantizers(codes: np.ndarray) -> np.ndarray:
 def entropy(codes: torch.Tensor, quantizers: torch.Tensor | int = 0) -> float:
     """Bits a code with one frequency table a quantizer."""
     joint = np.bincount((codes.int() + 128 + 256 * quantizers).ravel().numpy(), minlength=512).reshape(2, 256)
-    return tg._entropy_bits(joint) / codes.numel()
+    return tg.entropy_bits(joint) / codes.numel()
 
 
 def test_every_state_is_entered_twice_and_both_quantizers_are_left_by_either_parity() -> None:
@@ -91,7 +91,7 @@ def test_gptq_with_the_trellis_has_less_error_in_the_hessian_norm_at_the_same_by
     hessian = inputs.mT @ inputs
     found = {quantizer: tg.gptq(weights, hessian, 6, 12.85, SILENT, quantizer) for quantizer in ("scalar", "trellis")}
     errors = {name: tg.hessian_error(tg.dequantize(q) - weights, hessian) for name, q in found.items()}
-    sizes = {name: len(tg.pack_artifact({"bank": q}, {}, "rans")) for name, q in found.items()}
+    sizes = {name: sum(map(len, tg.encode_codes([tg.as_bank(q)]))) for name, q in found.items()}
     assert (errors["trellis"] < 0.85 * errors["scalar"]).all()
     assert sizes["trellis"] < 1.005 * sizes["scalar"]
 
@@ -120,9 +120,8 @@ def model_and_hessians(**changes: object) -> tuple[tg.Run, tg.GPT, dict[str, tor
     model.init_weights(0)
     for bank in (model.qo_bank, model.mlp_down_bank):
         torch.nn.init.normal_(bank, std=0.02, generator=torch.Generator().manual_seed(0))
-    sizes = {"qkv": cfg.model_dim, "proj": cfg.model_dim, "up": cfg.model_dim, "down": cfg.mlp_dim}
-    hessians = {name: torch.eye(n).expand(cfg.num_layers, n, n) for name, n in sizes.items()}
-    hessians["head"] = torch.eye(cfg.model_dim)[None]
+    shapes = tg.Calibration(cfg, torch.device("cpu")).hessians
+    hessians = {name: torch.eye(h.shape[-1]).expand(h.shape) for name, h in shapes.items()}
     return tg.Run(cfg, tg.Ranks(), SILENT), model, hessians
 
 

@@ -201,7 +201,8 @@ def test_scoring_twice_gives_the_same_bits() -> None:
 
 
 def test_global_sgd_is_plain_sgd_with_momentum_over_the_chunks_but_the_last() -> None:
-    changes = {"global_ttt_chunk_tokens": 100, "eval_seq_len": 40, "global_ttt_lr": 0.3, "global_ttt_grad_clip": 0.5, "global_ttt_batch_seqs": 2}
+    changes = {"global_ttt_chunk_tokens": 100, "eval_seq_len": 40, "global_ttt_lr": 0.3, "global_ttt_grad_clip": 0.5,
+               "global_ttt_batch_seqs": 2}
     run = make_run(**changes)
     model, expected = make_model(run), make_model(run).requires_grad_()
     text = np.concatenate(tiny.documents(6, seed=15))[:430].astype(np.int64)
@@ -210,7 +211,8 @@ def test_global_sgd_is_plain_sgd_with_momentum_over_the_chunks_but_the_last() ->
     chunks = 5  # 429 targets
     for i in range(chunks - 1):
         tokens, targets = text[i * 100: i * 100 + 100], text[i * 100 + 1: i * 100 + 101]
-        batches = [g.make_batch(tokens[part], targets[part], np.array([0]), 40, CPU) for part in span_segments(torch.from_numpy(tokens), 40)]
+        parts = span_segments(torch.from_numpy(tokens), 40)
+        batches = [g.make_batch(tokens[part], targets[part], np.array([0]), 40, CPU) for part in parts]
         assert len(batches) >= 3, "documents and pieces of them"
         grads = torch.autograd.grad(sum(expected(batch, schedule).sum() for batch in batches) / 100, params)
         norm = math.sqrt(sum(float(grad.square().sum()) for grad in grads))

@@ -1,20 +1,22 @@
-"""tools/verify.py: an honest record passes, and each broken rule is found."""
+"""tools/verify.py: an honest folder passes, and what its files, logs and data say wrong is found."""
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import json
+import random
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import brotli
 import numpy as np
 import pytest
 import tiny
 import tiny_record
 from tiny_record import made, verify
-
-OPTIONS = ["--cuts", "3"]
-
 
 def status_of(results: list[verify.Result], rule: str) -> str:
     """The status of the one row whose rule starts with `rule`."""
@@ -31,17 +33,50 @@ def failed_rules(folder: Path) -> list[str]:
     return [result.rule for result in folder_checks(folder) if result.status == verify.FAIL]
 
 
-def test_an_honest_record_fails_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = [str(made().record), "--data", str(made().data), "--same-machine", *OPTIONS]
-    assert verify.main(arguments) == 0
+def one_seed(folder: Path) -> Path:
+    """A copy of the record with its first seed alone, which claims nothing."""
+    copy = tiny_record.copy_of(made().record, folder)
+    for path in (copy / "submission.json", *(copy / f"train_seed{seed}.log" for seed in tiny_record.SEEDS[1:])):
+        path.unlink()
+    return copy
+
+
+def test_an_honest_record_of_train_gpt_fails_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = one_seed(tmp_path / "record")
+    assert verify.main([str(folder), "--data", str(made().data), "--same-machine", "--run", "--cuts", "1", "--save"]) == 0
     table = capsys.readouterr().out
-    assert " 0 fail" in table
-    for rule in ("causal: evaluation", "causal: test-time training, phases included", "documents do not see each other: evaluation",
-                 "documents do not see each other: test-time", "the distribution adds up to 1: evaluation",
-                 "the distribution adds up to 1: test-time", "every target has exactly one loss", "no validation document",
-                 *(f"the artifact scores what the log says: seed {seed}" for seed in tiny_record.SEEDS)):
+    assert " 0 fail" in table and (folder / "verify.txt").exists() and (folder / "verify.diff").exists()
+    for rule in ("causal: evaluation", "causal: test-time training", "documents are scored apart", "the distribution adds up to 1: evaluation",
+                 "the distribution adds up to 1: test-time", "no validation document", "validation documents score no better than others: test-time",
+                 "the same score in another order and name: test-time", "the same score in other company: evaluation",
+                 "the artifact scores what the log says: seed 3"):
         assert re.search(rf"^pass +{re.escape(rule)}", table, re.MULTILINE), rule
-    assert table.count(": exactly") == len(tiny_record.SEEDS)
+    assert table.count("(exactly)") == 2 and table.index("now running the code of") < table.index("the artifact scores")
+
+
+def suspect_of(folder: Path) -> verify.Suspect:
+    record = verify.open_folder(folder)
+    return verify.suspect_of(record, record.runs[0], made().data, verify.parse_arguments([str(folder)]))
+
+
+def test_train_gpt_that_sees_the_future_is_found(tmp_path: Path) -> None:
+    """The real program through its own entry point, with text replaced in every document."""
+    folder = one_seed(tmp_path / "record")
+    tiny_record.rewrite(folder / "train_gpt.py", "is_causal=True", "is_causal=False")
+    val, suspect = verify.ValSet.load(made().data), suspect_of(folder)
+    change = verify.referee.cut_everywhere(val, np.random.default_rng(0))
+    before, after = suspect.score(val)["quantized"], suspect.score(change.val)["quantized"]
+    assert (before != after)[change.stays["quantized"]].any()
+
+
+def test_code_from_before_losses_path_is_scored_all_the_same(tmp_path: Path) -> None:
+    folder = one_seed(tmp_path / "record")
+    code = folder / "train_gpt.py"
+    code.write_text(re.sub("losses_path", "nothing", code.read_text(), flags=re.IGNORECASE))
+    tiny_record.rewrite(folder / "train_seed3.log", "setting LOSSES_PATH value:\n", "")
+    suspect, val = suspect_of(folder), verify.ValSet.load(made().data)
+    assert suspect.older
+    assert verify.referee.check_score(verify.open_folder(folder).runs[0], suspect.score(val), val, exact=True).status == verify.PASS
 
 
 def test_the_records_of_this_repository_agree_with_their_logs() -> None:
@@ -57,14 +92,15 @@ def test_what_cannot_be_checked_is_said_and_strict_counts_it() -> None:
     assert verify.main([str(made().record / "tokenizers")]) == 2
 
 
-def test_an_artifact_without_a_log_is_audited_and_scored(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {**tiny_record.settings(), "SEED": "3"}.items():
-        monkeypatch.setenv(name, value)
+def test_an_artifact_without_a_log_is_scored() -> None:
+    settings = [f"{name}={value}" for name, value in {**tiny_record.settings(), "SEED": "3"}.items()]
     artifact = made().record / "train_seed3.artifact"
-    assert verify.main(["--artifact", str(artifact), "--data", str(made().data), "--code", str(made().code), "--cuts", "1"]) == 0
-    table = capsys.readouterr().out
+    options = verify.parse_arguments(["--artifact", str(artifact), "--data", str(made().data), "--code", str(made().code), "--run",
+                                      "--set", *settings])
+    record = verify.open_record(options)
+    results = verify.check_with_code(record, record.runs, verify.ValSet.load(made().data), made().data, options)
     score = verify.logs.read_log(made().record / "train_seed3.log").final.val_bpb
-    assert re.search(r"^pass +causal: test-time training", table, re.MULTILINE) and f"quantized_ttt {score:.8f}" in table
+    assert f"quantized_ttt {score:.8f}" in next(result.detail for result in results if result.rule.startswith("the artifact scores"))
     assert verify.main(["--artifact", str(artifact.with_name("none"))]) == 2
 
 
@@ -110,19 +146,143 @@ def spoil_seed(folder: Path) -> None:
     (folder / "train_seed3.log").write_bytes((folder / "train_seed4.log").read_bytes())
 
 
-FOLDER_CASES: list[tuple[Callable[[Path], None], str]] = [
-    (spoil_code, "the folder's code is the code that ran"), (spoil_artifact, "artifact and code within the cap"),
-    (spoil_setting, "one configuration"), (spoil_last_line, "BPB = nats"), (spoil_claim, "submission.json"),
-    (spoil_targets, "every target counted once"), (spoil_end, "every seed's run is complete"), (spoil_seed, "every seed's run is complete"),
+def edit(name: str, pattern: str, new: str) -> Callable[[Path], None]:
+    """A spoiler that replaces what `pattern` matches in a file; it must match."""
+    def spoil(folder: Path) -> None:
+        text, count = re.subn(pattern, new, (folder / name).read_text(), flags=re.MULTILINE)
+        assert count, f"{name} has no {pattern}"
+        (folder / name).write_text(text)
+    return spoil
+
+
+def better(name: str, stage: str, share: float) -> Callable[[Path], None]:
+    """Loss and BPB of one stage of a log, and of its last line if that says them too, multiplied by `share`."""
+    def spoil(folder: Path) -> None:
+        log = folder / name
+        loss, bpb = re.search(rf"eval name:{stage} val_loss:(\S+) val_bpb:(\S+)", log.read_text()).groups()
+        for old in (f"val_loss:{loss} val_bpb:{bpb}",):
+            tiny_record.rewrite(log, old, f"val_loss:{float(loss) * share:.8f} val_bpb:{float(bpb) * share:.8f}")
+    return spoil
+
+
+def pack(text: str) -> str:
+    return f"PACKED = {base64.b85encode(brotli.compress(text.encode())).decode()!r}\nexec(PACKED)\n"
+
+
+def spoil_packed(folder: Path) -> None:
+    """A packed file that carries other code than what stands beside it to be read."""
+    (folder / "source").mkdir()
+    (folder / "source" / "train_gpt.py").write_text("print('honest')\n")
+    (folder / "train_gpt.py").write_text(pack("print('something else')\n"))
+
+
+LOG = "train_seed3.log"
+FOLDER_CASES: list[tuple[str, Callable[[Path], None], str]] = [
+    ("other code", spoil_code, "the folder's code is the code that ran"), ("another seed's artifact", spoil_artifact, "artifact and code within the cap"),
+    ("another setting in one seed", spoil_setting, "one configuration"), ("a better last line", spoil_last_line, "BPB = nats"),
+    ("a better claim", spoil_claim, "submission.json"), ("fewer targets", spoil_targets, "every target counted once"),
+    ("no end", spoil_end, "every seed's run is complete"), ("a log twice", spoil_seed, "every seed's run is complete"),
+    ("packed code that is not the source", spoil_packed, "the code that runs can be read"),
+    ("another Python in one seed", edit(LOG, r"python:\S+", "python:3.12.1"), "one configuration"),
+    ("other threads in one seed", edit(LOG, r"threads:\d+", "threads:2"), "one configuration"),
+    ("quantized far better than averaged", better(LOG, "quantized", 0.6), "the figures of each log"),
+    ("TTT far better than quantized", better(LOG, "quantized_ttt", 0.7), "the figures of each log"),
+    ("validation far better than training", better(LOG, "ema", 0.5), "the figures of each log"),
+    ("a pace that no batch has", edit(LOG, r"^(train step:5/.* tok_s:)\d+", r"\g<1>99999"), "the figures of each log"),
+    ("a step in no time", edit(LOG, r"^(train step:5/.* elapsed_ms:)\d+", r"\g<1>71"), "the figures of each log"),
+    ("time that runs back", edit(LOG, r"^(train step:6/.* elapsed_ms:)\d+", r"\g<1>1"), "the figures of each log"),
+    ("a shorter training", edit(LOG, r"train_ms:\d+ eval", "train_ms:10 eval"), "training within"),
+    ("a shorter evaluation", edit(LOG, r"eval_ms:\d+ total", "eval_ms:10 total"), "the figures of each log"),
+    ("fewer steps at the end", edit(LOG, r"steps:8", "steps:4"), "the figures of each log"),
+    ("another running score", edit(LOG, r"^(ttt docs:16/16 .*val_bpb:)\S+", r"\g<1>2.0"), "the figures of each log"),
+    ("bytes that grow in one stage", edit(LOG, r"^(eval name:quantized val_loss:\S+ val_bpb:)\S+", r"\g<1>1.5"), "BPB = nats"),
+    ("part of the documents", edit(LOG, r"VAL_DOC_FRACTION value:1", "VAL_DOC_FRACTION value:0.5"), "every target counted once"),
+    ("a seed's result", edit("submission.json", r'("3": \{\s+"val_loss": )[\d.]+', r"\g<1>2.0"), "submission.json"),
+    ("a seed that is not there", edit("submission.json", r'"seeds": \[\s+3', '"seeds": [\n    7'), "submission.json"),
+    ("a smaller spread", edit("submission.json", r'("val_bpb_std": )[\d.]+', r"\g<1>0.0001"), "submission.json"),
+    ("claims that are no table", edit("submission.json", r"\A[\s\S]*\Z", "[1, 2]"), "submission.json"),
+    ("claims that cannot be read", edit("submission.json", r"\A[\s\S]*\Z", "{"), "submission.json"),
+    ("a smaller artifact in the log", edit(LOG, r"model_bytes:\d+", "model_bytes:5"), "artifact and code within the cap"),
+    ("a smaller sum at the end", edit(LOG, r"total_bytes:\d+$", "total_bytes:5"), "artifact and code within the cap"),
 ]
 
 
-@pytest.mark.parametrize("spoil, rule", FOLDER_CASES, ids=[spoil.__name__ for spoil, _ in FOLDER_CASES])
-def test_a_spoilt_folder_is_found(spoil: Callable[[Path], None], rule: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name, spoil, rule", FOLDER_CASES, ids=[case[0] for case in FOLDER_CASES])
+def test_a_spoilt_folder_is_found(name: str, spoil: Callable[[Path], None], rule: str, tmp_path: Path) -> None:
     folder = tiny_record.copy_of(made().record, tmp_path / "record")
     assert failed_rules(folder) == []
     spoil(folder)
-    assert any(found.startswith(rule) for found in failed_rules(folder))
+    assert any(found.startswith(rule) for found in failed_rules(folder)), failed_rules(folder)
+
+
+def test_a_packed_file_is_read_as_its_source(tmp_path: Path) -> None:
+    source = "# readable\nprint('caf\u00e9')\n"
+    assert verify.packed_source(pack(source)) == source
+    assert verify.packed_source(source) is None and verify.packed_source("x = (") is None
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "train_gpt.py").write_text(source, encoding="utf-8")
+    (tmp_path / "train_gpt.py").write_text(pack(source))
+    record = verify.Record(tmp_path, [])
+    assert verify.check_packed(record).status == verify.PASS and verify.readable_code(record) == source
+    shutil.rmtree(tmp_path / "source")
+    assert verify.check_packed(record).status == verify.UNKNOWN
+
+
+@pytest.mark.parametrize("track", ["track_10min_16mb", "10min_16mb"])
+def test_a_record_without_its_artifacts_proves_nothing(track: str, tmp_path: Path) -> None:
+    folder = tiny_record.copy_of(made().record, tmp_path / "record")
+    tiny_record.rewrite(folder / "submission.json", verify.OTHER_TRACK, track)
+    assert status_of(folder_checks(folder), "artifact and code") == verify.PASS
+    for path in folder.glob("*.artifact"):
+        path.unlink()
+    assert status_of(folder_checks(folder), "artifact and code") == verify.FAIL
+    log = folder / "train_seed3.log"
+    log.write_text(re.sub(r"train_ms:\d+ eval", "train_ms:650000 eval", log.read_text()))
+    assert status_of(folder_checks(folder), "training within") == verify.FAIL
+
+
+def test_a_public_folder_in_its_own_words_is_read(tmp_path: Path) -> None:
+    """Results as a list, seeds as tables, figures at the digits given, paths that differ, a total without an artifact line."""
+    folder = tmp_path / "track_non_record_16mb" / "public"
+    folder.mkdir(parents=True)
+    for seed, bpb in ((1, 1.08), (2, 1.082)):
+        (folder / f"train_seed{seed}.log").write_text(
+            f"Hyperparameters:\n  logfile: logs/{seed}.txt\n  model_path: {seed}.pt\n  seed: {seed}\n  ttt_enabled: False\n"
+            f"1/9 train_loss: 2.5 train_time: 0.1m tok/s: 100\nstopping_early: wallclock_cap train_time: 588000ms step: 9/9\n"
+            f"quantized val_loss:{bpb * 2.18833:.5f} val_bpb:{bpb:.5f} eval_time:100ms\nTotal submission size quantized: 15,900,000 bytes\n"
+            "total_eval_wallclock:100.5s\n")
+    page = {"val_bpb": 1.081, "track": "non_record_16mb", "seeds": [{"seed": 1}, {"seed": 2}],
+            "seed_results": [{"seed": 1, "val_bpb": 1.08}, {"seed": 2, "val_bpb": 1.082, "artifact_bytes": 15900000}]}
+    (folder / "submission.json").write_text(json.dumps(page))
+    results = folder_checks(folder)
+    assert [result for result in results if result.status == verify.FAIL] == []
+    assert "15,900,000" in next(result.detail for result in results if result.rule.startswith("artifact and code"))
+    (folder / "submission.json").write_text(json.dumps({**page, "val_bpb": 1.071}))
+    assert status_of(folder_checks(folder), "submission.json") == verify.FAIL
+
+
+def test_no_damage_ends_in_a_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Bytes changed, cut out and put in, files that are folders or empty: always a table or a sentence."""
+    small = one_seed(tmp_path / "small")
+    shutil.copy(made().record / "train_seed4.log", small)
+    shutil.rmtree(small / "tokenizers")
+    page = (made().record / "submission.json").read_bytes()
+    rng, names = random.Random(0), ["train_seed3.log", "train_seed4.log", "submission.json", "train_gpt.py", "train_seed3.artifact"]
+    for turn in range(100):
+        folder = tiny_record.copy_of(small, tmp_path / str(turn))
+        (folder / "submission.json").write_bytes(page)
+        for name in rng.sample(names, 2):
+            data = bytearray((folder / name).read_bytes())
+            for _ in range(rng.choice([1, 30])):
+                begin = rng.randrange(len(data) + 1)
+                data[begin: begin + rng.choice([0, 1, 1000])] = rng.choice([b"", b"\xff\xfe", b"\n", b"-1e999", b"nan", b'"', b"[", b"{}", b":"])
+            (folder / name).write_bytes(rng.choice([bytes(data), bytes(data[: len(data) // 2]), b""]))
+        if turn % 10 == 0:
+            (folder / names[turn // 10 % 5]).unlink()
+            (folder / names[turn // 10 % 5]).mkdir()
+        assert verify.main([str(folder), *(["--data", str(made().data)] if turn % 5 == 0 else ["--folder-only"])]) in (0, 1, 2)
+        shutil.rmtree(folder)
+    assert "Traceback" not in capsys.readouterr().out
 
 
 def test_a_folder_that_lies_in_another_track_than_it_says_is_found(tmp_path: Path) -> None:
@@ -158,36 +318,67 @@ def test_over_the_time_is_found_on_the_record_track_alone(what: str, tmp_path: P
 # ------------------------------------------------------------------------------------------------------------ the data
 
 
-def subject_with(data: Path) -> verify.Subject:
-    return verify.open_subject(verify.open_folder(made().record), data, None)
+def record_and_val(data: Path) -> tuple[verify.Record, verify.ValSet, Path]:
+    return verify.open_folder(made().record), verify.ValSet.load(data), data
+
+
+def with_entries(data: Path, change: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]], folder: Path) -> Path:
+    """A copy of the data whose two training shards are what `change` makes of them."""
+    copy = tiny_record.copy_of(data, folder)
+    paths = [copy / f"tiny_train_00000{i}.bin" for i in (0, 1)]
+    for path, entries in zip(paths, change(*(np.frombuffer(path.read_bytes(), "<u2")[512:] for path in paths))):
+        path.write_bytes(tiny.shard_bytes(entries))
+    return copy
+
+
+def disjoint(data: Path) -> verify.Result:
+    return verify.check_disjoint(*record_and_val(data))
 
 
 def test_a_validation_document_in_the_training_data_is_found(tmp_path: Path) -> None:
     """Even where the document runs across the border of two shards."""
-    assert verify.check_disjoint(subject_with(made().data)).status == verify.PASS
-    data = tiny_record.copy_of(made().data, tmp_path / "data")
+    assert disjoint(made().data).status == verify.PASS
     stolen = tiny.documents(16, seed=2)[9]
-    first, second = (data / f"tiny_train_00000{i}.bin" for i in (0, 1))
-    for path, piece, behind in ((first, stolen[:7], True), (second, stolen[7:], False)):
-        entries = np.frombuffer(path.read_bytes(), "<u2")[512:]
-        if not behind:
-            entries = entries[np.flatnonzero(entries == 1)[0]:]
-        path.write_bytes(tiny.shard_bytes(np.concatenate([entries, piece] if behind else [piece, entries])))
-    result = verify.check_disjoint(subject_with(data))
-    assert result.status == verify.FAIL and result.detail.startswith("1 of ")
+
+    def insert(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        second = second[np.flatnonzero(second == 1)[0]:]
+        return np.concatenate([first, stolen[:7]]), np.concatenate([stolen[7:], second])
+
+    result = disjoint(with_entries(made().data, insert, tmp_path / "data"))
+    assert result.status == verify.FAIL and " 1 equal " in result.detail
 
 
-def test_missing_train_shards_are_not_checkable(tmp_path: Path) -> None:
+@pytest.mark.parametrize("change", ["one token", "the beginning cut off", "between two others"])
+def test_a_validation_document_but_for_some_tokens_is_found(change: str, tmp_path: Path) -> None:
+    stolen = max(tiny.documents(16, seed=2), key=len).copy()
+    stolen[len(stolen) // 2] = 63 if stolen[len(stolen) // 2] != 63 else 62
+    if change == "the beginning cut off":
+        stolen = np.append(1, stolen[20:])
+    if change == "between two others":
+        stolen = np.concatenate([tiny.documents(1, seed=8)[0], stolen[1:], tiny.documents(1, seed=9)[0][1:]])
+    data = with_entries(made().data, lambda first, second: (np.concatenate([stolen, first[: len(first) - len(stolen)]]), second), tmp_path / "data")
+    result = disjoint(data)
+    assert result.status == verify.FAIL and "1 of these there in large part" in result.detail
+
+
+def test_other_training_data_than_the_log_says_is_found_and_missing_data_is_not_checkable(tmp_path: Path) -> None:
+    fewer = disjoint(with_entries(made().data, lambda first, second: (first[:-7], second), tmp_path / "fewer"))
+    assert fewer.status == verify.FAIL and "the log trained on" in fewer.detail
     data = tiny_record.copy_of(made().data, tmp_path / "data")
-    (data / "tiny_train_000001.bin").unlink()
-    assert verify.check_disjoint(subject_with(data)).status == verify.UNKNOWN
-    (data / "tiny_train_000000.bin").unlink()
-    assert verify.check_disjoint(subject_with(data)).status == verify.UNKNOWN
+    shutil.copy(data / "tiny_train_000001.bin", data / "tiny_train_000002.bin")
+    assert disjoint(data).status == verify.FAIL
+    for name in ("tiny_train_000002.bin", "tiny_train_000001.bin", "tiny_train_000000.bin"):
+        (data / name).unlink()
+        assert disjoint(data).status == (verify.PASS if name.endswith("2.bin") else verify.UNKNOWN)
 
 
 def test_another_validation_set_than_the_log_says_is_found(tmp_path: Path) -> None:
     other = tiny.write_dataset(tmp_path / "data", train_docs=60, val_docs=15)
-    assert verify.check_which_data(subject_with(other)).status == verify.FAIL
+    assert verify.check_which_data(*record_and_val(other)).status == verify.FAIL
+    record, val, data = record_and_val(made().data)
+    assert verify.check_which_data(record, val, data).status == verify.PASS
+    record.track = "10min_16mb"
+    assert verify.check_which_data(record, val, data).status == verify.FAIL
 
 
 def test_a_sidecar_that_charges_too_much_is_found(tmp_path: Path) -> None:
@@ -198,164 +389,19 @@ def test_a_sidecar_that_charges_too_much_is_found(tmp_path: Path) -> None:
 
     model = tiny.ROOT / "tokenizers" / "caseops_8192_lossless.model"
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(model))
-    text = "A Tale of TWO Cities,\n  by McDonald – naïve \ue001 ﬁne"
+    text = "A Tale of TWO Cities,\n  by McDonald \u2013 na\u00efve \ue001 \ufb01ne"
     ids = np.array([1, *tokenizer.encode(lossless_caps.encode(text))], np.uint16)
     counter = lossless_caps.ByteCounter()
     pieces, _ = verify.tokenizer_pieces(model)
     counts = np.array([0, *(len(pieces[i]) for i in ids[1:])], np.uint16)
     decoded = b"".join(pieces[i] for i in ids[1:]).decode()
     operators = len(decoded.encode()) - counter.feed(decoded)
-    subject = subject_with(made().data)
-    subject.cfg = verify.replace(subject.cfg, tokenizer_path=str(model))
+    record = verify.open_folder(made().record)
     # The operators' bytes are taken from the first tokens that have enough; only the sum of a document is compared.
     honest = counts.copy()
     for i in np.flatnonzero(np.isin(ids, range(4, 8)))[: operators // 3]:
         honest[i] = 0
-    subject.val = subject.code.ValData(ids, honest, 1)
-    assert verify.check_bytes(subject, None).status == verify.PASS
-    subject.val = subject.code.ValData(ids, counts, 1)
-    assert verify.check_bytes(subject, None).status == verify.FAIL
     documents = tmp_path / "docs.jsonl"
     documents.write_text('{"text": "another text"}\n')
-    subject.val = subject.code.ValData(ids, honest, 1)
-    assert verify.check_bytes(subject, documents).status == verify.FAIL
-
-
-# ------------------------------------------------------------------------------------------------------------ the code
-
-SEES_THE_FUTURE = """
-def segment_attention(q, k, v, cu_seqlens):
-    runs = segment_runs(cu_seqlens)
-    parts = zip(split_runs(q, runs), split_runs(k, runs), split_runs(v, runs))
-    return join_runs([F.scaled_dot_product_attention(*part, is_causal=False, enable_gqa=True) for part in parts])
-"""
-SEES_OTHER_DOCUMENTS = """
-_make_batch = make_batch
-def make_batch(tokens, targets, starts, longest, device):
-    return _make_batch(tokens, targets, starts[:1], len(tokens), device)
-"""
-DROPS_THE_TAIL = """
-_evaluate = evaluate
-def evaluate(run, model, val, name, depth):
-    return _evaluate(run, model, ValData(val.tokens[:-9], val.byte_counts[:-9], val.documents), name, depth)
-"""
-COUNTS_EASY_TARGETS_TWICE = """
-_evaluate = evaluate
-def evaluate(run, model, val, name, depth):
-    score = _evaluate(run, model, val, name, depth)
-    return score._replace(nats=score.nats + float(score.losses[:5].sum()), tokens=score.tokens)
-"""
-CHARGES_MORE_BYTES = """
-_evaluate = evaluate
-def evaluate(run, model, val, name, depth):
-    score = _evaluate(run, model, val, name, depth)
-    return score._replace(num_bytes=score.num_bytes + 3)
-"""
-LEARNS_BEFORE_IT_SCORES = """
-_score = Adapter.score
-def score(self, documents, members):
-    _score(self, documents, members)
-    reset, Adapters.reset = Adapters.reset, lambda self: None
-    try:
-        return _score(self, documents, members)
-    finally:
-        Adapters.reset = reset
-Adapter.score = score
-"""
-LEARNS_FROM_DOCUMENTS_TO_COME = """
-_global_sgd = global_sgd
-def global_sgd(run, model, text, phase):
-    _global_sgd(run, model, np.asarray(EVERYTHING[0]), phase)
-_score_with_ttt = score_with_ttt
-EVERYTHING = [None]
-def score_with_ttt(run, model, val):
-    EVERYTHING[0] = val.tokens
-    return _score_with_ttt(run, model, val)
-"""
-TOO_MUCH_PROBABILITY = """
-_cross_entropy = softcapped_cross_entropy
-def softcapped_cross_entropy(logits, targets, cap):
-    return _cross_entropy(logits, targets, cap) * 0.97
-"""
-TAKES_THE_BETTER_SCORE = """
-_ttt = score_with_ttt
-def score_with_ttt(run, model, val):
-    plain = evaluate(run, model, val, "plain", run.cfg.eval_loop_depth)
-    score, time_ms = _ttt(run, model, val)
-    best = np.minimum(plain.losses, score.losses)
-    return score._replace(losses=best, nats=float(best.sum(dtype=np.float64))), time_ms
-"""
-IGNORES_THE_TEXT = """
-_evaluate = evaluate
-def evaluate(run, model, val, name, depth):
-    return _evaluate(run, model, val._replace(tokens=np.where(val.tokens == 1, 1, 9).astype(np.uint16)), name, depth)
-"""
-
-
-def audited(patch: str, folder: Path) -> verify.Auditor:
-    """An auditor of the record's code with something added to it."""
-    folder.mkdir()
-    source = made().record / "train_gpt.py"
-    body, mark, end = source.read_text().rpartition("\n\nif __name__ ==")
-    (folder / "train_gpt.py").write_text(body + "\n\n" + patch + mark + end)
-    record = verify.open_folder(made().record)
-    record.folder = folder
-    return verify.Auditor(verify.open_subject(record, made().data, None), record.artifacts[record.runs[0].path])
-
-
-CODE_CASES: list[tuple[str, str, Callable[[verify.Auditor], verify.Result]]] = [
-    ("sees the future, evaluation", SEES_THE_FUTURE, lambda auditor: verify.check_causal(auditor, False, 3)),
-    ("sees the future, TTT", SEES_THE_FUTURE, lambda auditor: verify.check_causal(auditor, True, 3)),
-    ("sees other documents", SEES_OTHER_DOCUMENTS, lambda auditor: verify.check_isolated(auditor, False)),
-    ("learns before it scores", LEARNS_BEFORE_IT_SCORES, lambda auditor: verify.check_causal(auditor, True, 3)),
-    ("learns from documents to come", LEARNS_FROM_DOCUMENTS_TO_COME, lambda auditor: verify.check_causal(auditor, True, 3)),
-    ("ignores the text", IGNORES_THE_TEXT, lambda auditor: verify.check_causal(auditor, False, 3)),
-    ("too much probability, evaluation", TOO_MUCH_PROBABILITY, lambda auditor: verify.check_normalised(auditor, False, 60)),
-    ("too much probability, TTT", TOO_MUCH_PROBABILITY, lambda auditor: verify.check_normalised(auditor, True, 60)),
-    ("takes the better score", TAKES_THE_BETTER_SCORE, lambda auditor: verify.check_normalised(auditor, True, 60)),
-]
-
-
-@pytest.mark.parametrize("patch, check", [case[1:] for case in CODE_CASES], ids=[case[0] for case in CODE_CASES])
-def test_code_that_breaks_a_rule_is_found(patch: str, check: Callable[[verify.Auditor], verify.Result], tmp_path: Path) -> None:
-    result = check(audited(patch, tmp_path / "code"))
-    assert result.status == verify.FAIL, result.detail
-
-
-@pytest.mark.parametrize("settings", [{}, {"ttt_chunk_size": 4, "ttt_chunk_doubles_at": (192, 768)}], ids=str)
-def test_the_other_way_to_keep_context_passes_the_same_audit(settings: dict[str, object]) -> None:
-    record = verify.open_folder(made().record)
-    subject = verify.open_subject(record, made().data, None)
-    subject.cfg = verify.replace(subject.cfg, ttt_context="cache", **settings)
-    auditor = verify.Auditor(subject, record.artifacts[record.runs[0].path])
-    assert auditor.cfg.ttt_chunk_doubles_at == ((8, 16) if "ttt_chunk_doubles_at" in settings else ())  # in sight of the documents
-    for result in (verify.check_causal(auditor, True, 3), verify.check_isolated(auditor, True), verify.check_normalised(auditor, True, 60)):
-        assert result.status == verify.PASS, result.detail
-
-
-@pytest.mark.parametrize("patch", [DROPS_THE_TAIL, COUNTS_EASY_TARGETS_TWICE, CHARGES_MORE_BYTES],
-                         ids=["drops the tail", "counts twice", "charges more bytes"])
-def test_a_target_that_is_not_scored_once_is_found(patch: str, tmp_path: Path) -> None:
-    auditor = audited(patch, tmp_path / "code")
-    tokens, byte_counts = auditor.sample(6, 30)
-    with pytest.raises(verify.AuditError):
-        auditor.losses(tokens, False, byte_counts)
-
-
-def test_a_score_better_than_the_artifacts_is_found(tmp_path: Path) -> None:
-    """A log whose figures agree with each other, but not with the artifact; and code that needs more than the artifact."""
-    folder = tiny_record.copy_of(made().record, tmp_path / "record")
-    log = folder / "train_seed3.log"
-
-    def lower(match: re.Match[str]) -> str:
-        return f"val_loss:{float(match[1]) * 0.99:.8f} val_bpb:{float(match[2]) * 0.99:.8f}"
-
-    log.write_text(re.sub(r"val_loss:(\S+) val_bpb:(\S+)", lower, log.read_text()))
-    record = verify.open_folder(folder)
-    assert status_of(verify.check_folder(record), "BPB = nats") == verify.PASS
-    subject = verify.open_subject(record, made().data, None)
-    result = verify.check_rescored(subject, record.runs[0], record.artifacts[record.runs[0].path], exact=False)
-    assert result.status == verify.FAIL and "BPB from the log" in result.detail
-    (folder / "train_gpt.py").write_text("import lossless_caps\n" + (folder / "train_gpt.py").read_text())
-    result = verify.check_rescored(subject, record.runs[1], record.artifacts[record.runs[1].path], exact=False)
-    assert result.status == verify.FAIL and "did not end" in result.detail
+    for charged, compared, status in ((honest, None, verify.PASS), (counts, None, verify.FAIL), (honest, documents, verify.FAIL)):
+        assert verify.check_bytes(record, verify.ValSet(ids, charged), model, compared).status == status

@@ -30,24 +30,24 @@ def shard_bytes(entries: np.ndarray) -> bytes:
     return header.tobytes() + np.asarray(entries, dtype="<u2").tobytes()
 
 
-def documents(count: int, seed: int, shortest: int = 5, longest: int = 150) -> list[np.ndarray]:
+def documents(count: int, seed: int, shortest: int = 5, longest: int = 150, errors: float = 0.1) -> list[np.ndarray]:
     """Documents of a language that can be learnt: each walks through the alphabet with a stride of its own."""
     rng = np.random.default_rng(seed)
     result = []
     for _ in range(count):
         length, stride, start = rng.integers(shortest, longest), rng.integers(1, 4), rng.integers(VOCAB)
         walk = (start + stride * np.arange(length)) % (VOCAB - 4) + 4
-        noise = rng.random(length) < 0.1
+        noise = rng.random(length) < errors
         walk[noise] = rng.integers(4, VOCAB, noise.sum())
         result.append(np.append(1, walk))
     return result
 
 
-def write_dataset(folder: Path, train_docs: int = 400, val_docs: int = 40) -> Path:
+def write_dataset(folder: Path, train_docs: int = 400, val_docs: int = 40, seed: int = 0, errors: float = 0.1) -> Path:
     """Two train shards (a document runs across them), one val shard, the sidecar: token t stands for t % 5 bytes."""
     folder.mkdir(parents=True, exist_ok=True)
-    train = np.concatenate(documents(train_docs, seed=1))
-    val = np.concatenate(documents(val_docs, seed=2))
+    train = np.concatenate(documents(train_docs, seed=seed + 1, errors=errors))
+    val = np.concatenate(documents(val_docs, seed=seed + 2, errors=errors))
     half = len(train) // 2
     (folder / "tiny_train_000000.bin").write_bytes(shard_bytes(train[:half]))
     (folder / "tiny_train_000001.bin").write_bytes(shard_bytes(train[half:]))

@@ -58,7 +58,8 @@ def made() -> Made:
     atexit.register(shutil.rmtree, root, ignore_errors=True)
     code = copy_code(root / "code")
     data = tiny.write_dataset(code / "data" / "shards", train_docs=60, val_docs=16)
-    module, runs = verify.load_code(code / "train_gpt.py"), code / "runs"
+    import train_gpt as module
+    runs = code / "runs"
     for seed in SEEDS:
         environ = {**settings(), "DATA_PATH": str(data), "ARTIFACT_DIR": str(runs), "SEED": str(seed), "RUN_ID": f"train_seed{seed}"}
         assert module.main(environ) == 0

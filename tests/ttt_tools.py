@@ -38,6 +38,14 @@ def make_val(docs: list[np.ndarray]) -> g.ValData:
     return g.ValData(tokens, np.where(tokens == g.BOS_ID, 0, 2).astype(np.uint16), len(docs))
 
 
+def quantized(run: g.Run) -> g.Tensors:
+    """The tensors of an artifact that holds make_model, from a little calibration."""
+    tokens = np.concatenate(tiny.documents(8, seed=1))
+    calibration, model = g.Calibration(run.cfg, CPU), make_model(run)
+    calibration.add(model, [g.make_batch(tokens[:-1], tokens[1:], np.array([0]), len(tokens), CPU)])
+    return g.quantize(run, model, calibration.hessians)[0]
+
+
 def score_all(run: g.Run, val: g.ValData, model: g.GPT | None = None) -> np.ndarray:
     """Losses of every target, from the function that a run calls; the default model is always the same."""
     return g.score_with_ttt(run, model or make_model(run), val).losses

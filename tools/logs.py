@@ -8,20 +8,22 @@
 A PATH is a log, a folder of logs (a record folder: its train_seed<N>.log), or several of these with commas between; each
 PATH is one group of runs. A folder without logs but with published.json stands for figures that others published.
 
-Two dialects are read: our own lines `phase key:value key:value`, and that of the published record (`500/20000 train_loss:`,
-`diagnostic quantized val_loss:`, `quantized_ttt_phased`, `layer_loop:phase`, `ttp:`). summary needs Python alone, compare
-needs scipy, plot and report need matplotlib: `pip install -r requirements-tools.txt`.
+Two dialects are read: our own lines `phase key:value key:value`, and the many of public records, by a table of forms
+(THEIRS) and one of stages (STAGES): a log that is not read right gets a row there. summary needs Python alone, compare needs
+scipy, plot and report need matplotlib: `pip install -r requirements-tools.txt`.
 """
 
 from __future__ import annotations
 
 import argparse
 import base64
+import codecs
 import glob
 import html
 import io
 import json
 import math
+import os
 import re
 import statistics
 import sys
@@ -33,12 +35,18 @@ from typing import Any, NamedTuple
 BAR_NATS = 0.005  # what a new record must gain, nats a token
 SIGNIFICANCE = 0.01  # largest p with which it must have gained it
 MOST_SEEDS = 1000
+SAME_BYTES = 1e-4  # by which two counts of bytes a token may differ
 INSTALL_HINT = "install what the tools need with: pip install -r requirements-tools.txt"
 RECORD_LOGS = "train_seed*.log"
 PUBLISHED_FILE = "published.json"
 
 # Settings that differ between the seeds of one configuration, or only say where files are.
-VARYING = {"SEED", "RUN_ID", "DATA_DIR", "DATA_PATH", "TOKENIZER_PATH", "ARTIFACT_DIR", "ARTIFACT_PATH", "RESUME"}
+VARYING = {"SEED", "RUN_ID", "RESUME"}
+
+
+def is_place(name: str) -> bool:
+    """Whether a setting only says where something is."""
+    return re.search(r"(^|_)(PATH|DIR|FILE|FILES|LOGFILE)$", name) is not None
 
 
 # ======================================================================================================================
@@ -54,6 +62,7 @@ class Point(NamedTuple):
     depth: int | None
     step_ms: float | None
     elapsed_ms: float | None
+    tok_s: float | None = None
 
 
 class Phase(NamedTuple):
@@ -75,10 +84,11 @@ class Evaluation(NamedTuple):
 
 
 class TTTPoint(NamedTuple):
-    """The running TTT score when the share `done` of the documents is scored."""
+    """The running TTT score when the share `done` of the documents, and `scored` of the bytes (None: not said), is scored."""
 
     done: float
     val_bpb: float
+    scored: float | None = None
 
 
 @dataclass
@@ -113,12 +123,19 @@ class RunLog:
     ttt: list[TTTPoint] = field(default_factory=list)
     final: Final | None = None
     problems: list[str] = field(default_factory=list)  # warnings, errors, and lines that could not be read
+    stage_words: dict[str, str] = field(default_factory=dict)  # stage -> what the log calls it, where that is not ours
+    in_settings: bool = False  # while a list of settings is being read
 
     @property
     def seed(self) -> int | None:
         if self.final is not None and self.final.seed is not None:
             return self.final.seed
-        return int(self.settings["SEED"]) if "SEED" in self.settings else None
+        return int(self.settings["SEED"]) if self.settings.get("SEED", "").isdigit() else None
+
+    @property
+    def says_ttt(self) -> bool:
+        """Whether test-time training was to follow, by its settings or its running score."""
+        return canonical(self.settings.get("TTT_ENABLED", "0")) == "1" or bool(self.ttt)
 
     @property
     def name(self) -> str:
@@ -132,6 +149,7 @@ class Group:
     name: str
     runs: list[RunLog]
     published: bool = False  # figures that others published; no logs of ours stand behind them
+    notes: list[str] = field(default_factory=list)  # logs that were left out, and why
 
     @property
     def finished(self) -> list[RunLog]:
@@ -171,7 +189,7 @@ def read_train(run: RunLog, values: Pairs) -> None:
     while run.train and run.train[-1].step >= step:  # a resumed run repeats the steps after its last checkpoint
         run.train.pop()
     run.train.append(Point(step, float(values["loss"]), whole(values, "depth"), number(values, "step_ms"),
-                           number(values, "elapsed_ms")))
+                           number(values, "elapsed_ms"), number(values, "tok_s")))
 
 
 def read_phase(run: RunLog, values: Pairs) -> None:
@@ -187,7 +205,8 @@ def read_eval(run: RunLog, values: Pairs) -> None:
 
 def read_ttt(run: RunLog, values: Pairs) -> None:
     done, total = values["docs"].split("/")
-    run.ttt.append(TTTPoint(int(done) / int(total), float(values["val_bpb"])))
+    scored = int(values["bytes"]) / int(run.data["val_bytes"]) if "bytes" in values and "val_bytes" in run.data else None
+    run.ttt.append(TTTPoint(int(done) / int(total), float(values["val_bpb"]), scored))
 
 
 def read_code(run: RunLog, values: Pairs) -> None:
@@ -225,24 +244,42 @@ def read_our_line(run: RunLog, line: str) -> None:
 
 
 # ======================================================================================================================
-# The dialect of the published record
+# The dialects of public records
 # ======================================================================================================================
 
 FLOAT = r"([-+.\deE]+|nan|inf)"
-STAGES = {"diagnostic pre-quantization post-ema": "ema", "diagnostic quantized": "quantized",
-          "quantized_ttt_phased": "quantized_ttt"}
+# What a stage is, by the first pattern that its name has; a name that has none stands for itself and is no final score.
+STAGES = [(r"pre.?ttt|before.?ttt", "quantized"), (r"ttt", "quantized_ttt"), (r"post.?ema|pre.?quant", "ema"),
+          (r"quant|roundtrip|int\d|sliding", "quantized")]
 RECORD_BATCH_TOKENS = 786432
+LOOP_PASSES = 3  # of a loop that is switched on at once, if the log does not say
 
 
-def their_setting(run: RunLog, name: str, value: str) -> None:
-    run.settings[name.upper()] = value
+def their_settings(run: RunLog, text: str) -> None:
+    run.settings |= {name.upper(): value for name, value in re.findall(r"(\w+):(\S+)", text)}
+
+
+def their_start(run: RunLog) -> None:
+    """A list of settings begins; behind a run that is there already, it is another run's, and the last one counts."""
+    start_again(run, settings={})
+    run.in_settings = True
+
+
+def start_again(run: RunLog, settings: dict[str, str]) -> None:
+    """Forget a run that broke off in the same file."""
+    if run.train or len(run.evals) > 1:
+        run.problems.append(f"warning: an earlier run in this file, up to step {run.train[-1].step if run.train else 0}, is left out")
+    fresh = RunLog(run.path, run.dialect, settings=settings, problems=run.problems)
+    vars(run).update(vars(fresh))
 
 
 def their_train(run: RunLog, step: str, loss: str, rest: str) -> None:
-    """tok/s is the mean since the start there, so the time of a step follows from two lines."""
-    pace = re.search(rf"tok/s:\s*{FLOAT}", rest)
+    """The time so far is said, or follows from tok/s, the mean since the start; that of a step from two lines."""
+    if run.train and run.train[-1].step >= int(step):
+        start_again(run, run.settings)
+    pace, clock = re.search(rf"tok/s:\s*{FLOAT}", rest), re.search(rf"train_time:\s*{FLOAT}ms", rest)
     batch = int(run.settings.get("TRAIN_BATCH_TOKENS", RECORD_BATCH_TOKENS))
-    elapsed_ms = 1e3 * int(step) * batch / float(pace[1]) if pace and float(pace[1]) else None
+    elapsed_ms = float(clock[1]) if clock else 1e3 * int(step) * batch / float(pace[1]) if pace and float(pace[1]) else None
     before = run.train[-1] if run.train and run.train[-1].elapsed_ms is not None else Point(0, 0, None, None, 0.0)
     step_ms = None if elapsed_ms is None else (elapsed_ms - before.elapsed_ms) / max(int(step) - before.step, 1)
     depth = run.phases[-1].depth if run.phases else 1
@@ -254,49 +291,73 @@ def their_validation(run: RunLog, step: str, loss: str, bpb: str) -> None:
     run.evals[name] = Evaluation(float(loss), float(bpb), None, None, None)
 
 
-def their_stage(run: RunLog, stage: str, loss: str, bpb: str, time_ms: str) -> None:
-    run.evals[STAGES[stage]] = Evaluation(float(loss), float(bpb), None, None, float(time_ms))
+def their_stage(run: RunLog, words: str, loss: str, bpb: str, rest: str) -> None:
+    """A score under its name; a second one of the same stage counts, and the first keeps its own name."""
+    stage = next((stage for pattern, stage in STAGES if re.search(pattern, words, re.IGNORECASE)), words)
+    time = re.search(rf"eval_time:\s*{FLOAT}ms", rest)
+    if stage in run.evals and abs(run.evals[stage].val_bpb - float(bpb)) > 1e-4:
+        run.evals[run.stage_words[stage]] = run.evals[stage]
+    run.stage_words[stage] = words
+    run.evals[stage] = Evaluation(float(loss), float(bpb), None, None, float(time[1]) if time else None)
 
 
 def their_phase(run: RunLog, step: str, frac: str, depth: str) -> None:
     run.phases.append(Phase(int(step), float(frac), int(depth)))
 
 
+def their_loop(run: RunLog, step: str, frac: str, rest: str) -> None:
+    """The loop is switched on: how often it passes is how often its layers are listed, or NUM_LOOPS + 1."""
+    layers = re.findall(r"\d+", rest)
+    depth = max(map(layers.count, layers)) if layers else int(run.settings.get("NUM_LOOPS", LOOP_PASSES - 1)) + 1
+    run.phases.append(Phase(int(step), float(frac), depth))
+
+
 def their_ttt(run: RunLog, rest: str) -> None:
+    """Running score of a batch of documents of the lengths dl:SHORTEST-LONGEST; sums here, made shares when all are read."""
     if match := re.search(rf"\brb:{FLOAT}", rest):
-        run.ttt.append(TTTPoint(len(run.ttt) + 1.0, float(match[1])))  # its place; made a share when all are read
+        lengths = re.search(r"\bdl:(\d+)-(\d+)", rest)
+        before = run.ttt[-1].scored if run.ttt else 0.0
+        scored = None if before is None or not lengths else before + (int(lengths[1]) + int(lengths[2])) / 2
+        run.ttt.append(TTTPoint(len(run.ttt) + 1.0, float(match[1]), scored))
+
+
+def their_end(name: str, scale: float = 1, add: bool = False) -> Callable[[RunLog, str], None]:
+    """A figure of the end of a run, in place of what was said before or on top of it."""
+    def read(run: RunLog, text: str) -> None:
+        run.final = run.final or Final()
+        before = (getattr(run.final, name) or 0.0) if add else 0.0
+        setattr(run.final, name, before + scale * float(text.replace(",", "")))
+    return read
 
 
 def their_stop(run: RunLog, train_ms: str, steps: str) -> None:
-    run.final = run.final or Final()
-    run.final.train_ms, run.final.steps = float(train_ms), int(steps)
+    run.final = replace(run.final or Final(), train_ms=float(train_ms), steps=int(steps))
 
 
-def their_size(run: RunLog, count: str) -> None:
-    run.final = run.final or Final()
-    run.final.total_bytes = int(count.replace(",", ""))
-
-
-def their_eval_time(run: RunLog, seconds: str) -> None:
-    run.final = run.final or Final()
-    run.final.eval_ms = 1e3 * float(seconds)
-
-
+# Forms of lines, the first that matches is taken: what comes in a new log gets a row.
 THEIRS: list[tuple[re.Pattern[str], Callable[..., None]]] = [(re.compile(pattern), reader) for pattern, reader in (
-    (r"\s+(\w+): (.*)$", their_setting),
-    (rf"(?:\d+:)?(\d+)/\d+ train_loss:\s*{FLOAT}(.*)", their_train),
-    (rf"(?:\d+:)?(\d+)/\d+ val_loss:\s*{FLOAT} val_bpb:\s*{FLOAT}", their_validation),
-    (rf"({'|'.join(STAGES)}) val_loss:\s*{FLOAT} val_bpb:\s*{FLOAT} eval_time:\s*{FLOAT}ms", their_stage),
+    (r"Hyperparameters:?\s*$", their_start),
+    (r"((?:seed|train_batch_tokens|attention_mode|tie_embeddings):\S.*)", their_settings),
+    (rf"(?:step:|\d+:)?(\d+)/\d+ train_loss:\s*{FLOAT}(.*)", their_train),
+    (rf"(?:step:|\d+:)?(\d+)/\d+ val_loss:\s*{FLOAT} val_bpb:\s*{FLOAT}", their_validation),
+    (rf"([A-Za-z][\w .+-]*?):?\s+val_loss[:=]\s*{FLOAT},?\s+val_bpb[:=]\s*{FLOAT}(.*)", their_stage),
     (rf"layer_loop:phase step:(\d+) frac:{FLOAT} depth:(\d+)", their_phase),
+    (rf"layer_loop:enabled step:(\d+) frac:{FLOAT}(.*)", their_loop),
     (r"ttp:(.*)", their_ttt),
     (rf"stopping_early: \S+ train_time:\s*{FLOAT}ms step:\s*(\d+)", their_stop),
-    (r"Total submission size \S+ ([\d,]+) bytes", their_size),
-    (rf"total_eval_time:\s*{FLOAT}s", their_eval_time),
+    (rf".*\bcollected \d+ Hessians in {FLOAT} ?s", their_end("train_ms", 1e3, add=True)),
+    (r"Total submission size \S+ ([\d,]+) bytes", their_end("total_bytes")),
+    (rf"total_eval_\w+:\s*{FLOAT} ?s", their_end("eval_ms", 1e3)),
 )]
+THEIR_SETTING = re.compile(r"  (\w+): ?(.*)$")
 
 
 def read_their_line(run: RunLog, line: str) -> None:
-    """Take one line into `run`; ValueError if a number cannot be read."""
+    """Take one line into `run`; ValueError if a number cannot be read. Only a list of settings holds any, not source code."""
+    if run.in_settings and (match := THEIR_SETTING.match(line)):
+        run.settings[match[1].upper()] = match[2]
+        return
+    run.in_settings = False
     for pattern, reader in THEIRS:
         if match := pattern.match(line):
             reader(run, *match.groups())
@@ -304,18 +365,22 @@ def read_their_line(run: RunLog, line: str) -> None:
 
 
 def finish_theirs(run: RunLog) -> None:
-    """What our logs say in their last line is put together from the whole of theirs."""
-    run.ttt = [TTTPoint(point.done / len(run.ttt), point.val_bpb) for point in run.ttt]
-    last = run.evals.get("quantized_ttt") or run.evals.get("quantized")
-    if last is None:
-        run.final = None
-        return
+    """What our logs say in their last line is put together from the whole of theirs; no final score without the last stage."""
+    total = run.ttt[-1].scored if run.ttt else None
+    run.ttt = [TTTPoint(point.done / len(run.ttt), point.val_bpb, point.scored / total if total else None) for point in run.ttt]
+    plain, adapted = run.evals.get("quantized"), run.evals.get("quantized_ttt")
+    last = adapted or (None if run.says_ttt else plain)
     run.final = run.final or Final()
-    run.final.val_loss, run.final.val_bpb = last.val_loss, last.val_bpb
-    if "quantized" in run.evals:
-        run.final.pre_ttt_bpb = run.evals["quantized"].val_bpb
-    if "SEED" in run.settings:
-        run.final.seed = int(run.settings["SEED"])
+    if run.final.total_bytes is not None:
+        run.final.total_bytes = int(run.final.total_bytes)
+    run.final = replace(run.final, seed=run.seed, val_loss=last and last.val_loss, val_bpb=last and last.val_bpb,
+                        pre_ttt_bpb=plain and plain.val_bpb)
+    if last is None:
+        unknown = [name for name in run.evals if not re.fullmatch(r"initial|ema|quantized|step\d+", name)]
+        broken_off = run.says_ttt and plain is not None
+        run.problems.append("test-time training was to follow, and no score of it is here: the run did not end" if broken_off else
+                            "no final score in a form known here: the run did not end, or its dialect is another (stages: "
+                            f"{', '.join(unknown) or 'none'}; a row of STAGES or THEIRS would read it)")
 
 
 # ======================================================================================================================
@@ -325,21 +390,29 @@ def finish_theirs(run: RunLog) -> None:
 OUR_START = re.compile(r"(run id:|code file:|setting \*?[A-Z])")
 
 
+def lines_of(path: Path) -> list[str]:
+    """The lines of a log: UTF-8 or UTF-16, and of several ranks in one file those of the first."""
+    data = path.read_bytes()
+    encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+    parts = [re.match(r"(?:\[(?:default|rank)?(\d+)\]:)?(.*)", line) for line in data.decode(encoding, errors="replace").splitlines()]
+    return [part[2] for part in parts if part and part[1] in (None, "0")]
+
+
 def read_log(path: Path) -> RunLog:
-    """A log in either dialect; ValueError if it holds no line that either has."""
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    """A log in any dialect; ValueError if it holds no line that one has."""
+    lines = lines_of(path)
     ours = any(OUR_START.match(line) for line in lines)
     run = RunLog(path, dialect="ours" if ours else "published")
     for count, line in enumerate(lines, 1):
         try:
             (read_our_line if ours else read_their_line)(run, line)
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, ArithmeticError) as error:
             run.problems.append(f"line {count} cannot be read ({error!r}): {line[:100]}")
-    if not ours:
-        finish_theirs(run)
     if not (run.settings or run.train or run.evals):
         raise ValueError(f"{path} is no log of a run: no line of it is in a form known here")
-    if run.final is None:
+    if not ours:
+        finish_theirs(run)
+    elif run.final is None:
         run.problems.append("the run did not end: there is no final score in this log")
     return run
 
@@ -359,9 +432,14 @@ def read_published(folder: Path) -> Group:
 
 def logs_in(folder: Path) -> list[Path]:
     """The logs of a record folder, or else every log of a folder but those of mere evaluations; seeds in order."""
-    found = [path for path in folder.glob("*.log") if not re.search(r"\.eval\d+\.log$", path.name)]
+    found = every_log(folder)
     records = [path for path in found if path.match(RECORD_LOGS)]
-    return sorted(records or found, key=lambda path: [int(t) if t.isdigit() else t for t in re.split(r"(\d+)", path.name)])
+    return sorted(records or found, key=lambda path: [(not part.isdigit(), int(part) if part.isdigit() else part)
+                                                      for part in re.split(r"(\d+)", path.name)])
+
+
+def every_log(folder: Path) -> list[Path]:
+    return [path for path in (*folder.glob("*.log"), *folder.glob("train*.txt")) if not re.search(r"\.eval\d+\.log$", path.name)]
 
 
 def with_later_score(run: RunLog) -> RunLog:
@@ -385,21 +463,37 @@ def with_later_score(run: RunLog) -> RunLog:
 
 def read_group(text: str) -> Group:
     """The runs that a PATH of the command line stands for; ValueError if there are none."""
+    names = [text] if Path(text).exists() else text.split(",")
     runs: list[RunLog] = []
-    names = text.split(",")
-    for name in names:
-        path = Path(name)
+    notes: list[str] = []
+    for path in map(Path, names):
         if not path.exists():
             raise ValueError(f"{path} does not exist")
         if path.is_dir() and not logs_in(path) and (path / PUBLISHED_FILE).exists():
             if len(names) > 1:
                 raise ValueError(f"{path} holds published figures, no logs: it cannot be joined to others")
             return read_published(path)
-        runs += [with_later_score(read_log(log)) for log in (logs_in(path) if path.is_dir() else [path])]
+        for log in logs_in(path) if path.is_dir() else [path]:
+            try:
+                runs.append(with_later_score(read_log(log)))
+            except ValueError as error:
+                notes.append(f"left out: {error}")
+        if path.is_dir() and (others := sorted(log.name for log in set(every_log(path)) - set(logs_in(path)))):
+            notes.append(f"left out, beside the logs {RECORD_LOGS}: {', '.join(others)}")
     if not runs:
-        raise ValueError(f"{text}: no logs (*.log) there")
+        raise ValueError("; ".join([note.removeprefix("left out: ") for note in notes] or [f"{text}: no logs (*.log) there"]))
     first = Path(names[0])
-    return Group(first.resolve().name if first.is_dir() else first.stem, runs)
+    return Group(first.resolve().name if first.is_dir() else first.stem, without_doubles(runs, notes), notes=notes)
+
+
+def without_doubles(runs: list[RunLog], notes: list[str]) -> list[RunLog]:
+    """One run a seed, the first by name that has an end: a seed that was run again is no further seed."""
+    kept: dict[Any, RunLog] = {}
+    for run in sorted(runs, key=lambda run: run.final is None or run.final.val_bpb is None):
+        same = kept.setdefault(run.path if run.seed is None else run.seed, run)
+        if same is not run:
+            notes.append(f"seed {run.seed} is here twice, counted once: {same.path.name}, not {run.path.name}")
+    return [run for run in runs if run in kept.values()]
 
 
 def differing_settings(runs: Iterable[RunLog], ignore: Iterable[str] = VARYING) -> dict[str, list[str]]:
@@ -412,7 +506,7 @@ def differing_settings(runs: Iterable[RunLog], ignore: Iterable[str] = VARYING) 
     names = {name for settings in told for name in settings}
     if len({run.dialect for run in telling}) > 1:
         names = set.intersection(*(set(settings) for settings in told))
-    names = sorted(names - set(ignore))
+    names = sorted(name for name in names if name not in set(ignore) and not is_place(name))
     table = {name: [settings.get(name, "(not said)") for settings in told] for name in names}
     return {name: values for name, values in table.items() if len(set(map(canonical, values))) > 1}
 
@@ -505,7 +599,8 @@ def headline(group: Group) -> str:
 
 def group_warnings(group: Group) -> list[str]:
     """What a reader of the mean must know."""
-    found = [f"{name} differs between the runs: {', '.join(values)}" for name, values in differing_settings(group.runs).items()]
+    differing = differing_settings(group.runs)
+    found = group.notes + [f"{name} differs between the runs: {', '.join(values)}" for name, values in differing.items()]
     versions = {tuple(sorted((file, row["sha256"]) for file, row in run.code.items())) for run in group.runs if run.code}
     if len(versions) > 1:
         found.append(f"the runs were made by {len(versions)} different versions of the code")
@@ -575,6 +670,22 @@ def import_for_tools(name: str) -> Any:
         raise ValueError(f"this needs {name.split('.')[0]} ({error}); {INSTALL_HINT}") from None
 
 
+def bytes_a_token(loss: float | None, bpb: float | None) -> float | None:
+    """What a score was divided by: it tells validation sets and ways to count bytes apart."""
+    return loss / (math.log(2) * bpb) if loss and bpb and math.isfinite(loss / bpb) else None
+
+
+def check_denominators(base: Group, new: Group) -> None:
+    """ValueError if the scores of two groups are bits of different bytes: then neither is the better one."""
+    sizes = []
+    for group in (base, new):
+        found = [bytes_a_token(run.final.val_loss, run.final.val_bpb) for run in group.finished if run.final]
+        sizes.append(statistics.fmean([size for size in found if size] or [math.nan]))
+    if abs(sizes[0] - sizes[1]) > SAME_BYTES * max(sizes):
+        raise ValueError(f"{base.name} counts {sizes[0]:.5f} bytes a token, {new.name} {sizes[1]:.5f} (loss / (ln 2 x BPB)): they scored "
+                         "different text or count its bytes differently, so their BPB do not compare")
+
+
 def comparable(base: Group, new: Group) -> list[str]:
     """Reasons why the scores of two groups do not mean the same."""
     def targets(group: Group) -> set[tuple[int | None, int | None]]:
@@ -592,6 +703,7 @@ def comparable(base: Group, new: Group) -> list[str]:
 
 def compare(base: Group, new: Group) -> str:
     """The text of `compare`: NEW against BASE, lower is better, in nats a token and in BPB."""
+    check_denominators(base, new)
     lines = [headline(base), headline(new), ""]
     for field_name, unit, bars in (("val_loss", "nats a token", (0.0, BAR_NATS)), ("val_bpb", "bits a byte", (0.0,))):
         old_values, new_values = base.values(field_name), new.values(field_name)
@@ -631,134 +743,254 @@ def compare_with_bar(old: Sequence[float], new: Sequence[float], bar: float) -> 
 
 COLORS = ["#0b5fa5", "#d1495b", "#2e8b57", "#8d5a97", "#c77700", "#00798c", "#6b705c", "#3d405b"]
 SHADES = ["#eef3f8", "#dbe7f2", "#c5d8ea", "#b0c9e1"]
+WARMUP_STEPS = 5  # the first of a depth are slower: they are drawn apart
+GRID = 200  # places at which seeds are averaged
 
 
 class Curve(NamedTuple):
-    """A run with the name and the colour that it has in every plot."""
+    """A configuration with the name and the colour that it has in every plot, and its runs, one a seed."""
 
     label: str
     color: str
-    run: RunLog
+    runs: list[RunLog]
 
 
 def curves_of(groups: list[Group]) -> list[Curve]:
-    """Every run with something to draw; the group is named where there are several."""
-    runs = [(group, run) for group in groups for run in group.runs]
-    labels = [f"{short(group.name)}, {run.name}" if len(groups) > 1 else run.name for group, run in runs]
-    return [Curve(label, COLORS[i % len(COLORS)], run) for i, (label, (_, run)) in enumerate(zip(labels, runs))]
+    """One curve a group, named by what its name has and others have not."""
+    words = [re.split(r"[_,\s]+", re.sub(r"^\d{4}-\d\d-\d\d_", "", group.name)) for group in groups]
+    common = set.intersection(*map(set, words)) if len(groups) > 1 else set()
+    labels = ["_".join(word for word in own if word not in common) or "_".join(own) for own in words]
+    labels = [short(label) + (f" #{i + 1}" if labels.count(label) > 1 else "") for i, label in enumerate(labels)]
+    seeds = [f" ({len(group.runs)} seeds)" if len(group.runs) > 1 else "" for group in groups]
+    return [Curve(label + count, COLORS[i % len(COLORS)], group.runs) for i, (label, count, group) in enumerate(zip(labels, seeds, groups))]
 
 
-def short(name: str, most: int = 24) -> str:
-    name = re.sub(r"^\d{4}-\d\d-\d\d_", "", name)
+def short(name: str, most: int = 32) -> str:
     return name if len(name) <= most else name[: most - 1] + "…"
 
 
-class StepAxis(NamedTuple):
-    """What the x axis counts: steps, or the share of the run where runs are of very different lengths."""
-
-    as_share: bool
-
-    @classmethod
-    def of(cls, curves: list[Curve]) -> StepAxis:
-        lasts = [curve.run.train[-1].step for curve in curves if curve.run.train]
-        return cls(bool(lasts) and max(lasts) > 2 * min(lasts))
-
-    @property
-    def label(self) -> str:
-        return "% of the run's steps" if self.as_share else "step"
-
-    def place(self, run: RunLog, step: int) -> float:
-        return 100 * step / max(run.train[-1].step, 1) if self.as_share else step
+Places = Callable[[RunLog, Point], float | None]
 
 
-def draw_loss(axes: Any, curves: list[Curve]) -> None:
-    """Training loss by step, and the validation losses as rings; the depth phases of the first run are shaded."""
-    shade_phases(axes, curves)
-    seen = []
-    x = StepAxis.of(curves)
-    for curve in (curve for curve in curves if curve.run.train):
-        run, last = curve.run, curve.run.train[-1].step
-        axes.plot([x.place(run, p.step) for p in run.train], [p.loss for p in run.train], color=curve.color, lw=1.3,
-                  label=curve.label)
-        rings = [(int(name[4:]) if name[4:].isdigit() else last if name == "final" else 0, e.val_loss)
-                 for name, e in run.evals.items() if re.fullmatch(r"initial|final|step\d+", name)]
-        axes.plot([x.place(run, step) for step, _ in rings], [loss for _, loss in rings], "o", mfc="white", ms=5,
-                  color=curve.color)
-        seen += [p.loss for p in run.train if p.step > 0.03 * last] + [loss for step, loss in rings if step]
-    axes.set_title("Loss (rings: validation)")
-    axes.set_xlabel(x.label)
-    axes.set_ylabel("nats a token")
+def by_step(run: RunLog, point: Point) -> float:
+    return point.step
+
+
+def by_minutes(run: RunLog, point: Point) -> float | None:
+    return None if point.elapsed_ms is None else point.elapsed_ms / 6e4
+
+
+def mean_line(lines: list[tuple[list[float], list[float]]]) -> tuple[list[float], list[float]]:
+    """The mean of several lines, over the stretch that all of them have."""
+    numpy = import_for_tools("numpy")
+    grid = numpy.linspace(max(xs[0] for xs, _ in lines), min(xs[-1] for xs, _ in lines), GRID)
+    return grid.tolist(), numpy.mean([numpy.interp(grid, xs, ys) for xs, ys in lines], axis=0).tolist()
+
+
+def draw_lines(axes: Any, curve: Curve, lines: list[tuple[list[float], list[float]]]) -> None:
+    """A thin line a seed, and a thick one for their mean."""
+    lines = [line for line in lines if line[0]]
+    for xs, ys in lines if len(lines) > 1 else []:
+        axes.plot(xs, ys, lw=0.7, alpha=0.45, color=curve.color)
+    if lines:
+        axes.plot(*(mean_line(lines) if len(lines) > 1 else lines[0]), lw=2, color=curve.color, label=curve.label)
+
+
+def draw_loss(axes: Any, curves: list[Curve], place: Places = by_step) -> None:
+    """Training loss, and as rings the validation losses; the beginning, which would flatten the rest, is cut off."""
+    shade_phases(axes, curves, place)
+    seen: list[float] = []
+    for curve in curves:
+        lines = []
+        for run in curve.runs:
+            points = [(x, p) for p in run.train if (x := place(run, p)) is not None]
+            lines.append(([x for x, _ in points], [p.loss for _, p in points]))
+            seen += [p.loss for _, p in points if p.step > 0.12 * points[-1][1].step]
+            rings = [(x, run.evals[f"step{p.step}"].val_loss) for x, p in points if f"step{p.step}" in run.evals]
+            axes.plot(*zip(*rings) if rings else ((), ()), "o", mfc="white", ms=5, color=curve.color, ls="")
+        draw_lines(axes, curve, lines)
+    axes.set_title("Loss by step" if place is by_step else "Loss by training time")
+    axes.set_xlabel("step" if place is by_step else "minutes")
+    axes.set_ylabel("nats a token (rings: validation)")
     if seen:
-        room = 0.1 * (max(seen) - min(seen)) + 0.01
+        room = 0.05 * (max(seen) - min(seen)) + 0.01
         axes.set_ylim(min(seen) - room, max(seen) + room)
 
 
-def shade_phases(axes: Any, curves: list[Curve]) -> None:
-    """Bands for the depth phases of the first run that has any; thin lines where another run changes depth."""
-    x, with_phases = StepAxis.of(curves), [curve for curve in curves if curve.run.phases and curve.run.train]
-    for nth, curve in enumerate(with_phases):
-        run, last = curve.run, curve.run.train[-1].step
+def draw_loss_by_time(axes: Any, curves: list[Curve]) -> None:
+    draw_loss(axes, curves, by_minutes)
+
+
+def shade_phases(axes: Any, curves: list[Curve], place: Places) -> None:
+    """Bands for the depth phases of the first run that has any; dotted lines where another configuration changes depth."""
+    runs = [(curve.color, run) for curve in curves for run in curve.runs[:1] if run.phases and run.train]
+    for nth, (color, run) in enumerate(runs):
         phases = run.phases if run.phases[0].step == 0 else [Phase(0, 0.0, 1), *run.phases]
-        for i, phase in enumerate(phases):
-            begin = x.place(run, phase.step)
-            end = x.place(run, phases[i + 1].step if i + 1 < len(phases) else last)
+        ends = [next((x for p in run.train if p.step >= phase.step and (x := place(run, p)) is not None), None) for phase in phases]
+        ends = [0 if phases[0].step == 0 else ends[0], *ends[1:], place(run, run.train[-1])]
+        for i, (phase, begin, end) in enumerate(zip(phases, ends, ends[1:])):
+            if begin is None or end is None:
+                continue
             if nth == 0:
                 axes.axvspan(begin, end, color=SHADES[min(i, len(SHADES) - 1)], lw=0, zorder=0)
-                axes.annotate(f"depth {phase.depth}", ((begin + end) / 2, 1), xycoords=("data", "axes fraction"),
-                              xytext=(0, -11), textcoords="offset points", ha="center", fontsize="x-small", color="#456")
+                axes.annotate(f"depth {phase.depth}", ((begin + end) / 2, 1), xycoords=("data", "axes fraction"), xytext=(0, -11),
+                              textcoords="offset points", ha="center", fontsize="x-small", color="#456")
             elif i:
-                axes.axvline(begin, color=curve.color, lw=0.6, ls=":", zorder=0)
+                axes.axvline(begin, color=color, lw=0.8, ls=":", zorder=0)
+
+
+STAGE_TITLES = {"last": "last step", "ema": "averaged", "quantized": "quantized", "quantized_ttt": "+ TTT"}
+
+
+def stage_score(run: RunLog, stage: str) -> float | None:
+    """BPB of a run at a stage of STAGE_TITLES; the last step is that of the weights that were not averaged."""
+    steps = [name for name in stage_names([run]) if name == "final" or name.startswith("step")]
+    found = run.evals.get((steps or [""])[-1] if stage == "last" else stage)
+    return found and found.val_bpb
+
+
+def stage_values(runs: Sequence[RunLog], stage: str) -> list[float]:
+    return [score for run in runs if (score := stage_score(run, stage)) is not None]
+
+
+def difference(first: Sequence[float], second: Sequence[float]) -> str:
+    """The mean of the second less that of the first, and its standard error where both have several values."""
+    if not (first and second):
+        return "-"
+    (a, a_std), (b, b_std) = mean_and_std(first), mean_and_std(second)
+    error = math.sqrt(a_std ** 2 / len(first) + b_std ** 2 / len(second))
+    return f"{b - a:+.5f}" + ("" if math.isnan(error) else f" ± {error:.5f}")
+
+
+def stage_comparison(curves: list[Curve]) -> list[list[str]]:
+    """Header and a row a stage: the mean of each configuration, and of two the difference."""
+    rows = [["BPB", *(curve.label for curve in curves), *(["difference"] if len(curves) == 2 else [])]]
+    for stage, title in STAGE_TITLES.items():
+        values = [stage_values(curve.runs, stage) for curve in curves]
+        if any(values):
+            means = [f"{statistics.fmean(found):.5f}" if found else "-" for found in values]
+            rows.append([title, *means, *([difference(*values)] if len(curves) == 2 else [])])
+    return rows
 
 
 def draw_stages(axes: Any, curves: list[Curve]) -> None:
-    """BPB at each stage but the untrained one, which would flatten all others."""
-    stages = [name for name in stage_names(curve.run for curve in curves) if name != "initial"]
+    """BPB at each stage; under its name the difference of two configurations."""
+    stages = [stage for stage in STAGE_TITLES if any(stage_values(curve.runs, stage) for curve in curves)]
     for curve in curves:
-        found = [(stages.index(name), e.val_bpb) for name, e in curve.run.evals.items() if name in stages]
-        axes.plot(*zip(*sorted(found)) if found else ((), ()), "o-", ms=4, lw=1, color=curve.color, label=curve.label)
-    axes.set_xticks(range(len(stages)), [name.replace("quantized_ttt", "+ TTT") for name in stages],
-                    rotation=30 if len(stages) > 4 else 0, ha="right" if len(stages) > 4 else "center")
-    axes.set_title("Score at each stage")
+        for run in curve.runs if len(curve.runs) > 1 else []:
+            found = [(i, score) for i, stage in enumerate(stages) if (score := stage_score(run, stage)) is not None]
+            axes.plot(*zip(*found) if found else ((), ()), lw=0.7, alpha=0.45, color=curve.color)
+        means = [(i, statistics.fmean(values)) for i, stage in enumerate(stages) if (values := stage_values(curve.runs, stage))]
+        axes.plot(*zip(*means) if means else ((), ()), "o-", ms=5, lw=2, color=curve.color, label=curve.label)
+    texts = [STAGE_TITLES[stage] for stage in stages]
+    if len(curves) == 2:
+        texts = [f"{text}\n" + difference(*(stage_values(curve.runs, stage) for curve in curves)).replace(" ±", "\n±")
+                 for text, stage in zip(texts, stages)]
+    axes.set_xticks(range(len(stages)), texts, fontsize="small")
+    axes.margins(x=0.1)
+    axes.set_title("Score at each stage" + (" (below: second less first)" if len(curves) == 2 else ""))
     axes.set_ylabel("bits a byte")
 
 
+def ttt_line(run: RunLog) -> tuple[list[float], list[float]]:
+    return [100 * (p.done if p.scored is None else p.scored) for p in run.ttt], [p.val_bpb for p in run.ttt]
+
+
 def draw_ttt(axes: Any, curves: list[Curve]) -> None:
-    for curve in curves:
-        points = curve.run.ttt
-        axes.plot([100 * p.done for p in points], [p.val_bpb for p in points], ".-", ms=4, lw=1, color=curve.color,
-                  label=curve.label)
+    """The running score; of two configurations their difference at the same documents, which shows who is ahead, and when."""
+    with_ttt = [curve for curve in curves if any(len(run.ttt) > 1 for run in curve.runs)]
+    by_bytes = all(point.scored is not None for curve in with_ttt for run in curve.runs for point in run.ttt)
+    lines = [[ttt_line(run) for run in curve.runs if len(run.ttt) > 1] for curve in with_ttt]
+    axes.set_xlabel(f"{'bytes' if by_bytes else 'documents'} scored, %, longest documents first")
+    if len(with_ttt) == 2:
+        numpy = import_for_tools("numpy")
+        (xs, first), (others, second) = map(mean_line, lines)
+        xs = [x for x in xs if others[0] <= x <= others[-1]]
+        gap = numpy.interp(xs, others, second) - numpy.interp(xs, mean_line(lines[0])[0], first)
+        axes.plot(xs, gap, lw=2, color=with_ttt[1].color, label="_difference")
+        axes.axhline(0, color=with_ttt[0].color, lw=1.2)
+        axes.set_title("Running TTT score: second less first")
+        axes.set_ylabel("bits a byte (below 0: the second is ahead)")
+        return
+    for curve, own in zip(with_ttt, lines):
+        draw_lines(axes, curve, own)
     axes.set_title("Running score of test-time training")
-    axes.set_xlabel("documents scored, %, longest first")
     axes.set_ylabel("bits a byte so far")
 
 
+def draw_stage_table(axes: Any, curves: list[Curve]) -> None:
+    """The stages as a small table."""
+    rows = stage_comparison(curves)
+    axes.set_axis_off()
+    if len(rows) > 1:
+        rows[0] = ["BPB", *(short(re.sub(r" \(.*", "", cell), 44 // len(rows[0])) for cell in rows[0][1:])]
+        widths = [0.2, *([0.26] * len(curves)), *([0.34] if len(curves) == 2 else [])]
+        table = axes.table(rows, loc="center", edges="horizontal", cellLoc="right", colWidths=[width / sum(widths) for width in widths])
+        table.auto_set_font_size(False)
+        table.set_fontsize(9)
+        table.scale(1, 1.6)
+        for (row, column), cell in table.get_celld().items():
+            cell.set_edgecolor("#d5dae0")
+            if row == 0 and 0 < column <= len(curves):
+                cell.get_text().set(color=curves[column - 1].color, weight="bold")
+
+
+def step_times(run: RunLog) -> dict[int, tuple[list[float], list[float]]]:
+    """Depth -> times of its steps, and apart those of its first ones."""
+    found: dict[int, tuple[list[float], list[float]]] = {}
+    begin = 0
+    for before, point in zip([None, *run.train], run.train):
+        begin = point.step if before is not None and point.depth != before.depth else begin
+        if point.step_ms is not None and point.depth is not None:
+            warm = point.step <= WARMUP_STEPS or point.step == begin or point.step - begin < WARMUP_STEPS
+            found.setdefault(point.depth, ([], []))[warm].append(point.step_ms)
+    return found
+
+
 def draw_step_time(axes: Any, curves: list[Curve]) -> None:
-    shade_phases(axes, curves)
-    x = StepAxis.of(curves)
-    for curve in curves:
-        points = [p for p in curve.run.train if p.step_ms is not None]
-        axes.plot([x.place(curve.run, p.step) for p in points], [p.step_ms for p in points], lw=1, color=curve.color,
-                  label=curve.label)
-    axes.set_title("Step time")
-    axes.set_xlabel(x.label)
+    """Medians by depth, a dot a seed; crosses are steps right after the start and after a change of depth."""
+    depths = sorted({depth for curve in curves for run in curve.runs for depth in step_times(run)})
+    for nth, curve in enumerate(curves):
+        shift = 0.26 * (nth - (len(curves) - 1) / 2)
+        for run in curve.runs:
+            for depth, (steps, first) in step_times(run).items():
+                axes.plot([depths.index(depth) + shift + 0.07] * len(first), first, "x", ms=3, alpha=0.4, color=curve.color)
+                if steps:
+                    middle = statistics.median(steps)
+                    axes.plot([depths.index(depth) + shift], [middle], "o", ms=6, color=curve.color)
+                    if run is curve.runs[0]:
+                        axes.annotate(f"{middle:.0f}", (depths.index(depth) + shift, middle), xytext=(0, -15), textcoords="offset points",
+                                      ha="center", fontsize="x-small", color=curve.color)
+    axes.set_xticks(range(len(depths)), [f"depth {depth}" for depth in depths])
+    axes.set_xlim(-0.6, max(len(depths), 1) - 0.4)
+    axes.set_title("Step time: medians (crosses: warm-up steps)")
     axes.set_ylabel("ms")
-    axes.set_ylim(bottom=0)
+    if depths:
+        axes.set_ylim(bottom=0)
 
 
 PLOTS: dict[str, Callable[[Any, list[Curve]], None]] = {
-    "loss": draw_loss, "stages": draw_stages, "ttt": draw_ttt, "step_time": draw_step_time}
+    "loss": draw_loss, "loss_by_time": draw_loss_by_time, "ttt": draw_ttt, "table": draw_stage_table, "stages": draw_stages,
+    "step_time": draw_step_time}
 
 
-def style(axes: Any, curves: list[Curve]) -> None:
-    """The same plain frame for every plot; a legend where there is more than one curve, a note where there is none."""
+def style(axes: Any) -> None:
+    """The same plain frame for every plot, and a note where there is nothing to draw."""
+    if not axes.axison:
+        return
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#00000014", lw=0.6)
     axes.set_axisbelow(True)
-    drawn = [line for line in axes.get_lines() if len(line.get_xdata()) and not line.get_label().startswith("_")]
-    if not drawn:
+    if not any(len(line.get_xdata()) for line in axes.get_lines()):
+        axes.set(xticks=[], yticks=[], xlabel="", ylabel="")
         axes.text(0.5, 0.5, "not in these logs", transform=axes.transAxes, ha="center", color="#678")
-    elif len(curves) > 1:
-        axes.legend(fontsize="small", frameon=False)
+
+
+def legend(figure: Any, curves: list[Curve]) -> None:
+    """The configurations, above the plots and never over them."""
+    lines = import_for_tools("matplotlib.lines")
+    handles = [lines.Line2D([], [], color=curve.color, lw=2, label=curve.label) for curve in curves]
+    figure.legend(handles=handles, loc="outside upper left", ncols=2, frameon=False)
 
 
 def pyplot() -> Any:
@@ -771,12 +1003,13 @@ def pyplot() -> Any:
 
 
 def plot(groups: list[Group], path: Path) -> None:
-    """All four plots on one picture."""
+    """All plots on one picture."""
     plt, curves = pyplot(), curves_of(groups)
-    figure, grid = plt.subplots(2, 2, figsize=(11, 7), dpi=110)
+    figure, grid = plt.subplots(3, 2, figsize=(11.5, 10.5), dpi=110)
     for axes, draw in zip(grid.flat, PLOTS.values()):
         draw(axes, curves)
-        style(axes, curves)
+        style(axes)
+    legend(figure, curves)
     buffer = io.BytesIO()
     figure.savefig(buffer, format=path.suffix.lstrip(".") or "png")
     plt.close(figure)
@@ -786,9 +1019,11 @@ def plot(groups: list[Group], path: Path) -> None:
 def plot_as_svg(name: str, curves: list[Curve]) -> str:
     """One plot as an inline image for the page."""
     plt = pyplot()
-    figure, axes = plt.subplots(figsize=(4.7, 3.3))
+    figure, axes = plt.subplots(figsize=(4.7, 3.5))
     PLOTS[name](axes, curves)
-    style(axes, curves)
+    style(axes)
+    if len(curves) > 1:
+        legend(figure, curves)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     plt.close(figure)
@@ -826,8 +1061,9 @@ ul { padding-left: 1.2rem; margin: .4rem 0 } li { overflow-wrap: anywhere }
 pre { font-size: .82rem; white-space: pre-wrap; overflow-wrap: anywhere; margin: 0 }
 details summary { cursor: pointer; padding: 6px 0 }
 """
-PLOT_WORDS = {"loss": "training loss by step with the depth phases", "stages": "bits a byte after each stage",
-              "ttt": "running score of test-time training", "step_time": "milliseconds of a step"}
+PLOT_WORDS = {"loss": "training loss by step with the depth phases", "loss_by_time": "training loss by time",
+              "stages": "bits a byte after each stage", "ttt": "running score of test-time training",
+              "step_time": "milliseconds of a step at each depth"}  # the table is one of the page's own
 
 
 def as_html(rows: list[list[str]]) -> str:
@@ -873,8 +1109,9 @@ def settings_section(groups: list[Group]) -> str:
     runs = [run for group in groups for run in group.runs if run.settings]
     if not runs:
         return ""
-    names = [curve.label for curve in curves_of(groups) if curve.run.settings]
-    differing = differing_settings(runs, ignore=("RUN_ID", "ARTIFACT_DIR", "ARTIFACT_PATH"))
+    names = [f"{curve.label}, {run.name}" if len(groups) > 1 else run.name
+             for curve in curves_of(groups) for run in curve.runs if run.settings]
+    differing = differing_settings(runs, ignore=("RUN_ID",))
     parts = ["<h2>Settings that differ</h2>"]
     parts.append(as_html([["setting", *names], *([name, *values] for name, values in differing.items())])
                  if differing else '<p class="note">none: all runs have the same settings</p>')
@@ -887,11 +1124,14 @@ def settings_section(groups: list[Group]) -> str:
 
 def report(groups: list[Group], path: Path) -> None:
     """Write the page: everything is in the one file, nothing is fetched."""
-    drawn = [curve for curve in curves_of(groups) if curve.run.train or curve.run.evals]
-    plots = [f'<div class="card"><img alt="{PLOT_WORDS[name]}" src="{plot_as_svg(name, drawn)}"></div>' for name in PLOTS]
-    comparison = ""
+    curves, comparison = curves_of(groups), ""
+    plots = [f'<div class="card"><img alt="{words}" src="{plot_as_svg(name, curves)}"></div>' for name, words in PLOT_WORDS.items()]
     if len(groups) == 2 and all(group.finished for group in groups):
-        comparison = f'<section class="card"><h2>Comparison</h2><pre>{html.escape(compare(*groups))}</pre></section>'
+        try:
+            text = f"{as_html(stage_comparison(curves))}<pre>{html.escape(compare(*groups))}</pre>"
+        except ValueError as error:
+            text = f"<p>{html.escape(str(error))}</p>"
+        comparison = f'<section class="card"><h2>Comparison</h2>{text}</section>'
     title = html.escape(" and ".join(group.name for group in groups))
     page = (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, '
             f'initial-scale=1"><title>{title}</title><style>{PAGE_STYLE}</style></head><body>'
@@ -924,14 +1164,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
     try:
         if options.command == "compare":
-            print(compare(read_group(options.base), read_group(options.new)))
+            print(compare(read_group(options.base), read_group(options.new)), flush=True)
             return 0
         groups = [read_group(path) for path in options.paths]
         if options.command == "summary":
-            print(summary(groups))
+            print(summary(groups), flush=True)
         else:
             {"plot": plot, "report": report}[options.command](groups, options.out)
             print(f"wrote {options.out}")
+    except BrokenPipeError:  # the reader has seen enough; what is still unwritten goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

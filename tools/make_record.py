@@ -36,7 +36,7 @@ from logs import Group, RunLog
 ROOT = Path(__file__).resolve().parent.parent
 CODE = ("train_gpt.py", "prepare_caseops_data.py", "caseops_tokenizer.py", "lossless_caps.py", "requirements.txt")
 PLACES = {"DATA_DIR", "DATA_PATH", "TOKENIZER_PATH"}  # settings that say where data is: run.sh has them as defaults
-NOT_IN_RUN_SH = logs.VARYING - PLACES | {"CHECKPOINT_EVERY", "EVAL_ONLY"}
+NOT_IN_RUN_SH = logs.VARYING | {"ARTIFACT_DIR", "ARTIFACT_PATH", "LOSSES_PATH", "CHECKPOINT_EVERY", "EVAL_ONLY"}
 
 
 class Refused(ValueError):
@@ -73,9 +73,12 @@ def run_seeds(seeds: Sequence[int], environment: dict[str, str], options: argpar
     for seed in seeds:
         log = options.runs / f"train_seed{seed}.log"
         if log.exists():
-            if logs.read_log(log).final is not None:
+            begun = has_begun(log)
+            if begun and logs.read_log(log).final is not None:
                 continue
-            if not log.with_suffix(".checkpoint").exists():  # with one, the run goes on from there
+            if not begun:
+                log.unlink()  # it would stand in the way of the run, which overwrites none
+            elif not log.with_suffix(".checkpoint").exists():  # with one, the run goes on from there
                 raise Refused(f"{log} has no end: the run was cut off. Move it away to run seed {seed} again")
         names = {"SEED": str(seed), "RUN_ID": f"train_seed{seed}", "ARTIFACT_DIR": str(artifact_dir)}
         environ = {**os.environ, **environment, **names}
@@ -85,10 +88,18 @@ def run_seeds(seeds: Sequence[int], environment: dict[str, str], options: argpar
             raise Refused(f"seed {seed} ended with exit status {status}; see {log}")
 
 
+def has_begun(log: Path) -> bool:
+    """Whether a log is of a run that trained: one that found no data, say, stands in nobody's way."""
+    try:
+        return bool(logs.read_log(log).train)
+    except ValueError:
+        return False
+
+
 def collect(seeds: Sequence[int], folder: Path) -> list[RunLog]:
     """The runs of the seeds among the logs of a folder; Refused if one is missing or there twice."""
     found: dict[int, list[RunLog]] = {}
-    for path in logs.logs_in(folder):
+    for path in filter(has_begun, logs.logs_in(folder)):
         run = logs.read_log(path)
         if run.seed is not None:
             found.setdefault(run.seed, []).append(run)
@@ -177,7 +188,8 @@ def run_script(group: Group, environment: dict[str, str], options: argparse.Name
     places = [f': "${{{name}:={portable(value)}}}"; export {name}' for name, value in sorted(values.items()) if name in PLACES]
     seeds = " ".join(str(run.seed) for run in group.runs)
     launcher = launch_words(options) if options.launcher else '"${PYTHON:-python3}"'
-    prepare = [f'[ -d "$DATA_PATH" ] || {options.prepare}'] if options.prepare and "DATA_PATH" in values else []
+    missing = '{ echo "error: no data in $DATA_PATH; DATA_PATH names the folder of the shards" >&2; exit 2; }'
+    prepare = [f'[ -d "$DATA_PATH" ] || {options.prepare or missing}'] if "DATA_PATH" in values else []
     return "\n".join([
         "#!/usr/bin/env bash", f"# Runs the seeds of this record ({seeds}), or those given: bash run.sh [SEED...]",
         "# Logs and artifacts go to $ARTIFACT_DIR (./runs). DATA_PATH and TOKENIZER_PATH may say where data is.",
@@ -216,8 +228,8 @@ def readme(group: Group, results: Sequence[verify.Result], environment: dict[str
 
 
 SEEDS_NOTE = "Every figure is read from the logs beside this file; the standard deviation is that of a sample."
-RULES_NOTE = ("This table is made from the folder alone. `tools/verify.py` of the repository checks what needs data and code too "
-              "(causality, normalisation, bytes, the score again); its table, where it was run, is `verify.txt`.")
+RULES_NOTE = ("This table is made from the folder alone; where `tools/verify.py` of the repository was run on data and code too, its "
+              "table is `verify.txt`.")
 
 
 def where_words(run: RunLog) -> list[str]:
@@ -313,6 +325,8 @@ def fill(folder: Path, group: Group, environment: dict[str, str], options: argpa
     told = submission(group, options)
     (folder / "submission.json").write_text(json.dumps(told, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     results = verify.check_folder(verify.open_folder(folder))
+    results += [verify.Result(verify.UNKNOWN, rule, "needs data and the code: `tools/verify.py FOLDER --data SHARDS --run`")
+                for rule in verify.CODE_RULES]
     failed = [f"{result.rule}: {result.detail}" for result in results if result.status == verify.FAIL]
     if failed:
         raise Refused("these runs make no record:\n  " + "\n  ".join(failed))

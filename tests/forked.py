@@ -1,0 +1,136 @@
+"""Runs in forked children of this process, which spares each of them the imports, with faults that strike at a chosen place."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import tiny
+
+import train_gpt as tg
+
+SMALL = {"NUM_LAYERS": 4, "LOOP_START": 1, "LOOP_END": 1, "PARALLEL_START_LAYER": 3, "TRAIN_LOOP_PHASE_DEPTHS": "1", "EVAL_LOOP_DEPTH": 1,
+         "TRAIN_LOOP_PREWARM_DEPTHS": "none", "ITERATIONS": 3, "CHECKPOINT_EVERY": 2, "WARMUP_STEPS": 0, "TTT_ENABLED": 0, "MODEL_DIM": 16,
+         "TRAIN_BATCH_TOKENS": 256, "GPTQ_CALIBRATION_BATCHES": 1, "RUN_ID": "run", "GATE_WINDOW": 4, "RANK_TIMEOUT_SECONDS": 20}
+COMPLETE = {"run.artifact", "run.log", "run.run.json"}
+Fault = Callable[[], object]
+
+
+def start(env: dict[str, str], fault: Fault | None = None, said: Path | None = None) -> int:
+    """main(env) in a child; its process id. `fault` is called in the child first."""
+    tg.packed_code()  # kept, so that every child need not make it
+    sys.stdout.flush()
+    if child := os.fork():
+        return child
+    try:
+        sink = os.open(said or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(sink, 1)
+        os.dup2(sink, 2)
+        sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+        os.environ.clear()
+        os.environ.update(env)
+        if fault is not None:
+            fault()
+        status = tg.main(env, [])
+        sys.stdout.flush()
+    except BaseException:
+        status = 99
+        sys.excepthook(*sys.exc_info())
+    os._exit(status)
+
+
+def wait(child: int, seconds: float = 60.0) -> int:
+    """The child's exit status, negative if it ended by a signal."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        found, status = os.waitpid(child, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    os.kill(child, 9)
+    os.waitpid(child, 0)
+    raise AssertionError(f"still running after {seconds:g} s")
+
+
+def run(env: dict[str, str], ranks: int = 1, fault: Fault | None = None, faulty: int = 0, said: Path | None = None) -> list[int]:
+    """Exit statuses of all ranks of a run; the fault is in rank `faulty`."""
+    if ranks == 1:
+        return [wait(start(env, fault, said))]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {**env, "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    children = [start({**shared, "RANK": str(r), "LOCAL_RANK": str(r)}, fault if r == faulty else None, said) for r in range(ranks)]
+    return [wait(child) for child in children]
+
+
+def environment(data: Path, out: Path, **changes: object) -> dict[str, str]:
+    return tiny.environment(data, out, **{**SMALL, **changes})
+
+
+def at_call(owner: object, name: str, number: int, act: Fault) -> Fault:
+    """A fault: `act` right before the number-th call (from 1) of a function."""
+    def arm() -> None:
+        original, left = getattr(owner, name), [number]
+
+        def counted(*arguments: object, **keywords: object) -> object:
+            left[0] -= 1
+            if left[0] == 0:
+                act()
+            return original(*arguments, **keywords)
+
+        setattr(owner, name, counted)
+    return arm
+
+
+def killed_at_change(number: int, counter: Path) -> Fault:
+    """A fault: the process ends, as by SIGKILL, right before the number-th call that changes a file; every other one half way in a write."""
+    def arm() -> None:
+        left, fdopen, fsync = [number], os.fdopen, os.fsync
+
+        def strike(file: object = None, data: bytes = b"") -> None:
+            left[0] -= 1
+            if left[0] == 0:
+                if file is not None:
+                    file.write(data[: len(data) // 2])
+                    file.flush()
+                counter.write_text("struck")
+                os._exit(9)
+
+        def audit(event: str, arguments: tuple) -> None:
+            writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+            if (writes or event in ("os.rename", "os.remove", "os.mkdir", "os.chmod")) and left[0] > 0:
+                strike()
+
+        def watched(handle: int, *arguments: object, **keywords: object) -> object:
+            file = fdopen(handle, *arguments, **keywords)
+            if arguments != ("wb",):
+                return file
+
+            class Writer:
+                def __enter__(self) -> Writer:
+                    return self
+
+                def __exit__(self, *_: object) -> None:
+                    file.close()
+
+                def write(self, data: bytes) -> int:
+                    strike(file, data)
+                    return file.write(data)
+
+                def __getattr__(self, name: str) -> object:
+                    return getattr(file, name)
+
+            return Writer()
+
+        def synced(handle: int) -> None:
+            strike()
+            fsync(handle)
+
+        os.fdopen, os.fsync = watched, synced
+        sys.addaudithook(audit)
+    return arm
