@@ -299,8 +299,8 @@ def measure_other_reductions(bench: Bench, trainer: g.Trainer, depth: int, conte
     """The step with Inductor's mix-order reductions switched the other way: they save passes and may spill registers."""
     compiled_so_far, other = trainer.forward, not torch._inductor.config.triton.mix_order_reduction
     torch._dynamo.reset()
+    trainer.forward = g.compiled(trainer.run, trainer.model)
     with torch._inductor.config.patch({"triton.mix_order_reduction": other}):
-        trainer.forward = g.compiled(trainer.run, trainer.model)
         measure_step(bench, trainer, depth, context, f"depth {depth}, mix-order reductions {'on' if other else 'off'},")
     torch._dynamo.reset()
     trainer.forward = compiled_so_far

@@ -128,6 +128,7 @@ class Launcher:
         self.metadata = metadata
 
     def __call__(self, x: int, y: int, z: int, stream: int, function: str, *rest: Any) -> None:
+        """Check what a launch would: tensors on the device, a legal grid. Then its bytes, numbers and resources go to the log."""
         import torch
 
         tensors, numbers = {}, []
@@ -221,6 +222,7 @@ class Stub:
         self.sources[name] = source
 
     def run(self, *args: Any, stream: int | None = None, **_: Any) -> None:
+        """A launch: bytes moved, elements, slow calls in the source, and every tensor's type and shape go to the log."""
         import torch
 
         named = dict(zip(self.traffic.roles, args))

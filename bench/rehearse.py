@@ -122,7 +122,8 @@ def failed(row: dict) -> str:
 
 def rehearsal_table(rows: list[dict]) -> str:
     """One line a row."""
-    lines = ["| part | ok? | graphs | breaks | late | host waits | launches | GB | registers/spilled bytes | GB allocated, taken | modelled ms | |",
+    lines = ["| part | ok? | graphs | breaks | late | host waits | launches | GB | registers/spilled bytes | GB allocated, taken | "
+             "modelled ms | |",
              "|---|---|---|---|---|---|---|---|---|---|---|---|"]
     for row in rows:
         if "graphs" not in row:
@@ -165,6 +166,7 @@ def rehearse(options: argparse.Namespace) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """The command line; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     running = commands.add_parser("run", help="the rehearsal, on the null CUDA device")

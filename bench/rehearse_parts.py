@@ -10,10 +10,11 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -157,22 +158,22 @@ def part_steps(stage: Stage) -> None:
         torch._foreach_lerp_(trainer.ema, trainer.params, 1 - run.cfg.ema_decay)
 
 
-def part_depth(stage: Stage) -> None:
-    """A step at one depth (REHEARSE_DEPTH, default 4), with every kernel of 100 MB and more built: for work on the model."""
+def part_depth(stage: Stage, inductor: Mapping[str, Any] = MappingProxyType({})) -> None:
+    """A step at one depth (REHEARSE_DEPTH, default 4), for work on the model; perhaps with other settings of Inductor."""
     depth = int(os.environ.get("REHEARSE_DEPTH", 4))
     run = stage.run()
     trainer = g.Trainer(run, stage.model(run), loader_of(run))
-    trainer.train_step(depth, 1.0)
-    forward_backward(stage, trainer, depth, f"step depth {depth}")
+    with torch._inductor.config.patch(dict(inductor)):
+        trainer.train_step(depth, 1.0)
+        forward_backward(stage, trainer, depth, f"step depth {depth}")
 
 
 def part_mix_order(stage: Stage) -> None:
     """Inductor's mix-order reductions on and off, depth 4: which reads fewer bytes, which spills."""
     for on in (True, False):
         torch._dynamo.reset()
-        with torch._inductor.config.patch({"triton.mix_order_reduction": on}):
-            stage.builds = 40
-            part_depth(stage)
+        stage.builds = 40
+        part_depth(stage, {"triton.mix_order_reduction": on})
         stage.rows[-1] = stage.rows[-1]._replace(part=f"mix-order {'on' if on else 'off'}")
 
 

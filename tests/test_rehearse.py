@@ -169,7 +169,8 @@ def test_a_product_is_bound_by_arithmetic_or_by_bytes() -> None:
 
 
 @pytest.mark.parametrize("line, kind, size", [
-    ("triton triton_per_fused__fused_rms_norm_3 bytes 200000000 elements 50000000 slow 0 in_ptr0:bfloat16[98304,512]", "residual, norm", 2e8),
+    ("triton triton_per_fused__fused_rms_norm_3 bytes 200000000 elements 50000000 slow 0 in_ptr0:bfloat16[98304,512]",
+     "residual, norm", 2e8),
     ("triton mlp_kernel grid 132,1,1 bytes 908000000 ints 98304,2048,512 registers 160 spilled 0 shared 1 warps 8", "mlp", 908e6),
     ("triton triton_poi_fused_add_1 bytes 1000 elements 500 slow 0 ", "small kernels", 1000),
     ("memcpy D2D 100663296 bytes", "eager kernels", 2 * 100_663_296), ("memset 16 bytes", "small kernels", 16),
