@@ -2701,9 +2701,8 @@ def table_entropy(quantized: Quantized) -> float:
 
 
 # ---- code ----
-# The rules count the code with the model. What counts is what is shipped: one packed file, this source without comments and
-# docstrings as a brotli payload that a few readable lines run. The run counts those bytes, and a record folder ships them, the
-# readable source beside it.
+# The rules count the code with the model: the file that runs. `python train_gpt.py --pack` writes one that counts a fifth: this
+# source without comments and docstrings as a brotli payload that a few readable lines run.
 
 PACKED_HEAD = b'''# -*- coding: latin-1 -*-
 """train_gpt.py, packed to count few bytes: it runs as the readable source does, which lies beside it in source/."""
@@ -2742,8 +2741,13 @@ def own_source() -> str:
 
 @lru_cache(maxsize=1)
 def packed_code() -> bytes:
-    """This program as it is shipped and counted."""
+    """This program packed."""
     return pack_code(own_source())
+
+
+def counted_code() -> bytes:
+    """The file that runs, readable or packed: what a record folder ships, and what counts."""
+    return Path(__file__).read_bytes()
 
 
 # ---- entropy coder ("rans") ----
@@ -4257,8 +4261,7 @@ def log_start(run: Run, environ: Mapping[str, str]) -> None:
                compile=int(run.compile), date=f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ}")
     if attention_backend.skipped:
         log(f"faster attention was passed over: {attention_backend.skipped}")
-    for kind, code in (("source", own_source().encode()), ("counted", packed_code())):
-        log.record("code", file="train_gpt.py", kind=kind, bytes=len(code), sha256=hashlib.sha256(code).hexdigest())
+    log.record("code", file="train_gpt.py", bytes=len(counted_code()), sha256=hashlib.sha256(counted_code()).hexdigest(), packed_bytes=len(packed_code()))
     for f in fields(cfg):
         value, starred = format_setting(getattr(cfg, f.name)), getattr(cfg, f.name) != f.default
         log(f"setting {'*' if starred else ''}{f.name.upper()} value:{value}" + (f" default:{format_setting(f.default)}" if starred else ""))
@@ -4322,7 +4325,7 @@ def train_and_export(run: Run, val: ValData, checkpoint: Checkpoint, layout: Spa
 
 def export(run: Run, model: GPT, hessians: dict[str, Tensor], checkpoint: Checkpoint, steps: int, train_ms: float) -> Exported:
     """Quantize, pack and write the artifact; its bytes, on every rank."""
-    cfg, began, code_bytes = run.cfg, time.perf_counter(), len(packed_code())
+    cfg, began, code_bytes = run.cfg, time.perf_counter(), len(counted_code())
     tensors, data = quantize_and_pack(run, model, hessians, code_bytes)
     if run.ranks.rank == 0:
         for row in size_table(data, tensors, cfg):
@@ -4357,7 +4360,7 @@ def score_and_finish(run: Run, val: ValData, artifact: Exported) -> int:
         score = score_with_ttt(run, model, val)
     if cfg.eval_only and cfg.losses_path:
         write_losses(run, {"quantized": plain} | ({"quantized_ttt": score} if cfg.ttt_enabled else {}))
-    eval_ms, total_bytes = clock.total_ms + score.time_ms, len(artifact.data) + len(packed_code())
+    eval_ms, total_bytes = clock.total_ms + score.time_ms, len(artifact.data) + len(counted_code())
     problems = [f"{what} took {time_ms / 1e3:.1f} s, over the budget of {budget:g} s"
                 for what, time_ms, budget in (("training", artifact.train_ms, cfg.max_wallclock_seconds), ("evaluation", eval_ms, cfg.eval_budget_seconds))
                 if budget and time_ms > 1e3 * budget]
@@ -4474,8 +4477,11 @@ def fail(error: BaseException, ranks: Ranks | None, log: Log | None) -> int:
 def main(environ: Mapping[str, str] = os.environ, arguments: tuple[str, ...] = ()) -> int:
     """Run as the environment says; the exit status: 0, 2 for something the user can mend, 3 over a cap or budget, 128 + a signal's number."""
     if arguments:
+        if arguments[0] == "--pack":
+            sys.stdout.buffer.write(packed_code())
+            return 0
         known = {"--help": settings_help(), "--source": own_source()}
-        print(known.get(arguments[0], f"{arguments[0]} is not known; settings are environment variables (--help lists them, --source prints the code)"))
+        print(known.get(arguments[0], f"{arguments[0]} is not known; settings are environment variables (--help lists them, --source prints the code, --pack packs it)"))
         return 0 if arguments[0] in known else EXIT_USER_ERROR
     log, ranks = None, None
     try:

@@ -103,7 +103,7 @@ def killed_at_change(number: int, counter: Path) -> Fault:
 
         def audit(event: str, arguments: tuple) -> None:
             writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-            if (writes or event in ("os.rename", "os.remove", "os.mkdir", "os.chmod")) and left[0] > 0:
+            if left[0] > 0 and (writes or event in ("os.rename", "os.remove", "os.mkdir", "os.chmod")):
                 strike()
 
         def watched(handle: int, *arguments: object, **keywords: object) -> object:
@@ -124,7 +124,6 @@ def killed_at_change(number: int, counter: Path) -> Fault:
 
                 def __getattr__(self, name: str) -> object:
                     return getattr(file, name)
-
             return Writer()
 
         def synced(handle: int) -> None:

@@ -102,7 +102,8 @@ def ends_of(f: Field) -> list[tuple[object, bool]]:
     if kind is int:
         return [(low, True), (low - 1, False), (low + 1, True), (high - 1, True)]
     return [
-        (low, "above" not in words), (low - 1e-9 * max(1, abs(low)), False), (high, "below" not in words), (high * (1 + 1e-9) + 1e-9, False),
+        (low, "above" not in words), (low - 1e-9 * max(1, abs(low)), False), (high, "below" not in words),
+        (high * (1 + 1e-9) + 1e-9, False),
     ]
 
 

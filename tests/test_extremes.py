@@ -13,8 +13,8 @@ import train_gpt as tg
 
 # What takes long, or more memory than a test may have, at its largest
 EXPENSIVE = {"iterations", "warmup_steps", "train_batch_tokens", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult",
-             "vocab_size", "num_loops", "ttt_lora_rank", "ttt_grad_steps", "global_ttt_epochs", "gptq_calibration_batches", "muon_backend_steps",
-             "eval_loop_depth", "checkpoint_every", "rope_dims", "gate_window"}
+             "vocab_size", "num_loops", "ttt_lora_rank", "ttt_grad_steps", "global_ttt_epochs", "gptq_calibration_batches",
+             "muon_backend_steps", "eval_loop_depth", "checkpoint_every", "rope_dims", "gate_window"}
 FEW = {"TTT_ENABLED": 1, "ITERATIONS": 2, "CHECKPOINT_EVERY": "", "TTT_CHUNK_SIZE": 16, "PHASED_TTT_PREFIX_DOCS": 3,
        "PHASED_TTT_LEAVE_OUT": 0, "GLOBAL_TTT_CHUNK_TOKENS": 32, "PHASED_TTT_NUM_PHASES": 2, "VAL_BATCH_TOKENS": 1024}
 
@@ -59,7 +59,8 @@ def test_a_setting_at_the_end_of_its_rule_gives_a_score_or_a_line(few_data: Path
 
 @pytest.mark.parametrize("changes", [
     {"PHASED_TTT_NUM_PHASES": 1000}, {"PHASED_TTT_PREFIX_DOCS": 0}, {"PHASED_TTT_PREFIX_DOCS": 2, "PHASED_TTT_NUM_PHASES": 3},
-    {"GLOBAL_TTT_EPOCHS": 0}, {"TTT_CONTEXT": "cache"}, {"TTT_CONTEXT": "cache", "TTT_CHUNK_DOUBLES_AT": "32,64"}, {"MLP_GATE_ENABLED": 1, "SMEAR_GATE_ENABLED": 1},
+    {"GLOBAL_TTT_EPOCHS": 0}, {"TTT_CONTEXT": "cache"}, {"TTT_CONTEXT": "cache", "TTT_CHUNK_DOUBLES_AT": "32,64"},
+    {"MLP_GATE_ENABLED": 1, "SMEAR_GATE_ENABLED": 1},
     {"TRAIN_BATCH_TOKENS": 16}, {"TRAIN_BATCH_TOKENS": 8}, {"QUANTIZER": "trellis", "COMPRESSOR": "rans"}, {"RUN_ID": "r" * 100},
 ], ids=str)
 def test_settings_together_give_a_score_or_a_line(few_data: Path, tmp_path: Path, changes: dict) -> None:
