@@ -4261,7 +4261,7 @@ def log_start(run: Run, environ: Mapping[str, str]) -> None:
                compile=int(run.compile), date=f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ}")
     if attention_backend.skipped:
         log(f"faster attention was passed over: {attention_backend.skipped}")
-    log.record("code", file="train_gpt.py", bytes=len(counted_code()), sha256=hashlib.sha256(counted_code()).hexdigest(), packed_bytes=len(packed_code()))
+    log.record("code", file="train_gpt.py", packed_bytes=len(packed_code()), bytes=len(counted_code()), sha256=hashlib.sha256(counted_code()).hexdigest())
     for f in fields(cfg):
         value, starred = format_setting(getattr(cfg, f.name)), getattr(cfg, f.name) != f.default
         log(f"setting {'*' if starred else ''}{f.name.upper()} value:{value}" + (f" default:{format_setting(f.default)}" if starred else ""))

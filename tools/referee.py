@@ -152,7 +152,7 @@ kept = {}
 def keeping(function, name=None):
     def called(*values):
         result = function(*values)
-        kept[name or values[3]] = (result[0] if name else result).losses
+        kept[name or values[3]] = (result if hasattr(result, "losses") else result[0]).losses
         return result
     return called
 code.evaluate, code.score_with_ttt = keeping(code.evaluate), keeping(code.score_with_ttt, "quantized_ttt")
