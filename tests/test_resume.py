@@ -62,7 +62,7 @@ def test_a_kill_at_any_change_of_a_file_loses_nothing(few_data: Path, whole: Who
 PLACES = {
     "initial evaluation": (tg, "evaluate", 1), "first step": (tg.Trainer, "train_step", 1), "last step": (tg.Trainer, "train_step", 3),
     "final evaluation": (tg, "evaluate", 2), "evaluation of the average": (tg, "evaluate", 3), "Hessians": (tg.Calibration, "add", 1),
-    "GPTQ": (tg, "gptq", 1), "last of GPTQ": (tg, "gptq", 7), "packing": (tg, "pack_artifact", 1), "artifact": (tg, "write_atomically", 5),
+    "GPTQ": (tg, "gptq", 1), "last of GPTQ": (tg, "gptq", 7), "packing": (tg, "pack_artifact", 1), "artifact": (tg, "write_atomically", 4), "scoring": (tg, "model_from_tensors", 1),
 }
 
 
@@ -72,7 +72,7 @@ def test_a_signal_in_any_phase_ends_the_run_and_the_same_command_goes_on(few_dat
                                                                                  number: int) -> None:
     env = forked.environment(few_data, tmp_path, VAL_LOSS_EVERY=100)
     status = forked.run(env, fault=forked.at_call(*PLACES[place], lambda: os.kill(os.getpid(), number)))
-    assert status in ([128 + number], [-number]), (tmp_path / "run.log").read_text()[-1500:]
+    assert status == [128 + number] or (place == "scoring" and status == [-number]), (tmp_path / "run.log").read_text()[-1500:]
     goes_on(env, whole[1])
 
 
