@@ -3611,7 +3611,7 @@ class TTTScorer:
             self.adapters, self.cache = Adapters(self.run, self.schedule, count), None
         if cfg.ttt_context == "cache":
             largest, limit = cfg.chunk_sizes[-1], cfg.ttt_eval_seq_len
-            places = -(-(limit if self.run.compile else min(longest, limit)) // largest) * largest  # compiled: one size, one graph
+            places = -(-(limit if cuda else min(longest, limit)) // largest) * largest
             if self.cache is None or self.cache.places != places:
                 self.cache = KVCache(self.run, self.schedule, self.adapters.documents, places)
 
