@@ -103,7 +103,7 @@ def published_all(weights: Tensor, hessian: Tensor, shape: Shape) -> tuple[Tenso
 
 
 def ours_all(weights: Tensor, hessian: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
-    quantized = gptq(weights, hessian, shape.bits, shape.clip_sigmas, Log(None, speaks=False))
+    quantized = gptq(weights, hessian, shape.bits, shape.clip_sigmas, Log(None, enabled=False))
     return quantized.codes, quantized.scales
 
 

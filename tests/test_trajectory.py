@@ -54,7 +54,7 @@ def program(after_step: Callable[[tg.GPT, dict[str, Tensor], float], None] | Non
     model, before = tg.GPT(cfg), start()
     model.load_state_dict(before)
     loader = tg.TrainLoader(tg.TokenStream([stream()]), tg.SpanLayout.plan(cfg, 1), cfg, ranks)
-    trainer = tg.Trainer(tg.Run(cfg, ranks, tg.Log(None, speaks=False)), model, loader)
+    trainer = tg.Trainer(tg.Run(cfg, ranks, tg.Log(None, enabled=False)), model, loader)
     for step in range(cfg.iterations):
         frac = step / cfg.iterations
         weights = {name: p.detach().clone() for name, p in model.named_parameters()}
