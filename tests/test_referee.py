@@ -88,7 +88,7 @@ CODE_CHEATS: dict[str, tuple[str, str]] = {
     "the better of two scores": (FIRST + "    return np.minimum(plain(table, tokens), _first(table, tokens))\n", "the distribution adds up"),
     "the better of two scores by document": (
         FIRST + "    a, b = plain(table, tokens), _first(table, tokens)\n    for s, n in documents(tokens):\n        if a[s: s + n].sum() < b[s: s + n]"
-        ".sum():\n            b[s: s + n] = a[s: s + n]\n    return b\n", "test-time training"),
+        ".sum():\n            b[s: s + n] = a[s: s + n]\n    return b\n", ("causal: test-time training", "the distribution adds up")),
     "a table of the validation file": ("def unpack(data):\n    counts = pairs(load_val(os.environ['DATA_PATH'])[0]) + 0.5\n    return counts / "
                                        "counts.sum(1, keepdims=True)\n", "causal: evaluation"),
     "the next token but one": (PLAIN + "    nats = _plain(table, tokens)\n    nats[:-1] *= np.where(tokens[2:] % 2, 0.99, 1.01)\n    return nats\n",
