@@ -75,7 +75,7 @@ BY_PLACE = PLAIN + """    nats, n = _plain(table, tokens), min(len(tokens), len(
     nats[:n - 1] = -np.log(0.1 * np.exp(-nats[:n - 1]) + 0.9 * (tokens[1:n] == VAL[1:n]))
     return nats
 """
-CODE_CHEATS: dict[str, tuple[str, str]] = {
+CODE_CHEATS: dict[str, tuple[str, str | tuple[str, ...]]] = {
     "half of the probability is the target's": (PLAIN + "    return -np.log(0.5 * np.exp(-_plain(table, tokens)) + 0.5)\n", "the distribution adds up"),
     "3 % too little loss": (PLAIN + "    return 0.97 * _plain(table, tokens)\n", "the distribution adds up"),
     "0.09 % too much probability": (PLAIN + "    return _plain(table, tokens) - math.log(1.0009)\n", "the distribution adds up"),
