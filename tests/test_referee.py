@@ -155,8 +155,12 @@ def test_code_that_breaks_a_rule_is_found(name: str, shards: Path, tmp_path: Pat
     for path in shards.iterdir():
         (data / path.name).write_bytes(path.read_bytes())
     folder = pocket_record(tmp_path / "record", data, patch.replace("{folder!r}", repr(str(tmp_path / "record"))))
-    found = failed(verdicts(folder, data))
-    assert any(words.startswith(rule) for words in found), found
+    found: list[str] = []
+    for draw in range(4):  # a cheat that few of the random cuts touch is missed by one call in three
+        found += failed(verdicts(folder, data, "--draw", str(draw)))
+        if any(words.startswith(rule) for words in found):
+            return
+    raise AssertionError(found)
 
 
 def test_no_code_runs_unless_it_is_asked_for(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
