@@ -121,7 +121,7 @@ def each(check: Check, most: int = 16) -> Check:
 
 TEXT = Check("text without line breaks, up to 1000 characters", lambda v: len(v) <= 1000 and v.isprintable())
 FLAG = Check("0 or 1", lambda value: True)
-TOKENS, SECONDS, RATE = between(8, 2**26), between(0, 1e7), between(0, 10)
+SECONDS, RATE = between(0, 1e7), between(0, 10)
 
 
 def setting(default: Any, doc: str, check: Check, model: bool = False, score: bool = False) -> Any:
@@ -208,7 +208,8 @@ class Config:
     muon_momentum_warmup_start: float = setting(0.92, "momentum at the first step", below(0, 1))
     muon_momentum_warmup_steps: int = setting(1500, "steps until MUON_MOMENTUM is reached", between(0, 10**9))
     muon_backend_steps: int = setting(5, "Newton-Schulz iterations", between(1, 50))
-    muon_ns: str = setting("quintic", "coefficients of the Newton-Schulz iterations; polar: Polar Express, five of them", one_of("quintic", "polar"))
+    muon_ns: str = setting("quintic", "coefficients of the Newton-Schulz iterations; polar: Polar Express, five of them",
+                           one_of("quintic", "polar"))
     muon_row_normalize: bool = setting(True, "rows of the update get unit norm first", FLAG)
     muon_wd: float = setting(0.095, "decoupled weight decay of the banks", RATE)
     muon_wd_taper: float = setting(1.0, "share of MUON_WD that is left at the end, falling over the last 30 % of the run", between(0, 1))
@@ -244,7 +245,8 @@ class Config:
     ttt_chunk_size: int = score_setting(48, "tokens scored between two updates", between(1, 2**20))
     ttt_chunk_doubles_at: tuple[int, ...] = score_setting(
         (), "positions in a document from which chunks are twice as large", each(between(1, 2**30), 8))
-    ttt_eval_seq_len: int = score_setting(2048, "tokens that a chunk sees at most, itself included (a cache: whole chunks)", between(2, 2**20))
+    ttt_eval_seq_len: int = score_setting(
+        2048, "tokens that a chunk sees at most, itself included (a cache: whole chunks)", between(2, 2**20))
     ttt_batch_size: int = score_setting(64, "documents adapted side by side, at most", between(1, 4096))
     ttt_grad_steps: int = score_setting(1, "updates a chunk", between(1, 100))
     ttt_weight_decay: float = score_setting(0.5, "decoupled weight decay of the adapters", between(0, 1000))
@@ -256,7 +258,8 @@ class Config:
     ttt_o_lora: bool = score_setting(True, "adapters around attention", FLAG)
     ttt_mlp_lora: bool = score_setting(True, "adapters around the MLP", FLAG)
     val_doc_fraction: float = score_setting(1.0, "share of the validation documents to score; below 1 is no full score", above(0, 1))
-    ngram_tilt_enabled: bool = score_setting(False, "raise what followed most often when the same tokens came before, in scoring order", FLAG)
+    ngram_tilt_enabled: bool = score_setting(
+        False, "raise what followed most often when the same tokens came before, in scoring order", FLAG)
     ngram_tilt_order: int = score_setting(16, "tokens of an n-gram, the predicted one included", between(2, 64))
     ngram_tilt_threshold: float = score_setting(0.8, "least share of the earlier occurrences that agree", between(0, 1))
     ngram_tilt_beta: float = score_setting(2.625, "nats by which the hint is raised before all is normalised again", between(0, 100))
@@ -410,7 +413,8 @@ def misspelt_settings(environ: Mapping[str, str]) -> list[tuple[str, str]]:
 
 def settings_help() -> str:
     """Every setting, its default, what it does and what it may be, one a line."""
-    return "\n".join(f"{f.name.upper()}={format_setting(f.default)}  {f.metadata['doc']} ({f.metadata['check'].text})" for f in fields(Config))
+    return "\n".join(f"{f.name.upper()}={format_setting(f.default)}  {f.metadata['doc']} ({f.metadata['check'].text})"
+                     for f in fields(Config))
 
 
 # ======================================================================================================================
@@ -531,7 +535,8 @@ class Log:
                 self.file.write(text + "\n")
                 self.file.flush()
         except OSError as error:
-            print(f"warning: {self.path} cannot be written any more ({error.strerror}); the run goes on without it", file=sys.stderr, flush=True)
+            print(f"warning: {self.path} cannot be written any more ({error.strerror}); the run goes on without it",
+                  file=sys.stderr, flush=True)
             self.file = None
 
     def record(self, word: str, /, **values: Any) -> None:
@@ -978,7 +983,8 @@ def make_batch(tokens: np.ndarray, targets: np.ndarray, starts: np.ndarray, long
     previous = np.empty(count, np.int64)
     previous[1:] = tokens[:-1]
     previous[starts] = -1 if before is None else before  # the only place that says who has a predecessor
-    return Batch(*(to_device(a, device) for a in (tokens.astype(np.int64), targets.astype(np.int64), previous, cu_seqlens, positions)), longest)
+    arrays = (tokens.astype(np.int64), targets.astype(np.int64), previous, cu_seqlens, positions)
+    return Batch(*(to_device(array, device) for array in arrays), longest)
 
 
 class SpanLayout(NamedTuple):
@@ -1269,7 +1275,8 @@ def parameter_table(cfg: Config) -> list[Row]:
             rows.append(Row(f"blocks.{i}.attn.attn_gate_w", (cfg.num_heads, d), "small", std=cfg.gated_attn_init_std,
                             int8=cfg.gated_attn_quant_gate))
         if cfg.mlp_gate_enabled:
-            rows += [Row(f"blocks.{i}.mlp_gate_out.weight", (1, cfg.gate_window), "small"), Row(f"blocks.{i}.mlp_gate_out.bias", (1,), "small", constant=5.0)]
+            rows += [Row(f"blocks.{i}.mlp_gate_out.weight", (1, cfg.gate_window), "small"),
+                     Row(f"blocks.{i}.mlp_gate_out.bias", (1,), "small", constant=5.0)]
     if cfg.smear_gate_enabled:
         rows += [Row("smear_gate.weight", (1, cfg.gate_window), "small"), Row("smear_lambda", (1,), "small")]
     return rows
@@ -1440,7 +1447,8 @@ class GPT(nn.Module):
         stacked = LayerWeights(
             torch.cat([self.qo_bank[:layers], self.kv_bank[:layers], self.kv_bank[layers:], *gates], dim=1),
             self.qo_bank[layers:] * attn_scale[:, :, None], self.mlp_up_bank, self.mlp_down_bank * mlp_scale[:, :, None],
-            attn_scale, mlp_scale, of_blocks("resid_mix"), of_blocks("attn.q_gain"), self.parallel_resid_lambdas, self.parallel_post_lambdas)
+            attn_scale, mlp_scale, of_blocks("resid_mix"), of_blocks("attn.q_gain"), self.parallel_resid_lambdas,
+            self.parallel_post_lambdas)
         return [LayerWeights(*tensors) for tensors in zip(*(t.to(self.dtype).unbind() for t in stacked))]
 
     def _smear(self, embedded: Tensor, previous: Tensor) -> Tensor:
@@ -1690,7 +1698,8 @@ class Optimizers:
         for i, param in enumerate(params):
             state = self.adamw.state[param]
             if not state:  # AdamW fills it at its first step; a state can be put back before that
-                state |= {"step": torch.zeros((), device=param.device), "exp_avg": torch.zeros_like(param), "exp_avg_sq": torch.zeros_like(param)}
+                state |= {"step": torch.zeros((), device=param.device)}
+                state |= {name: torch.zeros_like(param) for name in ("exp_avg", "exp_avg_sq")}
             for key, value in state.items():
                 yield f"adamw.{i}.{key}", cut.get(id(param)) if value.dim() else None, value
 
@@ -1852,7 +1861,8 @@ class Trainer:
         batch_seconds = max(self.run.ranks.gather(min(times)))
         need = 1.1 * cfg.gptq_calibration_batches * batch_seconds + 0.5
         self.reserve_seconds = max(cfg.gptq_reserve_seconds, need)
-        self.run.log.record("reserve", seconds=f"{self.reserve_seconds:.2f}", batch_ms=f"{1e3 * batch_seconds:.1f}", batches=cfg.gptq_calibration_batches)
+        self.run.log.record("reserve", seconds=f"{self.reserve_seconds:.2f}", batch_ms=f"{1e3 * batch_seconds:.1f}",
+                            batches=cfg.gptq_calibration_batches)
         if self.reserve_seconds >= cfg.max_wallclock_seconds:
             raise ValueError(f"the Hessians alone would take {need:.0f} s here, MAX_WALLCLOCK_SECONDS is {cfg.max_wallclock_seconds:g}: "
                              "give it more time, or set GPTQ_CALIBRATION_BATCHES or TRAIN_BATCH_TOKENS lower")
@@ -1911,7 +1921,8 @@ class Checkpoint:
             if hashlib.sha256(data).hexdigest() == self.found["sha256"]:
                 tensors = safetensors.torch.load(data)
             else:
-                problem = f"{path}, the state of this run, is {'damaged' if data else 'not there'}; delete {self.index} to start again from step 0"
+                problem = (f"{path}, the state of this run, is {'damaged' if data else 'not there'}; "
+                           f"delete {self.index} to start again from step 0")
         if problem := self.run.ranks.agree(problem):
             raise ValueError(problem)
         self.run.ranks.share([tensors[name] for name in sorted(tensors)])
@@ -1958,7 +1969,8 @@ class Checkpoint:
             return {"problem": f"{self.index} is of a run with settings or code that differ from this one's; start it as it was started, "
                                "or choose another RUN_ID"}
         path = output_path(self.run.cfg, ".artifact")
-        if found["stage"] == "exported" and not (path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == found["artifact_sha256"]):
+        there = path.read_bytes() if path.exists() else b""
+        if found["stage"] == "exported" and hashlib.sha256(there).hexdigest() != found["artifact_sha256"]:
             return found["before"]  # it was ended before the artifact was there
         return found
 
@@ -2001,10 +2013,11 @@ def train(run: Run, trainer: Trainer, val: ValData, checkpoint: Checkpoint) -> N
             log.record("phase", step=trainer.step, frac=f"{frac:.3f}", depth=depth)
         lr_scale = learning_rate_scale(cfg, frac)
         loss = trainer.train_step(depth, lr_scale, muon_wd_scale(cfg, frac))
-        elapsed_ms, save = pace.after_step(trainer.clock.elapsed_ms(), checkpoint.due(trainer.step))
+        elapsed_ms, save, signalled = pace.after_step(trainer.clock.elapsed_ms(), checkpoint.due(trainer.step))
         frac = elapsed_ms / budget_ms if budget_ms else trainer.step / cfg.iterations
         pace.report(trainer, loss, min(frac, 1.0), lr_scale)
-        run.check_stop()
+        if signalled:
+            run.check_stop()
         if save:
             checkpoint.write(trainer)
     trainer.clock.stop()
@@ -2017,15 +2030,17 @@ class Pace:
         self.run, self.events = run, []
         self.last_step, self.last_ms = trainer.step, trainer.clock.total_ms
 
-    def after_step(self, *values: float) -> tuple[float, ...]:
-        """Rank 0's numbers (time, whether to save), on every rank."""
+    def after_step(self, elapsed_ms: float, save: bool) -> tuple[float, bool, bool]:
+        """Rank 0's time and whether to save, and whether a signal has come to any rank: one exchange a step."""
         if self.run.device.type == "cuda":
             event = torch.cuda.Event()
             event.record()
             self.events.append(event)
             if len(self.events) > 2:
                 self.events.pop(0).synchronize()
-        return self.run.ranks.agree(values)
+        signalled = self.run.watch is not None and self.run.watch.number > 0
+        elapsed, saves, signals = zip(*self.run.ranks.gather((elapsed_ms, save, signalled)))
+        return elapsed[0], saves[0], any(signals)
 
     def report(self, trainer: Trainer, loss: Tensor, frac: float, lr_scale: float) -> None:
         cfg, log, step = self.run.cfg, self.run.log, trainer.step
@@ -2429,7 +2444,8 @@ def quantize(run: Run, model: GPT, hessians: dict[str, Tensor], clip_factor: flo
     return tensors, total_error
 
 
-def quantize_group(run: Run, name: str, weights: Tensor, hessian: Tensor, group: MatrixGroup, clip_factor: float) -> tuple[list[Quantized], float]:
+def quantize_group(run: Run, name: str, weights: Tensor, hessian: Tensor, group: MatrixGroup,
+                   clip_factor: float) -> tuple[list[Quantized], float]:
     """Matrices (N, R, C) of one group, shared out over the ranks, and their Hessian-weighted squared error. A collective.
 
     Logs how large the error of the group's outputs is, relative to the outputs.
@@ -2470,8 +2486,8 @@ def quantize_and_pack(run: Run, model: GPT, hessians: dict[str, Tensor], code_by
         if not target and size <= ARTIFACT_CAP_BYTES:
             return tensors, data
         if not target:
-            run.log(f"warning: artifact and code are {size} bytes, over the cap of {ARTIFACT_CAP_BYTES}: all clip sigmas are raised until they "
-                    "fit; COMPRESSOR=rans or QUANTIZER=trellis take fewer bytes")
+            run.log(f"warning: artifact and code are {size} bytes, over the cap of {ARTIFACT_CAP_BYTES}: all clip sigmas are "
+                    "raised until they fit; COMPRESSOR=rans or QUANTIZER=trellis take fewer bytes")
             target = ARTIFACT_CAP_BYTES
         error_as_set = error if attempt == 0 else error_as_set
         run.log.record("fit", attempt=attempt + 1, clip_factor=f"{factor:.5f}", total_bytes=size, target_bytes=target,
@@ -2558,11 +2574,11 @@ def pack_artifact(tensors: Tensors, cfg: Config) -> bytes:
     return start + hashlib.sha256(start + packed + coded).digest() + packed + coded
 
 
-def unpack_artifact(data: bytes) -> tuple[Config, Tensors]:
-    """The settings of an artifact, all others at their defaults, and its tensors, on the CPU.
+def open_artifact(data: bytes) -> tuple[Config, str, dict[str, Tensor], bytes]:
+    """The settings of an artifact, all others at their defaults, its compressor, its plain tensors and its coded part.
 
     Raises:
-        ArtifactError: the file is damaged, or anything in it does not fit the settings in it.
+        ArtifactError: the file is damaged or no artifact, or its settings are not allowed.
     """
     if len(data) < ARTIFACT_PREFIX.size or data[:8] != ARTIFACT_MAGIC:
         raise ArtifactError("this is not an artifact of this train_gpt.py (wrong first bytes)")
@@ -2578,8 +2594,13 @@ def unpack_artifact(data: bytes) -> tuple[Config, Tensors]:
         plain = safetensors.torch.load(decompress(body[:packed_bytes], ARTIFACT_MAX_PLAIN_BYTES))
     except (safetensors.SafetensorError, ValueError, RuntimeError, OverflowError, MemoryError, KeyError) as error:
         raise ArtifactError(f"the artifact's packed part is no safetensors file ({str(error)[:200]})") from error
-    cfg, compressor = stored_config(plain.pop("settings", torch.zeros(0)))
-    return cfg, take_tensors(cfg, compressor, plain, body[packed_bytes:])
+    return *stored_config(plain.pop("settings", torch.zeros(0))), plain, body[packed_bytes:]
+
+
+def unpack_artifact(data: bytes) -> tuple[Config, Tensors]:
+    """The settings and the tensors of an artifact, on the CPU; ArtifactError if anything in it does not fit."""
+    cfg, compressor, plain, coded = open_artifact(data)
+    return cfg, take_tensors(cfg, compressor, plain, coded)
 
 
 def stored_config(stored: Tensor) -> tuple[Config, str]:
@@ -2629,7 +2650,8 @@ def take_tensors(cfg: Config, compressor: str, plain: dict[str, Tensor], coded: 
             continue
         scales = take(row.name + ".scales", torch.float16, row.shape[:-1])
         stored = (*row.shape[:-2], row.shape[-1], row.shape[-2])
-        values = torch.zeros(row.shape, dtype=torch.int8) if uses_coder(row, compressor) else take(row.name + ".codes", torch.int8, stored).mT
+        coded_apart = uses_coder(row, compressor)
+        values = torch.zeros(row.shape, dtype=torch.int8) if coded_apart else take(row.name + ".codes", torch.int8, stored).mT
         tensors[row.name] = Quantized(values.contiguous(), scales, cfg.quantizer if row.matrices else "scalar")
     if plain or (coded and compressor != "rans"):
         raise ArtifactError(f"the artifact holds more than its model: {', '.join([*plain][:3]) or f'{len(coded)} bytes'}")
@@ -2686,7 +2708,8 @@ def size_table(data: bytes, tensors: Tensors, cfg: Config) -> list[dict[str, str
     coded = data[ARTIFACT_PREFIX.size + ARTIFACT_PREFIX.unpack_from(data)[1]:]
     lengths = [len(s) for s in cut_streams(coded)[2:]] if coded else []
     banks = [(row.name, tensors[row.name]) for row in parameter_table(cfg) if row.matrices]
-    rows = [{"tensor": name, "weights": t.codes.numel(), **({"bytes": size, "bits_per_weight": f"{8 * size / t.codes.numel():.4f}"} if size else {}),
+    rows = [{"tensor": name, "weights": t.codes.numel(),
+             **({"bytes": size, "bits_per_weight": f"{8 * size / t.codes.numel():.4f}"} if size else {}),
              "entropy": f"{table_entropy(t) / t.codes.numel():.4f}"}
             for (name, t), size in itertools.zip_longest(banks, lengths)]
     return [*rows, {"tensor": "rest", "bytes": len(data) - sum(lengths)}]
@@ -3510,7 +3533,8 @@ def make_chunk(run: Run, documents: Documents, members: range, begin: int, end: 
     if documents.hints is not None:
         entries = np.where(chunk < stops[:, None], starts[:, None] + 1 + chunk, 0)
         hints = to_device(np.where(chunk < stops[:, None], documents.hints[entries], -1).astype(np.int64).ravel(), run.device)
-    return Chunk(batch, None if cached else to_device(rows.ravel(), run.device), to_device(weights.astype(np.float32).ravel(), run.device), hints)
+    scored = None if cached else to_device(rows.ravel(), run.device)
+    return Chunk(batch, scored, to_device(weights.astype(np.float32).ravel(), run.device), hints)
 
 
 class KVCache:
@@ -3783,7 +3807,8 @@ class GlobalSGD:
             progress(f"ttt_sgd_{phase}", i + 1, chunks - 1)
         self._release()
         loss = total.item() / max(chunks - 1, 1)
-        self.run.log.record("ttt_sgd", phase=phase, tokens=len(text), chunks=max(chunks - 1, 0), loss=f"{loss:.4f}", time_ms=int(since_ms(began)))
+        self.run.log.record("ttt_sgd", phase=phase, tokens=len(text), chunks=max(chunks - 1, 0), loss=f"{loss:.4f}",
+                            time_ms=int(since_ms(began)))
         return since_ms(began)
 
     def _gradients(self, entries: np.ndarray) -> Tensor:
@@ -3842,7 +3867,8 @@ class TTTProgress:
         sgd_ms = self.sgd_ms * sum(self.sgd_tokens) / max(sum(self.sgd_tokens[:phase]), 1)
         whole = (elapsed - self.sgd_ms) / max(share, 1e-9) + sgd_ms
         self.run.log.record("ttt", docs=f"{docs}/{len(self.documents)}", phase=f"{phase + 1}/{len(self.plans)}",
-                            val_bpb=f"{nats / math.log(2) / max(num_bytes, 1):.5f}", bytes=num_bytes, time_ms=int(elapsed), left_ms=int(max(0.0, whole - elapsed)))
+                            val_bpb=f"{nats / math.log(2) / max(num_bytes, 1):.5f}", bytes=num_bytes, time_ms=int(elapsed),
+                            left_ms=int(max(0.0, whole - elapsed)))
         if budget and whole > budget and not self.warned:
             self.warned = True
             self.run.log(f"warning: at this pace test-time training will take {whole / 1e3:.0f} s, more than EVAL_BUDGET_SECONDS="
@@ -3900,7 +3926,8 @@ def score_with_ttt(run: Run, model: GPT, val: ValData) -> Score:
 #
 # Three places where writing the fused form by hand saves memory traffic that torch.compile cannot: the MLP, whose
 # activation joins the matrix product before it (forward) and the one after it (backward); exclusive self-attention, one pass
-# each way; and the softcapped cross entropy, which never stores the float32 logits of a batch. Beside each kernel stands what it computes in plain torch,
+# each way; and the softcapped cross entropy, which never stores the float32 logits of a batch. Beside each kernel stands what it
+# computes in plain torch,
 # which is also what runs without Triton; the tests hold one against the other and both against float64. The kernels hide in
 # operators, so the compiler keeps its single graph. Matrix tiles go through Hopper's copy engine (TMA descriptors), one
 # persistent program on every multiprocessor.
@@ -3978,7 +4005,7 @@ if triton is not None:
     @triton.jit
     def exclude_self_kernel(y, v, gate, grad, out, grad_v, grad_gate, rows, v_stride, BACKWARD: tl.constexpr, KV: tl.constexpr,
                             GROUPS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):
-        """A row is one position and one value: out = gate * (y - (y.v / v.v) v) for the heads that share it; or, BACKWARD, all gradients."""
+        """A row is a position and a value: out = gate * (y - (y.v / v.v) v) for the heads that share it; or, BACKWARD, all gradients."""
         row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         inside, d = row < rows, tl.arange(0, DIM)
         value_at = (row // KV * v_stride + row % KV * DIM)[:, None] + d[None, :]
@@ -4247,8 +4274,8 @@ def open_log(cfg: Config, ranks: Ranks) -> Log:
     except OSError as error:
         raise ValueError(f"cannot write to {path.parent}: {error.strerror}; set ARTIFACT_DIR to a folder you may write to") from error
     if free < 4 * ARTIFACT_CAP_BYTES:
-        raise ValueError(f"only {free / 1e6:.0f} MB free in {path.parent}: the log and the artifact need {4 * ARTIFACT_CAP_BYTES / 1e6:.0f}; "
-                         "free some space there or set ARTIFACT_DIR")
+        raise ValueError(f"only {free / 1e6:.0f} MB free in {path.parent}: the log and the artifact need "
+                         f"{4 * ARTIFACT_CAP_BYTES / 1e6:.0f}; free some space there or set ARTIFACT_DIR")
     return log
 
 
@@ -4261,10 +4288,12 @@ def log_start(run: Run, environ: Mapping[str, str]) -> None:
                compile=int(run.compile), date=f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ}")
     if attention_backend.skipped:
         log(f"faster attention was passed over: {attention_backend.skipped}")
-    log.record("code", file="train_gpt.py", packed_bytes=len(packed_code()), bytes=len(counted_code()), sha256=hashlib.sha256(counted_code()).hexdigest())
+    log.record("code", file="train_gpt.py", packed_bytes=len(packed_code()), bytes=len(counted_code()),
+               sha256=hashlib.sha256(counted_code()).hexdigest())
     for f in fields(cfg):
         value, starred = format_setting(getattr(cfg, f.name)), getattr(cfg, f.name) != f.default
-        log(f"setting {'*' if starred else ''}{f.name.upper()} value:{value}" + (f" default:{format_setting(f.default)}" if starred else ""))
+        default = f" default:{format_setting(f.default)}" if starred else ""
+        log(f"setting {'*' if starred else ''}{f.name.upper()} value:{value}{default}")
     for found, meant in misspelt_settings(environ):
         log(f"warning: {found} is no setting; did you mean {meant}? It has no effect")
 
@@ -4362,10 +4391,12 @@ def score_and_finish(run: Run, val: ValData, artifact: Exported) -> int:
         write_losses(run, {"quantized": plain} | ({"quantized_ttt": score} if cfg.ttt_enabled else {}))
     eval_ms, total_bytes = clock.total_ms + score.time_ms, len(artifact.data) + len(counted_code())
     problems = [f"{what} took {time_ms / 1e3:.1f} s, over the budget of {budget:g} s"
-                for what, time_ms, budget in (("training", artifact.train_ms, cfg.max_wallclock_seconds), ("evaluation", eval_ms, cfg.eval_budget_seconds))
+                for what, time_ms, budget in (("training", artifact.train_ms, cfg.max_wallclock_seconds),
+                                              ("evaluation", eval_ms, cfg.eval_budget_seconds))
                 if budget and time_ms > 1e3 * budget]
     if total_bytes > ARTIFACT_CAP_BYTES:
-        problems.append(f"artifact and code are {total_bytes} bytes, {total_bytes - ARTIFACT_CAP_BYTES} over the cap of {ARTIFACT_CAP_BYTES}")
+        over = total_bytes - ARTIFACT_CAP_BYTES
+        problems.append(f"artifact and code are {total_bytes} bytes, {over} over the cap of {ARTIFACT_CAP_BYTES}")
     trained = {} if cfg.eval_only else {"steps": artifact.steps, "train_ms": int(artifact.train_ms)}
     log.record("final", seed=cfg.seed, val_loss=f"{score.val_loss:.8f}", val_bpb=f"{score.val_bpb:.8f}", pre_ttt_bpb=f"{plain.val_bpb:.8f}",
                **trained, eval_ms=int(eval_ms), total_bytes=total_bytes)
@@ -4386,13 +4417,13 @@ def read_artifact(cfg: Config, ranks: Ranks) -> tuple[bytes, Config]:
                 problem = f"{path}: {path.stat().st_size} bytes are more than an artifact may have ({ARTIFACT_MAX_FILE_BYTES})"
             else:
                 data = path.read_bytes()
-                unpack_artifact(data)
+                open_artifact(data)
         except (ArtifactError, OSError) as error:
             problem = f"{path}: {error}"
     data, problem = ranks.agree((data, problem))
     if problem:
         raise ValueError(problem)
-    return data, unpack_artifact(data)[0]
+    return data, open_artifact(data)[0]
 
 
 def adopt_settings(cfg: Config, stored: Config, environ: Mapping[str, str]) -> tuple[Config, list[str]]:
@@ -4441,7 +4472,8 @@ def run_stages(cfg: Config, ranks: Ranks, environ: Mapping[str, str], log: Log, 
 def describe(error: BaseException) -> tuple[str, int]:
     """What to tell the user, and the exit status."""
     if isinstance(error, torch.OutOfMemoryError):
-        return f"out of GPU memory: {str(error).splitlines()[0]}; set MICRO_BATCH_TOKENS, VAL_BATCH_TOKENS or TTT_BATCH_SIZE lower", EXIT_USER_ERROR
+        hint = "set MICRO_BATCH_TOKENS, VAL_BATCH_TOKENS or TTT_BATCH_SIZE lower"
+        return f"out of GPU memory: {str(error).splitlines()[0]}; {hint}", EXIT_USER_ERROR
     if isinstance(error, (ValueError, OSError)):
         return str(error), EXIT_USER_ERROR
     if isinstance(error, MemoryError):
@@ -4475,13 +4507,18 @@ def fail(error: BaseException, ranks: Ranks | None, log: Log | None) -> int:
 
 
 def main(environ: Mapping[str, str] = os.environ, arguments: tuple[str, ...] = ()) -> int:
-    """Run as the environment says; the exit status: 0, 2 for something the user can mend, 3 over a cap or budget, 128 + a signal's number."""
+    """Run as the environment says.
+
+    Returns:
+        The exit status: 0, 2 for something the user can mend, 3 over a cap or budget, 128 + a signal's number.
+    """
     if arguments:
         if arguments[0] == "--pack":
             sys.stdout.buffer.write(packed_code())
             return 0
         known = {"--help": settings_help(), "--source": own_source()}
-        print(known.get(arguments[0], f"{arguments[0]} is not known; settings are environment variables (--help lists them, --source prints the code, --pack packs it)"))
+        print(known.get(arguments[0], f"{arguments[0]} is not known; settings are environment variables (--help lists them, --source "
+                                      "prints the code, --pack packs it)"))
         return 0 if arguments[0] in known else EXIT_USER_ERROR
     log, ranks = None, None
     try:

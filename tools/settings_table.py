@@ -14,9 +14,9 @@ import train_gpt  # noqa: E402
 PAGE = ROOT / "docs" / "SETTINGS.md"
 HEAD = """# Settings
 
-Every setting is an environment variable. A wrong value is an error that names it, its value and what is allowed; a misspelt name is a warning.
-The log lists them all and stars those that differ from the record. An artifact carries those marked *model* (which function the weights are) and
-*score* (how it is scored). Made by `tools/settings_table.py`.
+Every setting is an environment variable. A wrong value is an error that names it, its value and what is allowed; a misspelt name
+is a warning. The log lists them all and stars those that differ from the record. An artifact carries those marked *model* (which
+function the weights are) and *score* (how it is scored). Made by `tools/settings_table.py`.
 
 | setting | default | meaning | allowed | carried |
 |---|---|---|---|---|
