@@ -172,14 +172,14 @@ class Config:
     vocab_size: int = model_setting(8192, "tokens in the alphabet", between(8, 65536))
     num_layers: int = model_setting(11, "physical layers", between(1, 256))
     model_dim: int = model_setting(512, "width", between(2, 4096))
-    num_heads: int = model_setting(8, "query heads", between(1, 1024))
-    num_kv_heads: int = model_setting(4, "key and value heads", between(1, 1024))
+    num_heads: int = model_setting(8, "query heads", between(1, 256))
+    num_kv_heads: int = model_setting(4, "key and value heads", between(1, 256))
     mlp_mult: int = model_setting(4, "hidden width of the MLP over MODEL_DIM", between(1, 64))
     xsa_last_n: int = model_setting(11, "layers, from the last, with exclusive self-attention", between(0, 256))
     rope_base: float = model_setting(10000.0, "base of the rotary frequencies", above(1, 1e9))
     rope_dims: int = model_setting(16, "dimensions of a head that rotate", between(0, 4096))
     qk_gain_init: float = setting(5.0, "initial gain of the queries", above(0, 1000))
-    logit_softcap: float = model_setting(30.0, "logits are cap * tanh(logits / cap)", above(0, 1e4))
+    logit_softcap: float = model_setting(30.0, "logits are cap * tanh(logits / cap)", between(0.001, 1e4))
     ln_scale: bool = model_setting(True, "layer i reads its normalised input over sqrt(i + 1)", FLAG)
     skip_gates_enabled: bool = model_setting(True, "skips are mixed in through a gate; 0: added", FLAG)
     tied_embed_init_std: float = setting(0.005, "standard deviation of the initial embedding", above(0, 100))
@@ -218,7 +218,7 @@ class Config:
     adam_wd: float = setting(0.02, "weight decay of the small parameters", RATE)
     beta1: float = setting(0.9, "AdamW", below(0, 1))
     beta2: float = setting(0.95, "AdamW", below(0, 1))
-    adam_eps: float = setting(1e-8, "AdamW", above(0, 1))
+    adam_eps: float = setting(1e-8, "AdamW", between(1e-20, 1))
     grad_clip_norm: float = setting(0.3, "norm of the averaged gradient, at most; 0: no limit", between(0, 1e6))
     ema_decay: float = setting(0.9965, "moving average of the weights, a step; these are exported", below(0, 1))
     # the artifact
@@ -562,6 +562,8 @@ class Log:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"another process is writing {self.path}: wait for it to end, or choose another RUN_ID") from None
+        if self.path.read_bytes()[-1:] not in (b"", b"\n"):  # a kill cut the last line
+            self.file.write("\n")
 
     def take_over(self) -> None:
         """Speak from this rank, because rank 0 cannot, even where a stopped rank 0 still holds the file."""
