@@ -60,6 +60,8 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch loads: threads that spin slow a busy CPU down tenfold
+
 import brotli
 import numpy as np
 import safetensors
@@ -543,10 +545,21 @@ class Ranks:
             return {-1: "the process that held the ranks together has ended"}
 
 
+def write_line(stream: Any, text: str) -> str:
+    """A line to a console; why it cannot be written, else "". Then all that is still to come goes nowhere, quietly."""
+    try:
+        print(text, file=stream, flush=True)
+        return ""
+    except OSError as error:
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return error.strerror or str(error)
+
+
 class Log:
     """Writes lines to standard output and appends them to a file, which it locks; silent on other ranks than 0.
 
-    A file that cannot be written any more costs its lines, not the run: they still go to standard output.
+    A file or a console that cannot be written any more costs its lines, not the run.
     """
 
     def __init__(self, path: Path | None, enabled: bool = True) -> None:
@@ -576,16 +589,17 @@ class Log:
         """One line of prose."""
         if not self.enabled:
             return
-        with_escapes = text.encode(sys.stdout.encoding or "utf-8", "backslashreplace").decode(sys.stdout.encoding or "utf-8")
-        print(with_escapes, flush=True)
+        encoding, lost = getattr(sys.stdout, "encoding", None) or "utf-8", {}
+        lost["standard output"] = write_line(sys.stdout, text.encode(encoding, "backslashreplace").decode(encoding))
         try:
             if self.file is not None:
                 self.file.write(text + "\n")
                 self.file.flush()
         except OSError as error:
-            print(f"warning: {self.path} cannot be written any more ({error.strerror}); the run goes on without it",
-                  file=sys.stderr, flush=True)
-            self.file = None
+            self.file, lost[str(self.path)] = None, error.strerror
+        for name, reason in lost.items():
+            if reason:
+                write_line(sys.stderr, f"warning: {name} cannot be written any more ({reason}); the run goes on without it")
 
     def record(self, word: str, /, **values: Any) -> None:
         """One line `word key:value key:value` for programs."""
@@ -2557,9 +2571,19 @@ def quantize_and_pack(run: Run, model: GPT, hessians: dict[str, Tensor], code_by
     """
     cfg, target, factor = run.cfg, run.cfg.artifact_target_bytes, 1.0
     best, best_size, error_as_set = ({}, b""), math.inf, 0.0
+    progress = Progress(run.log)
+
+    def tick(done: float, total: float) -> None:
+        progress("pack", done, total)
+        if run.watch is not None and run.watch.number:
+            raise Stopped(run.watch.number)
+
     for attempt in range(TARGET_ROUNDS):
         tensors, error = quantize(run, model, hessians, factor)
-        data = pack_artifact(tensors, cfg) if run.ranks.rank == 0 else b""
+        data = b""
+        with suppress(Stopped):  # which all ranks hear of in the next line
+            data = pack_artifact(tensors, cfg, tick) if run.ranks.rank == 0 else b""
+        run.check_stop()
         size = run.ranks.agree(len(data)) + code_bytes
         if not target and size <= ARTIFACT_CAP_BYTES:
             return tensors, data
@@ -2631,8 +2655,11 @@ def uses_coder(row: Row, compressor: str) -> bool:
     return compressor == "rans" and bool(row.matrices)
 
 
-def pack_artifact(tensors: Tensors, cfg: Config) -> bytes:
-    """The bytes of an artifact file; unpack_artifact gives back the same integers and the same floats, bit for bit."""
+def pack_artifact(tensors: Tensors, cfg: Config, tick: Callable[[float, float], None] = lambda done, total: None) -> bytes:
+    """The bytes of an artifact file; unpack_artifact gives back the same integers and the same floats, bit for bit.
+
+    `tick` hears now and then how many bytes of how many are compressed.
+    """
     header = {"compressor": cfg.compressor, "settings": stored_settings(cfg)}
     plain = {"settings": torch.frombuffer(bytearray(json.dumps(header, allow_nan=False).encode()), dtype=torch.uint8)}
     banks = []
@@ -2648,8 +2675,8 @@ def pack_artifact(tensors: Tensors, cfg: Config) -> bytes:
             plain[row.name + ".codes"] = tensor.codes.mT.contiguous()
     coded = join_streams(encode_codes(banks)) if banks else b""
     if sum(bank.codes.size for bank in banks) > ARTIFACT_MAX_CODES_PER_BYTE * len(coded):  # hardly anything but zeros, in banks of any size
-        return pack_artifact(tensors, replace(cfg, compressor="brotli"))
-    packed = brotli.compress(safetensors.torch.save(plain), quality=11, lgwin=24)
+        return pack_artifact(tensors, replace(cfg, compressor="brotli"), tick)
+    packed = compress(safetensors.torch.save(plain), tick)
     start = struct.pack("<8sI", ARTIFACT_MAGIC, len(packed))
     return start + hashlib.sha256(start + packed + coded).digest() + packed + coded
 
@@ -2759,6 +2786,15 @@ def cut_streams(joined: bytes) -> list[bytes]:
     if ends[-1] != len(joined):
         raise ArtifactError("the artifact's streams do not add up to its coded part")
     return [joined[start:end] for start, end in zip(ends, ends[1:])]
+
+
+def compress(data: bytes, tick: Callable[[float, float], None], step: int = 1 << 18) -> bytes:
+    """brotli.compress at its best, half a megabyte a second or so."""
+    packer, parts = brotli.Compressor(quality=11, lgwin=24), []
+    for at in range(0, len(data), step):
+        tick(at, len(data))
+        parts.append(packer.process(data[at: at + step]))
+    return b"".join([*parts, packer.finish()])
 
 
 def decompress(stream: bytes, limit: int) -> bytes:
@@ -4585,7 +4621,7 @@ def fail(error: BaseException, ranks: Ranks | None, log: Log | None) -> int:
     if log is not None:
         log(f"error: {text}")
     elif first:
-        print(f"error: {text}", file=sys.stderr, flush=True)
+        write_line(sys.stderr, f"error: {text}")
     if not alone:
         time.sleep(1.0 if first else 0.0)
         sys.stdout.flush()
