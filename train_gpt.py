@@ -122,7 +122,7 @@ def each(check: Check, most: int = 16) -> Check:
                  lambda value: len(value) <= most and all(map(check.accepts, value)))
 
 
-TEXT = Check("text without line breaks, up to 1000 characters", lambda v: len(v) <= 1000 and v.isprintable())
+TEXT = Check("text without line breaks, up to 1000 characters", lambda v: len(v) <= 1000 and v.encode(errors="replace").decode().isprintable())
 FLAG = Check("0 or 1", lambda value: True)
 SECONDS, RATE = between(0, 1e7), between(0, 10)
 
@@ -245,7 +245,7 @@ class Config:
     ttt_lora_alpha: float = score_setting(0.0, "adapters count alpha / rank times; 0: once", between(0, 1e6))
     ttt_lora_lr: float = score_setting(1e-4, "learning rate of the adapters", RATE)
     ttt_lora_lr_power: float = score_setting(0.0, "update n of a document has the learning rate times n to this power", between(-1, 0))
-    ttt_chunk_size: int = score_setting(48, "tokens scored between two updates", between(1, 2**20))
+    ttt_chunk_size: int = score_setting(48, "tokens scored between two updates", between(1, 2**16))
     ttt_chunk_doubles_at: tuple[int, ...] = score_setting(
         (), "positions in a document from which chunks are twice as large", each(between(1, 2**30), 8))
     ttt_eval_seq_len: int = score_setting(
@@ -454,6 +454,9 @@ class Ranks:
     @classmethod
     def start(cls, environ: Mapping[str, str], timeout_seconds: float = 1800.0) -> Ranks:
         """Join the other processes that torchrun started, if any; NCCL on CUDA, gloo on a CPU."""
+        for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
+            if not re.fullmatch("[0-9]{1,5}", environ.get(name, "0")):
+                raise ValueError(f"{name}={environ[name]!r} is no number: leave it to torchrun")
         world, local_rank = int(environ.get("WORLD_SIZE", 1)), int(environ.get("LOCAL_RANK", 0))
         device = torch.device("cpu")
         if torch.cuda.is_available():
@@ -4595,7 +4598,7 @@ def describe(error: BaseException) -> tuple[str, int]:
         return f"out of GPU memory: {str(error).splitlines()[0]}; {hint}", EXIT_USER_ERROR
     if isinstance(error, (ValueError, OSError)):
         return str(error), EXIT_USER_ERROR
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # torch has no kind of its own for it on a CPU
         return "out of memory: smaller batches, models or data take less", EXIT_USER_ERROR
     if isinstance(error, KeyboardInterrupt):
         return "stopped by SIGINT; the same command goes on from what is there", 128 + signal.SIGINT
