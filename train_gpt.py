@@ -3324,32 +3324,35 @@ def plan_ttt(cfg: Config, lengths: np.ndarray, world: int) -> list[PhasePlan]:
 
 
 def plan_phase(cfg: Config, part: range, work: list[float], beside: list[float], world: int) -> PhasePlan:
-    """The best of several numbers of batches: few share the steps' fixed costs, many can be dealt evenly.
+    """The soonest end of several ways to cut: few batches share the steps' fixed costs, many take the longest documents apart.
 
     work[i] is what the documents before place i cost by their tokens, beside[i] what the steps of a batch cost whose longest is i.
     """
 
-    def cut(limit: float) -> list[range]:
-        """Batches that cost at most `limit` each, but for single documents that cost more."""
-        batches, first = [], part.start
+    def fill(end: float, pieces: int) -> PhasePlan | None:
+        """Batches of at most a piece of the time until `end`, each to the rank that is free first, the last ones cut to the room left."""
+        batches, held, seconds, first = [], [[] for _ in range(world)], [0.0] * world, part.start
         while first < part.stop:
-            last = bisect.bisect_right(work, work[first] + limit - beside[first]) - 1
-            batches.append(range(first, min(max(last, first + 1), first + cfg.ttt_batch_size, part.stop)))
-            first = batches[-1].stop
-        return batches
+            rank = seconds.index(min(seconds))
+            room = end - seconds[rank]
+            last = max(bisect.bisect_right(work, work[first] + min(room, end / pieces) - beside[first]) - 1, first + 1)
+            last = min(last, first + cfg.ttt_batch_size, part.stop)
+            cost = work[last] - work[first] + beside[first]
+            if cost > room:
+                return None
+            held[rank].append(len(batches))
+            batches.append(range(first, last))
+            seconds[rank], first = seconds[rank] + cost, last
+        return PhasePlan(part, tuple(batches), tuple(map(tuple, held)), tuple(seconds), range(0))
 
-    plans, whole = [], work[part.stop] - work[part.start] + sum(beside[part.start: part.stop])
-    fewest = len(cut(whole))
-    for count in sorted({*range(fewest, fewest + 2 * world), *(world * n for n in (1, 2, 3, 4, 5, 6, 8, 12, 16))}):
-        low, high = 0.0, whole
-        for _ in range(24 if count > fewest else 0):  # the lowest limit that needs no more batches
-            middle = (low + high) / 2
-            low, high = (low, middle) if len(cut(middle)) <= count else (middle, high)
-        batches = cut(high)
-        costs = np.array([work[b.stop] - work[b.start] + beside[b.start] for b in batches])
-        ranks = deal(costs, world)
-        plans.append(PhasePlan(part, tuple(batches), tuple(map(tuple, ranks)), tuple(float(costs[r].sum()) for r in ranks), range(0)))
-    return min(plans, key=lambda plan: max(plan.seconds))
+    best = fill(math.inf, 1)
+    for pieces in (1, 2, 3, 4, 6, 8, 12, 16):
+        early, late = 0.0, max(best.seconds)
+        while late - early > 1e-3 * late:
+            middle = (early + late) / 2
+            found = fill(middle, pieces)
+            best, early, late = (best, middle, late) if found is None else (found, early, max(found.seconds))
+    return best
 
 
 class Adapters:
