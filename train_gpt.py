@@ -1302,6 +1302,11 @@ def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),))
 
 
+def add(x: Tensor, y: Tensor) -> Tensor:
+    """x + y, of one dtype. Added in float32 it joins the norm behind it; else the product before it, for which x is copied first."""
+    return (x.float() + y.float()).to(x.dtype)
+
+
 @torch.library.custom_op(f"{OPERATORS}::rotary_tables", mutates_args=())
 def rotary_tables(positions: Tensor, dims: int, base: float) -> tuple[Tensor, Tensor]:
     """Cosines and sines, float32 (T, 1, dims / 2), of rotary embeddings (Su et al. 2021).
@@ -1468,23 +1473,16 @@ class GPT(nn.Module):
     def _serial_block(self, context: Context, layer: int, visit: int, x: Tensor, x0: Tensor) -> Tensor:
         mix = context.layers[layer].resid_mix
         x = mix[0] * x + mix[1] * x0
-        x = x + self._attention(context, layer, visit, self._normed(x, layer))
-        return x + self._mlp_gate(layer, x) * self._mlp(context, layer, visit, self._normed(x, layer))
+        x = add(x, self._attention(context, layer, visit, self._normed(x, layer)))
+        return add(x, self._mlp(context, layer, visit, x))
 
     def _parallel_block(self, context: Context, layer: int, visit: int, lanes: tuple[Tensor, Tensor], x0: Tensor) -> tuple[Tensor, Tensor]:
         """Attention reads lane 0, the MLP lane 1; both write to both."""
         weights = context.layers[layer]
         mix, resid, post = weights.resid_mix, weights.resid, weights.post
         a = self._attention(context, layer, visit, self._normed(mix[0] * lanes[0] + mix[1] * x0, layer))
-        m = self._mlp_gate(layer, lanes[1]) * self._mlp(context, layer, visit, self._normed(lanes[1], layer))
+        m = self._mlp(context, layer, visit, lanes[1])
         return (resid[0] * lanes[0] + post[0, 0] * a + post[1, 0] * m, resid[1] * lanes[1] + post[0, 1] * a + post[1, 1] * m)
-
-    def _mlp_gate(self, layer: int, x: Tensor) -> Tensor | float:
-        """The MLP's gate, (T, 1), from what its norm reads, un-normed."""
-        if not self.cfg.mlp_gate_enabled:
-            return 1.0
-        weight, bias = (self.get_parameter(f"blocks.{layer}.mlp_gate_out.{name}").to(self.dtype) for name in ("weight", "bias"))
-        return torch.sigmoid(F.linear(x[:, : self.cfg.gate_window], weight, bias))
 
     def _attention(self, context: Context, layer: int, visit: int, n: Tensor) -> Tensor:
         """What attention of the normalised input n (T, d) adds: gate, output projection and scale included."""
@@ -1501,15 +1499,20 @@ class GPT(nn.Module):
         bypass = linear((layer, visit, "attn_bypass"), n, None)
         return y if bypass is None else y + weights.attn_scale * bypass
 
-    def _mlp(self, context: Context, layer: int, visit: int, n: Tensor) -> Tensor:
-        """What the MLP of the normalised input n (T, d) adds, its scale included."""
-        weights, linear = context.layers[layer], context.linear
+    def _mlp(self, context: Context, layer: int, visit: int, x: Tensor) -> Tensor:
+        """What the MLP of x (T, d), which it normalises itself, adds: scale and gate included."""
+        weights, linear, n = context.layers[layer], context.linear, self._normed(x, layer)
         if linear is plain_linear:
-            return fused_mlp(n, weights.up, weights.down)
-        h = F.leaky_relu(linear((layer, visit, "up"), n, weights.up), 0.5).square()
-        y = linear((layer, visit, "down"), h, weights.down)
-        bypass = linear((layer, visit, "mlp_bypass"), n, None)
-        return y if bypass is None else y + weights.mlp_scale * bypass
+            y = fused_mlp(n, weights.up, weights.down)
+        else:
+            h = F.leaky_relu(linear((layer, visit, "up"), n, weights.up), 0.5).square()
+            y = linear((layer, visit, "down"), h, weights.down)
+            bypass = linear((layer, visit, "mlp_bypass"), n, None)
+            y = y if bypass is None else y + weights.mlp_scale * bypass
+        if not self.cfg.mlp_gate_enabled:
+            return y
+        weight, bias = (self.get_parameter(f"blocks.{layer}.mlp_gate_out.{name}").to(self.dtype) for name in ("weight", "bias"))
+        return torch.sigmoid(F.linear(x[:, : self.cfg.gate_window], weight, bias)) * y
 
 
 # ======================================================================================================================
