@@ -1491,7 +1491,6 @@ class GPT(nn.Module):
         q, k, v = (t.unflatten(-1, (-1, cfg.head_dim)) for t in (q, k, v))
         q = rotate(head_norm(q, weights.q_gain), context.cos, context.sin).to(self.dtype)
         k = rotate(head_norm(k), context.cos, context.sin).to(self.dtype)
-        v = v.contiguous()  # attention and XSA both want it so: one copy serves them, forward and backward
         y = context.attend(visit, q, k, v)
         gate = torch.sigmoid(gate) if gate.size(-1) else torch.ones_like(y[..., 0])
         y = exclude_self(y, v, gate) if layer >= cfg.num_layers - cfg.xsa_last_n else y * gate.unsqueeze(-1)
@@ -1758,8 +1757,11 @@ def compiled(run: Run, function: Callable[..., Any], dynamic: bool = False) -> C
     if not run.compile:
         return function
     torch._dynamo.config.cache_size_limit = 64  # one entry a depth and use; a full cache would be an error
+    from torch._functorch import config as functorch
     from torch._inductor import config as inductor
 
+    functorch.ban_recompute_long_fusible_chains = False  # keep no float32 input of a norm where the bfloat16 one gives it again
+    inductor.comprehensive_padding = False  # rows of other strides than the operators were traced with: v would be copied for each
     if hasattr(inductor.triton, "mix_order_reduction"):  # torch 2.13 has it
         inductor.triton.mix_order_reduction = False  # it spills registers in the norms' backwards and saves 0.2 % of the bytes
     graph = torch.compile(function, fullgraph=True, dynamic=dynamic)
