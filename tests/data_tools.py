@@ -13,6 +13,7 @@ import numpy as np
 from pydoc_data.topics import topics
 
 import prepare_caseops_data as prepare
+from lossless_caps import OPERATORS
 
 
 @lru_cache(maxsize=1)
@@ -27,7 +28,7 @@ def texts() -> list[str]:
         "caf\u00e9 na\u00efve \u201cquoted\u201d \u2014 dash",
         "\u2581 is U+2581, \u2581twice",
         "nul\x00 and tab\t.",
-        f"literal {prepare.lossless_caps.OPERATORS} operators",
+        f"literal {OPERATORS} operators",
         "1234567890 12,345.67",
         "\u65e5\u672c\u8a9e Tokyo \u6771\u4eac",
         "no-space" * 40,

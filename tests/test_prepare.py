@@ -363,7 +363,7 @@ OTHER_THAN_ASKED = {
     "shard_entries": (lambda folder: None, {"shard_entries": 901}, "of other shard_entries"),
     "surrogates": (lambda folder: None, {"replace_surrogates": True}, "of other replace_surrogates"),
     "documents": (change_first, {}, "of other documents"),
-    "tokenizer": (lambda folder: None, {"model": prepare.OUR_TOKENIZER}, "of other tokenizer"),
+    "tokenizer": (lambda folder: None, {"model": prepare.OUR_TOKENIZERS[prepare.V1.name]}, "of other tokenizer"),
     "shard gone": (lambda folder: (folder / "set/fineweb_train_000001.bin").unlink(), {}, "is not whole.*train_000001.bin"),
     "shard cut": (lambda folder: os.truncate(folder / "set/fineweb_val_000000.bin", 1400), {}, "is not whole.*val_000000.bin"),
     "foreign": (lambda folder: (folder / "set/mine_train_000000.bin").touch(), {}, "is not whole.*mine_train_000000.bin"),
