@@ -13,7 +13,7 @@ import numpy as np
 from pydoc_data.topics import topics
 
 import prepare_caseops_data as prepare
-from lossless_caps import OPERATORS
+from lossless_caps import OPERATORS, V1
 
 
 @lru_cache(maxsize=1)
@@ -45,13 +45,13 @@ def write_documents(path: Path, documents: list[str]) -> Path:
 
 
 @lru_cache(maxsize=None)
-def tokenizer(kind: str) -> prepare.Tokenizer:
+def tokenizer(kind: str, version: str = V1.name) -> prepare.Tokenizer:
     """A tokenizer of 1000 pieces: "lossless", or "nfkc", which normalises as the published one does."""
     folder = Path(tempfile.mkdtemp(prefix="caseops-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     docs = write_documents(folder / "docs.jsonl", texts())
     request = prepare.TokenizerRequest(
-        folder / kind, (str(docs),), val_docs=0, vocab_size=1000, lossless=kind == "lossless"
+        folder / kind, (str(docs),), val_docs=0, vocab_size=1000, lossless=kind == "lossless", transform=version
     )
     return prepare.Tokenizer(prepare.train_tokenizer(request))
 
