@@ -51,8 +51,9 @@ import tokenize
 import traceback
 import typing
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import Field, dataclass, field, fields, replace
 from datetime import datetime, timedelta, timezone
 from functools import lru_cache, partial
@@ -154,7 +155,7 @@ class Config:
     iterations: int = setting(20000, "steps at most; with no time cap, exactly", between(1, 10**9))
     max_wallclock_seconds: float = setting(600.0, "training time, Hessians included; 0: no cap", SECONDS)
     eval_budget_seconds: float = setting(600.0, "time that the final scoring may take; 0: no cap", SECONDS)
-    rank_timeout_seconds: float = setting(1800.0, "longest that a rank waits for the others before the run ends", between(10, 1e7))
+    rank_timeout_seconds: float = setting(1800.0, "longest that a rank waits for the others before the run ends", between(1, 1e7))
     warmup_steps: int = setting(20, "steps at each depth before the clock, all undone", between(0, 10**6))
     warmdown_frac: float = setting(0.75, "last share of the run, in which the learning rate falls", between(0, 1))
     min_lr: float = setting(0.0, "floor of the learning rate, as a share", between(0, 1))
@@ -357,6 +358,7 @@ class Config:
 
 
 SETTING_TYPES = typing.get_type_hints(Config)
+PLACES = {f.name for f in fields(Config) if f.metadata["check"] is TEXT}  # what may differ between machines
 STORED_SETTINGS = [f for f in fields(Config) if f.metadata["model"] or f.metadata["score"]]  # what an artifact carries
 NUMBER = {int: r"[+-]?[0-9]+", float: r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?"}  # ASCII, no underscores
 
@@ -428,6 +430,7 @@ def settings_help() -> str:
 # ======================================================================================================================
 
 EXIT_USER_ERROR, EXIT_OVER_LIMIT = 2, 3
+LOOK_SECONDS = 0.5  # between two looks at the other ranks
 SIGNAL_GRACE_SECONDS = 25.0  # torchrun kills 30 s after it asked; a rank that waits for a dead one says so before that
 
 
@@ -442,6 +445,7 @@ class Ranks:
     local_world: int = 1  # processes on this machine
     board: Any = None  # a store that any rank may write to and read from without waiting for another
     notes: dict[str, str] = field(default_factory=dict)  # the same on one process
+    calls: int = 0  # collectives that this rank has come to: one that hangs has come to fewer than the others
 
     @classmethod
     def start(cls, environ: Mapping[str, str], timeout_seconds: float = 1800.0) -> Ranks:
@@ -458,12 +462,13 @@ class Ranks:
         if world == 1:
             return cls(device=device)
         warnings.filterwarnings("ignore", ".*deprecated.*(reduce_scatter|all_gather)_single", FutureWarning)  # not in torch 2.11
-        timeout = timedelta(seconds=timeout_seconds)
+        timeout = timedelta(seconds=timeout_seconds + 10)  # the watch speaks before that
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout,
                                              device_id=device if device.type == "cuda" else None)
         host_group = torch.distributed.new_group(backend="gloo", timeout=timeout)
-        board = torch.distributed.TCPStore(environ["MASTER_ADDR"], int(environ["MASTER_PORT"]), is_master=False,
+        store = torch.distributed.TCPStore(environ["MASTER_ADDR"], int(environ["MASTER_PORT"]), is_master=False,
                                            timeout=timedelta(seconds=30))
+        board = torch.distributed.PrefixStore(f"start {environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)  # torchrun's outlives us
         return cls(int(environ["RANK"]), world, device, host_group, int(environ.get("LOCAL_WORLD_SIZE", world)), board)
 
     def stop(self) -> None:
@@ -472,6 +477,7 @@ class Ranks:
 
     def sum(self, tensor: Tensor) -> Tensor:
         """`tensor` summed over the ranks, in place."""
+        self.calls += 1
         if self.world > 1:
             torch.distributed.all_reduce(tensor)
         return tensor
@@ -480,6 +486,7 @@ class Ranks:
         """The objects of all ranks, in rank order, on every rank."""
         if self.world == 1:
             return [value]
+        self.calls += 1
         values: list[Any] = [None] * self.world
         torch.distributed.all_gather_object(values, value, group=self.host_group)
         return values
@@ -490,9 +497,17 @@ class Ranks:
 
     def share(self, tensors: list[Tensor]) -> None:
         """Rank 0's values into the host tensors of every rank."""
+        self.calls += 1
         if self.world > 1:
             for tensor in tensors:
                 torch.distributed.broadcast(tensor, src=0, group=self.host_group)
+
+    def check_same(self, values: dict[str, Any]) -> None:
+        """ValueError, on every rank, that names a rank for which not all these values are rank 0's, and which are not."""
+        first, *others = self.gather(values)
+        for rank, theirs in enumerate(others, 1):
+            if differing := sorted({name for name, _ in first.items() ^ theirs.items()}):
+                raise ValueError(f"rank {rank} has another {', '.join(differing[:5])} than rank 0: every machine needs the same")
 
     def post(self, topic: str, text: str) -> None:
         """Leave a note of this rank, in place of its last one on the topic; waits for nobody."""
@@ -509,6 +524,19 @@ class Ranks:
         return {r: self.board.get(key).decode() for r, key in keys.items() if self.board.check([key])}
 
 
+    def fail(self, text: str) -> None:
+        """Tell the others that this rank ends, and why."""
+        with suppress(RuntimeError, OSError):
+            self.post("failed", text)
+
+    def failures(self) -> dict[int, str]:
+        """Words on every rank that has ended with an error; under -1 if the board went with the process that held it."""
+        try:
+            return {rank: text if text.startswith("rank ") else f"rank {rank}: {text}" for rank, text in self.posted("failed").items()}
+        except (RuntimeError, OSError):
+            return {-1: "the process that held the ranks together has ended"}
+
+
 class Log:
     """Writes lines to standard output and appends them to a file, which it locks; silent on other ranks than 0.
 
@@ -516,15 +544,25 @@ class Log:
     """
 
     def __init__(self, path: Path | None, enabled: bool = True) -> None:
-        self.enabled, self.path, self.file = enabled, path if enabled else None, None
-        if self.path is None:
-            return
+        self.enabled, self.path, self.file = enabled, path, None
+        if enabled and path is not None:
+            self.open()
+
+    def open(self) -> None:
+        """Append to the file from now on; ValueError if another process does."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.file = self.path.open("a", encoding="utf-8", errors="backslashreplace")
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"another process is writing {self.path}: wait for it to end, or choose another RUN_ID") from None
+
+    def take_over(self) -> None:
+        """Speak from this rank, because rank 0 cannot, even where a stopped rank 0 still holds the file."""
+        self.enabled = True
+        with suppress(OSError, ValueError):
+            if self.path is not None and self.file is None:
+                self.open()
 
     def __call__(self, text: str) -> None:
         """One line of prose."""
@@ -560,8 +598,10 @@ class Watch:
     Between `with` and its end SIGTERM and SIGINT are kept, and `check` raises Stopped in all ranks at the same place.
     """
 
-    def __init__(self, ranks: Ranks, log: Log) -> None:
+    def __init__(self, ranks: Ranks, log: Log, timeout_seconds: float) -> None:
         self.ranks, self.log, self.number, self.since, self.over = ranks, log, 0, 0.0, threading.Event()
+        self.limit, self.looks, self.came = timeout_seconds / LOOK_SECONDS, 0, (0, 0)  # collectives, and the look that first saw so many
+        self.heard = {rank: ("0 0", 0) for rank in range(ranks.world)}  # the last note of each, and the look that first saw it
         self._pipe: tuple[int, int] | None = None
         if ranks.world > 1:
             threading.Thread(target=self._look, daemon=True).start()
@@ -590,15 +630,18 @@ class Watch:
             raise Stopped(number)
 
     def _look(self) -> None:
-        """In a thread: end this process when another rank has failed, or when a signal finds the main thread stuck."""
-        while not self.over.wait(0.5):
-            try:
-                failed = self.ranks.posted("failed")
-            except (RuntimeError, OSError):  # the store went with the process that held it
-                failed = {-1: "the process that held the ranks together has ended"}
+        """In a thread: end this process when another rank has failed or hangs, or when a signal finds the main thread stuck."""
+        while not self.over.wait(LOOK_SECONDS):
+            hanging = self._hanging()
+            if hanging and self.ranks.rank == min(self.heard.keys() - hanging):
+                self.log.take_over()
+                self.end(f"rank {', '.join(map(str, hanging))} hangs: the others have waited for it for "
+                         f"{self.limit * LOOK_SECONDS:g} s (RANK_TIMEOUT_SECONDS)", EXIT_USER_ERROR)
+            failed = self.ranks.failures()
             if failed and self.ranks.rank not in failed and not self.over.is_set():
-                rank, text = next(iter(failed.items()))
-                self.end(f"rank {rank}: {text}" if rank >= 0 else text, EXIT_USER_ERROR)
+                if min(failed) < 0 and self.ranks.rank % self.ranks.local_world == 0:
+                    self.log.take_over()
+                self.end(next(iter(failed.values())), EXIT_USER_ERROR)
             if self._pipe is not None and not self.since:
                 try:
                     self.since = time.monotonic() if os.read(self._pipe[0], 64) else 0.0
@@ -607,9 +650,28 @@ class Watch:
             elif self.since and time.monotonic() - self.since > SIGNAL_GRACE_SECONDS:
                 self.end("asked to end while waiting for the other ranks: one of them has ended or hangs", 128 + signal.SIGTERM)
 
+    def _hanging(self) -> list[int]:
+        """The ranks that have come to fewer collectives than this one waits in, or that give no sign of life, for too long.
+
+        Time is counted in looks of this thread: a job that was suspended as a whole does not count its sleep.
+        """
+        calls, self.looks = self.ranks.calls, self.looks + 1
+        self.came = self.came if calls == self.came[0] else (calls, self.looks)
+        try:
+            self.ranks.post("at", f"{calls} {self.looks}")
+            notes = self.ranks.posted("at")
+        except (RuntimeError, OSError):
+            return []
+        for rank, note in notes.items():
+            self.heard[rank] = self.heard[rank] if note == self.heard[rank][0] else (note, self.looks)
+        waiting = self.looks - self.came[1] > self.limit
+        return [rank for rank, (note, look) in self.heard.items()
+                if self.looks - look > self.limit or (waiting and int(note.split()[0]) < calls)]
+
     def end(self, text: str, status: int) -> typing.NoReturn:
         """Say why and leave at once, without any collective."""
         self.log(f"error: {text}")
+        self.ranks.fail(text)
         sys.stdout.flush()
         os._exit(status)
 
@@ -1610,11 +1672,13 @@ class ShardedTensor:
 
     def start_reduce(self) -> None:
         """Begin to sum the gradient's rows over the ranks into `shard.grad`."""
+        self.ranks.calls += 1
         if self.ranks.world > 1:
             self._pending = torch.distributed.reduce_scatter_tensor(self.shard.grad, self.full_grad, async_op=True)
 
     def start_gather(self) -> None:
         """Begin to hand the updated rows to all ranks."""
+        self.ranks.calls += 1
         if self.ranks.world > 1:
             self._pending = torch.distributed.all_gather_into_tensor(self.storage, self.shard.data, async_op=True)
 
@@ -1916,6 +1980,10 @@ class Checkpoint:
         self.last = time.perf_counter()
         self.found = self._read() if run.ranks.rank == 0 else {}
         self.found = run.ranks.agree(self.found)
+        there = run.ranks.gather(self.index.exists())
+        if not self.found and any(there):
+            self.found = {"problem": f"{self.index} is on the machine of rank {there.index(True)} and not on that of rank 0: give the machines "
+                                     "their old places (--node_rank), or delete it to start again"}
         if problem := self.found.get("problem"):
             raise ValueError(problem)
 
@@ -1969,7 +2037,7 @@ class Checkpoint:
             self._set("done")
 
     def _set(self, stage: str, **values: Any) -> None:
-        self.found = {"stage": stage, "settings": fingerprint(self.run.cfg), **values}
+        self.found = {"stage": stage, "settings": checksum(identity(self.run.cfg, but={"checkpoint_every"})), **values}
         write_atomically(self.index, json.dumps({**self.found, "check": checksum(self.found)}).encode())
 
     def _sweep(self, keep: str) -> None:
@@ -1993,7 +2061,7 @@ class Checkpoint:
         if found["stage"] == "done":
             return {"problem": f"run {self.run.cfg.run_id} is complete: its log ends with the score; choose another RUN_ID, or score its "
                                "artifact again with EVAL_ONLY=1"}
-        if found.get("settings") != fingerprint(self.run.cfg):
+        if found.get("settings") != checksum(identity(self.run.cfg, but={"checkpoint_every"})):
             return {"problem": f"{self.index} is of a run with settings or code that differ from this one's; start it as it was started, "
                                "or choose another RUN_ID"}
         path = output_path(self.run.cfg, ".artifact")
@@ -2008,10 +2076,10 @@ def checksum(values: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
-def fingerprint(cfg: Config) -> str:
-    """Changes with the code and with every setting but the checkpoints' own."""
-    settings = {f.name: format_setting(getattr(cfg, f.name)) for f in fields(Config) if f.name != "checkpoint_every"}
-    return checksum({**settings, "code": hashlib.sha256(packed_code()).hexdigest()})
+def identity(cfg: Config, but: set[str]) -> dict[str, str]:
+    """The code's hash and all settings but some, by the names that people know."""
+    settings = {f.name.upper(): format_setting(getattr(cfg, f.name)) for f in fields(Config) if f.name not in but}
+    return {**settings, "code": hashlib.sha256(packed_code()).hexdigest()}
 
 
 def train(run: Run, trainer: Trainer, val: ValData, checkpoint: Checkpoint) -> None:
@@ -4334,6 +4402,8 @@ def prepare(run: Run, environ: Mapping[str, str]) -> ValData:
     resolve_attention(run.cfg.attn_backend, run.device)
     log_start(run, environ)
     val = check_dataset(run.cfg, with_train=not run.cfg.eval_only)
+    sizes = {path.name: path.stat().st_size for path in shard_paths(run.cfg.shards_dir, "train")} if not run.cfg.eval_only else {}
+    run.ranks.check_same({**sizes, "validation set": hashlib.sha256(val.tokens.tobytes() + val.byte_counts.tobytes()).hexdigest()})
     run.log(check_tokenizer(run.cfg))
     if run.cfg.val_doc_fraction < 1:
         run.log(f"warning: VAL_DOC_FRACTION={run.cfg.val_doc_fraction:g}: only {val.documents} documents are scored, no full score")
@@ -4457,8 +4527,8 @@ def read_artifact(cfg: Config, ranks: Ranks) -> tuple[bytes, Config]:
     return data, open_artifact(data)[0]
 
 
-def adopt_settings(cfg: Config, stored: Config, environ: Mapping[str, str]) -> tuple[Config, list[str]]:
-    """The settings to score an artifact with, and words about every one in the environment that is not the artifact's.
+def adopt_settings(cfg: Config, stored: Config, environ: Collection[str]) -> tuple[Config, list[str]]:
+    """The settings to score an artifact with, and words about every one named in the environment that is not the artifact's.
 
     What the weights mean is the artifact's business; how they are scored, the environment may change.
     """
@@ -4481,7 +4551,7 @@ def run_stages(cfg: Config, ranks: Ranks, environ: Mapping[str, str], log: Log, 
     run = Run(cfg, ranks, log, use_compile, watch)
     if cfg.eval_only:
         data, stored = read_artifact(cfg, ranks)
-        run.cfg, words = adopt_settings(cfg, stored, environ)
+        run.cfg, words = adopt_settings(cfg, stored, ranks.agree(list(environ)))
         val = prepare(run, environ)
         for text in words:
             log(f"warning: {text}")
@@ -4519,19 +4589,23 @@ def fail(error: BaseException, ranks: Ranks | None, log: Log | None) -> int:
     text, status = describe(error)
     if status == 1 and not isinstance(error, RuntimeError):
         traceback.print_exc()
-    alone = ranks is None or ranks.world == 1
+    alone, first = ranks is None or ranks.world == 1, ranks is None or ranks.rank == 0
     if not alone and isinstance(error, RuntimeError):  # a broken connection: the reason is another rank's
         time.sleep(1.0)
-        others = ranks.posted("failed")
-        text = next((f"rank {r}: {words}" for r, words in others.items()), f"lost the other ranks: {text.splitlines()[0][:300]}")
+        text = next(iter(ranks.failures().values()), f"lost the other ranks: {text.splitlines()[0][:300]}")
     if not alone:
-        ranks.post("failed", text)
-    if log is not None and log.enabled:
+        ranks.fail(text)
+    if not first:
+        time.sleep(2.0)  # until rank 0 has said it, if it can
+        speaker = min(ranks.failures())
+        if log is not None and (speaker == ranks.rank or (speaker < 0 and ranks.rank % ranks.local_world == 0)):
+            log.take_over()
+    if log is not None:
         log(f"error: {text}")
-    elif alone:
+    elif first:
         print(f"error: {text}", file=sys.stderr, flush=True)
     if not alone:
-        time.sleep(2.0 if ranks.rank else 1.0)  # until rank 0 has said it
+        time.sleep(1.0 if first else 0.0)
         sys.stdout.flush()
         os._exit(status)
     return status
@@ -4556,9 +4630,10 @@ def main(environ: Mapping[str, str] = os.environ, arguments: tuple[str, ...] = (
         cfg = Config.from_env(environ)
         ranks = Ranks.start(environ, cfg.rank_timeout_seconds)
         name = f"{datetime.now(timezone.utc):%Y%m%d_%H%M%S}_seed{cfg.seed}_{os.urandom(3).hex()}"
-        cfg = cfg if cfg.run_id else replace(cfg, run_id=ranks.agree(name))
+        cfg = replace(cfg, **ranks.agree({"run_id": cfg.run_id or name, "losses_path": cfg.losses_path}))
         log = open_log(cfg, ranks)
-        watch = Watch(ranks, log)
+        watch = Watch(ranks, log, cfg.rank_timeout_seconds)
+        ranks.check_same(identity(cfg, but=PLACES))  # a rank with other settings would wait in other places
         status = run_stages(cfg, ranks, environ, log, watch)
         watch.over.set()
         ranks.stop()
