@@ -253,6 +253,11 @@ class Config:
     ttt_batch_size: int = score_setting(64, "documents adapted side by side, at most", between(1, 4096))
     ttt_grad_steps: int = score_setting(1, "updates a chunk", between(1, 100))
     ttt_weight_decay: float = score_setting(0.5, "decoupled weight decay of the adapters", between(0, 1000))
+    ttt_warm_start_a: bool = score_setting(
+        False, "A goes on from one batch of documents to the next of its lane (eight, whatever the ranks); B begins at 0", FLAG)
+    ttt_short_chunks: tuple[int, ...] = score_setting(
+        (), "pairs LIMIT,CHUNK: a batch whose longest document, both BOS counted, is no longer than LIMIT has this chunk",
+        each(between(1, 2**20)))
     ttt_beta1: float = score_setting(0.0, "AdamW on the adapters", below(0, 1))
     ttt_beta2: float = score_setting(0.999, "AdamW on the adapters", below(0, 1))
     ttt_q_lora: bool = score_setting(True, "adapters on the queries", FLAG)
@@ -305,6 +310,9 @@ class Config:
             (self.chunk_sizes[-1] <= self.ttt_eval_seq_len,
              "TTT_CHUNK_SIZE, doubled by TTT_CHUNK_DOUBLES_AT, must be at most TTT_EVAL_SEQ_LEN"),
             (not doubles or self.ttt_context == "cache", "TTT_CHUNK_DOUBLES_AT needs TTT_CONTEXT=cache"),
+            (not self.ttt_short_chunks or self.ttt_context == "window" and len(self.ttt_short_chunks) % 2 == 0
+             and max(self.ttt_short_chunks[1::2]) <= self.ttt_eval_seq_len,
+             "TTT_SHORT_CHUNKS must be pairs, with chunks of at most TTT_EVAL_SEQ_LEN, and TTT_CONTEXT=window"),
             (all(a < b for a, b in zip(doubles, doubles[1:])) and all(at % size == 0 for at, size in zip(doubles, self.chunk_sizes[1:])),
              "TTT_CHUNK_DOUBLES_AT must ascend, each a multiple of the chunks that begin there (TTT_CHUNK_SIZE times 2, 4, ...)"),
         ]
@@ -3324,6 +3332,10 @@ def evaluate(run: Run, model: GPT, val: ValData, name: str, depth: int) -> Score
 # itself learn from documents already scored. A document's score does not depend on which others are scored beside it, so
 # the plan that deals documents to batches and batches to ranks is free: it is made, alike on every rank, to end soonest.
 #
+# With TTT_WARM_START_A a score does depend on others, though never on later text: a document's A is what the document in its
+# row of the lane's batch before has made of it, decayed until the longest of that batch ended. So batches, the lanes that they
+# are dealt to and the order in a lane are then fixed by the lengths alone; ranks take whole lanes.
+#
 # What a chunk sees of the earlier ones is computed again with the adapters of the moment (TTT_CONTEXT=window, the record:
 # many forwards a token), or is the keys and values as they were when those chunks were scored (cache: one).
 # ======================================================================================================================
@@ -3334,6 +3346,7 @@ TTT_TOKENS_PER_SECOND = 411_000  # forwarded and learned
 TTT_STEP_SECONDS = 0.012  # beside its tokens
 TTT_CAPTURED_STEP_SECONDS = 0.003
 TTT_SECONDS_PER_ADAPTER_VALUE = 40 / (0.85 * 3.35e12)
+TTT_LANES = 8
 
 
 class PhasePlan(NamedTuple):
@@ -3344,13 +3357,15 @@ class PhasePlan(NamedTuple):
     ranks: tuple[tuple[int, ...], ...]  # for each rank, its batches in the order it runs them
     seconds: tuple[float, ...]  # reckoned, for each rank, with the constants above
     learns: range  # whose text the global SGD learns from then, shortest first; empty after the last part
+    warm: frozenset[int] = frozenset()  # batches that take over A from the one that their rank ran before
 
 
 def chunk_bounds(cfg: Config, length: int) -> list[int]:
-    """Where the chunks of a document begin, and where the last one ends: at or behind `length`."""
-    bounds = [0]
+    """Where the chunks of a batch begin whose longest document has `length` targets; the last one ends there or behind."""
+    short = zip(cfg.ttt_short_chunks[::2], cfg.ttt_short_chunks[1::2])
+    bounds, size = [0], next((chunk for limit, chunk in short if length < limit), cfg.ttt_chunk_size)
     while bounds[-1] < length:
-        bounds.append(bounds[-1] + (cfg.ttt_chunk_size << sum(bounds[-1] >= at for at in cfg.ttt_chunk_doubles_at)))
+        bounds.append(bounds[-1] + (size << sum(bounds[-1] >= at for at in cfg.ttt_chunk_doubles_at)))
     return bounds
 
 
@@ -3405,18 +3420,40 @@ def phase_ends(cfg: Config, count: int) -> list[tuple[int, int]]:
 
 def plan_ttt(cfg: Config, lengths: np.ndarray, world: int) -> list[PhasePlan]:
     """The plan of test-time training for documents of `lengths`, descending, on `world` ranks: the same on every rank."""
+    ends, plans, begin = [*phase_ends(cfg, len(lengths)), (len(lengths), 0)], [], 0
+    if cfg.ttt_warm_start_a or cfg.ttt_short_chunks:
+        plan_part = partial(plan_lanes, cfg, lengths=lengths, world=world)
+    else:
+        plan_part = partial(plan_phase, cfg, **document_costs(cfg, lengths), world=world)
+    for end, learned in ends:
+        plans.append(plan_part(range(begin, end))._replace(learns=range(end - 1, end - 1 - learned, -1)))
+        begin = end
+    return plans
+
+
+def plan_lanes(cfg: Config, part: range, lengths: np.ndarray, world: int) -> PhasePlan:
+    """Whole batches, cut from the short end, dealt to TTT_LANES lanes, and the lanes to the ranks."""
+    cuts = [part.start, *range(part.stop, part.start, -cfg.ttt_batch_size)[::-1]]
+    batches = [range(a, b) for a, b in itertools.pairwise(cuts)]
+    costs = []
+    for batch in batches:
+        bounds, members = np.array(chunk_bounds(cfg, int(lengths[batch.start]))), lengths[batch.start: batch.stop]
+        costs.append(chunk_seconds(cfg, bounds, (members[:, None] > bounds[:-1]).sum(0)).sum())
+    lanes = deal(np.array(costs), TTT_LANES)
+    ranks = deal(np.array([sum(costs[i] for i in lane) for lane in lanes]), world)
+    warm = [b for lane in lanes for a, b in itertools.pairwise(lane) if len(batches[a]) == len(batches[b])]
+    dealt = [[i for lane in hand for i in lanes[lane]] for hand in ranks]
+    return PhasePlan(part, tuple(batches), tuple(map(tuple, dealt)), tuple(float(sum(costs[i] for i in hand)) for hand in dealt),
+                     range(0), frozenset(warm if cfg.ttt_warm_start_a else ()))
+
+
+def document_costs(cfg: Config, lengths: np.ndarray) -> dict[str, list[float]]:
+    """What plan_phase needs of documents of `lengths`, descending."""
     bounds = np.array(chunk_bounds(cfg, int(lengths[0])))
     alone = np.cumsum(chunk_seconds(cfg, bounds, np.ones(len(bounds) - 1)))
     beside = np.cumsum(chunk_seconds(cfg, bounds, np.zeros(len(bounds) - 1)))
     last_chunk = np.searchsorted(bounds, lengths) - 1
-    work = np.append(0.0, np.cumsum((alone - beside)[last_chunk])).tolist()  # of the documents before each place
-    beside = beside[last_chunk].tolist()
-    ends, plans, begin = [*phase_ends(cfg, len(lengths)), (len(lengths), 0)], [], 0
-    for end, learned in ends:
-        plans.append(plan_phase(cfg, range(begin, end), work, beside, world)._replace(
-            learns=range(end - 1, end - 1 - learned, -1)))
-        begin = end
-    return plans
+    return {"work": np.append(0.0, np.cumsum((alone - beside)[last_chunk])).tolist(), "beside": beside[last_chunk].tolist()}
 
 
 def plan_phase(cfg: Config, part: range, work: list[float], beside: list[float], world: int) -> PhasePlan:
@@ -3476,10 +3513,11 @@ class Adapters:
         self.capturable = run.device.type == "cuda"
 
     @torch.no_grad()
-    def reset(self) -> None:
-        """As before the first chunk: fresh adapters, no optimizer state."""
+    def reset(self, warm: bool = False) -> None:
+        """As before the first chunk: fresh adapters, but for A if `warm`, no optimizer state."""
         for name, initial in self.initial.items():
-            self.values[f"a.{name}"].copy_(initial.expand_as(self.values[f"a.{name}"]))
+            if not warm:
+                self.values[f"a.{name}"].copy_(initial.expand_as(self.values[f"a.{name}"]))
             self.values[f"b.{name}"].zero_()
         for tensor in (*self.first.values(), *self.second.values(), *self.steps.values(), self.updates):
             tensor.zero_()
@@ -3520,6 +3558,8 @@ class Adapters:
             [t.detach() for t in live.values()], grads, [self.first[n][:count] for n in live], [self.second[n][:count] for n in live], [],
             [self.steps[n] for n in live], fused=True, capturable=self.capturable, amsgrad=False, maximize=False, beta1=cfg.ttt_beta1,
             beta2=cfg.ttt_beta2, lr=self.lr if cfg.ttt_lora_lr_power else cfg.ttt_lora_lr, weight_decay=cfg.ttt_weight_decay, eps=1e-10)
+        if cfg.ttt_warm_start_a and count < self.documents:  # an A that will be taken over decays until its whole batch has ended
+            torch._foreach_mul_([self.values[f"a.{name}"][count:] for name in self.shapes], 1 - self.lr * cfg.ttt_weight_decay)
 
 
 class Documents:
@@ -3709,13 +3749,16 @@ class TTTScorer:
 
         self.losses_of = compiled(run, losses_of, dynamic=True)
 
-    def score(self, documents: Documents, members: range) -> list[np.ndarray]:
-        """The losses of each document, (length,) float32, every one computed before anything learned from its token."""
+    def score(self, documents: Documents, members: range, warm: bool = False) -> list[np.ndarray]:
+        """The losses of each document, (length,) float32, every one computed before anything learned from its token.
+
+        warm: A begins where the batch before, one of the same size, left it.
+        """
         lengths = documents.lengths[members.start: members.stop]
         longest = int(lengths[0])
         bounds = chunk_bounds(self.run.cfg, longest)
         self._make_room(len(members), longest)
-        self.adapters.reset()
+        self.adapters.reset(warm)
         if self.cache is not None:
             self.cache.begin.zero_()
         result = torch.zeros(self.adapters.documents, bounds[-1], device=self.run.device)
@@ -4006,7 +4049,7 @@ def score_with_ttt(run: Run, model: GPT, val: ValData) -> Score:
     for phase, plan in enumerate(plans):
         for index in plan.ranks[ranks.rank]:
             members = plan.batches[index]
-            for document, part in zip(members, scorer.score(documents, members)):
+            for document, part in zip(members, scorer.score(documents, members, index in plan.warm)):
                 nats[document] = part.sum(dtype=np.float64)
                 losses[documents.starts[document]:][: len(part)] = part
             progress.add(phase, members, float(nats[members.start: members.stop].sum()))
