@@ -2087,7 +2087,7 @@ def checksum(values: dict[str, Any]) -> str:
 def identity(cfg: Config, but: set[str]) -> dict[str, str]:
     """The code's hash and all settings but some, by the names that people know."""
     settings = {f.name.upper(): format_setting(getattr(cfg, f.name)) for f in fields(Config) if f.name not in but}
-    return {**settings, "code": hashlib.sha256(packed_code()).hexdigest()}
+    return {**settings, "code": hashlib.sha256(counted_code()).hexdigest()}
 
 
 def train(run: Run, trainer: Trainer, val: ValData, checkpoint: Checkpoint) -> None:
@@ -2828,36 +2828,75 @@ def table_entropy(quantized: Quantized) -> float:
 
 
 # ---- code ----
-# The rules count the code with the model: the file that runs. `python train_gpt.py --pack` writes one that counts a fifth: this
-# source without comments and docstrings as a brotli payload that a few readable lines run.
+# The rules count the code with the model. What a record folder ships as its train_gpt.py, and what therefore counts, is the
+# packed file (`python train_gpt.py --pack`): a few readable lines that run a brotli payload, which is this source less what it
+# runs without. The readable source lies beside it in source/; a run from either makes the same artifact.
 
-PACKED_HEAD = b'''# -*- coding: latin-1 -*-
-"""train_gpt.py, packed to count few bytes: it runs as the readable source does, which lies beside it in source/."""
-import linecache, brotli
-PACKED_SOURCE = brotli.decompress("'''
-PACKED_TAIL = b'''".encode("latin-1"))
-linecache.cache["packed_source.py"] = (len(PACKED_SOURCE), None, PACKED_SOURCE.decode().splitlines(True), "packed_source.py")
-exec(compile(PACKED_SOURCE, "packed_source.py", "exec"))
+PACKED_HEAD = b'''# coding: latin-1
+"""train_gpt.py, packed to count few bytes; source/train_gpt.py beside it is what it runs, to be read."""
+import brotli, linecache
+PACKED_SOURCE = brotli.decompress("""'''
+PACKED_TAIL = b'''""".encode("latin-1"))
+linecache.cache["packed.py"] = len(PACKED_SOURCE), None, PACKED_SOURCE.decode().splitlines(True), "packed.py"
+exec(compile(PACKED_SOURCE, "packed.py", "exec"))
 '''
-PACKED_ESCAPES = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r", "\0": "\\x00"}
+PACKED_ESCAPES = (r"\\", r"\\\\"), ("\r", r"\\r"), ("\0(?=[0-7])", r"\\x00"), ("\0", r"\\0"), (r'"(?="|\Z)', r'\\"')
+Place = tuple[int, int]  # row, column
+
+
+def source_tokens(source: str) -> Iterator[tuple[str, Place, str]]:
+    """Kind, place and text of every token; an f-string, which Python 3.12 takes apart, is one."""
+    lines, opened = source.splitlines(True), []
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        kind, start, text = tokenize.tok_name[token.type], token.start, token.string
+        if kind == "FSTRING_START":
+            opened.append(start)
+        elif kind == "FSTRING_END":
+            (row, column), (last, end) = start, _ = opened.pop(), token.end
+            text = "".join([*lines[row - 1: last - 1], lines[last - 1][:end]])[column:]
+        if not opened:
+            yield kind, start, text
+
+
+def needless_spans(source: str) -> Iterator[tuple[Place, Place]]:
+    """The places, from and up to, of docstrings and of the annotations of functions that no decorator reads."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) and len(node.body) > 1:
+            yield (node.body[0].lineno, node.body[0].col_offset), (node.body[0].end_lineno, node.body[0].end_col_offset)
+        if isinstance(node, ast.FunctionDef) and not node.decorator_list:
+            for arg in ast.walk(node.args):
+                if isinstance(arg, ast.arg) and arg.annotation:
+                    yield (arg.lineno, arg.col_offset + len(arg.arg)), (arg.end_lineno, arg.end_col_offset)
+            if node.returns:
+                yield (node.returns.lineno, node.returns.col_offset - len("-> ")), (node.returns.end_lineno, node.returns.end_col_offset)
 
 
 def shipped_source(source: str) -> str:
-    """`source` without comments, docstrings and empty lines: what the packed file runs."""
-    dropped: set[int] = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) and len(node.body) > 1:
-            dropped |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    comments = {token.start[0]: token.start[1] for token in tokens if token.type == tokenize.COMMENT}
-    lines = [line[: comments.get(n)].rstrip() for n, line in enumerate(source.splitlines(), 1) if n not in dropped]
-    return "\n".join(line for line in lines if line) + "\n"
+    """`source` without comments, docstrings, needless annotations and blanks: what the packed file runs."""
+    spans, pieces, depth, before = sorted(needless_spans(source)), [], 0, "\n"
+    for kind, place, text in source_tokens(source):
+        while spans and spans[0][1] <= place:
+            spans.pop(0)
+        depth += (kind == "INDENT") - (kind == "DEDENT")
+        if kind == "NEWLINE":
+            text = "\n" if before != "\n" else ""
+        elif kind in ("COMMENT", "NL", "INDENT", "DEDENT", "ENDMARKER") or spans and spans[0][0] <= place:
+            continue
+        elif before == "\n":
+            pieces.append(" " * depth)
+        elif re.fullmatch(r"\w\w|['\"]{2}", before[-1] + text[0]):
+            pieces.append(" ")
+        pieces.append(text)
+        before = text or before
+    return "".join(pieces)
 
 
 def pack_code(source: str) -> bytes:
-    """The packed file that runs `source`; the same bytes every time."""
+    """The packed file that runs `source`; of itself, unpacked, it is made again to the byte."""
     payload = brotli.compress(shipped_source(source).encode(), quality=11, lgwin=24).decode("latin-1")
-    return PACKED_HEAD + payload.translate(str.maketrans(PACKED_ESCAPES)).encode("latin-1") + PACKED_TAIL
+    for pattern, escape in PACKED_ESCAPES:
+        payload = re.sub(pattern, escape, payload)
+    return PACKED_HEAD + payload.encode("latin-1") + PACKED_TAIL
 
 
 def own_source() -> str:
@@ -2867,14 +2906,9 @@ def own_source() -> str:
 
 
 @lru_cache(maxsize=1)
-def packed_code() -> bytes:
-    """This program packed."""
-    return pack_code(own_source())
-
-
 def counted_code() -> bytes:
-    """The file that runs, readable or packed: what a record folder ships, and what counts."""
-    return Path(__file__).read_bytes()
+    """The packed file, whichever runs: what a record folder ships, and what counts."""
+    return Path(__file__).read_bytes() if "PACKED_SOURCE" in globals() else pack_code(own_source())
 
 
 # ---- entropy coder ("rans") ----
@@ -4430,8 +4464,9 @@ def log_start(run: Run, environ: Mapping[str, str]) -> None:
                compile=int(run.compile), date=f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ}")
     if attention_backend.skipped:
         log(f"faster attention was passed over: {attention_backend.skipped}")
-    log.record("code", file="train_gpt.py", packed_bytes=len(packed_code()), bytes=len(counted_code()),
-               sha256=hashlib.sha256(counted_code()).hexdigest())
+    code, source = counted_code(), own_source().encode()
+    log.record("code", file="train_gpt.py", bytes=len(code), sha256=hashlib.sha256(code).hexdigest(), source_bytes=len(source),
+               source_sha256=hashlib.sha256(source).hexdigest())
     for f in fields(cfg):
         value, starred = format_setting(getattr(cfg, f.name)), getattr(cfg, f.name) != f.default
         default = f" default:{format_setting(f.default)}" if starred else ""
@@ -4662,7 +4697,7 @@ def main(environ: Mapping[str, str] = os.environ, arguments: tuple[str, ...] = (
     """
     if arguments:
         if arguments[0] == "--pack":
-            sys.stdout.buffer.write(packed_code())
+            sys.stdout.buffer.write(counted_code())
             return 0
         known = {"--help": settings_help(), "--source": own_source()}
         print(known.get(arguments[0], f"{arguments[0]} is not known; settings are environment variables (--help lists them, --source "
