@@ -148,8 +148,8 @@ def row_of(job: Job, out: Path) -> Row:
     val, losses = g.load_val(cfg := g.Config.from_env(job.settings)), np.load(out / f"{job.key}.npz")
     lines = [line.split() for line in (out / f"{job.key}.out").read_text().splitlines()]
     said = {line[0]: dict(word.split(":", 1) for word in line[1:] if ":" in word) for line in lines if line[:1] in (["code"], ["final"])}
-    starts, kept = val.document_starts(), [stage for stage in STAGES if stage in losses]
-    bits = {stage: np.add.reduceat(losses[stage].astype(np.float64), starts) / math.log(2) for stage in kept}
+    starts = val.document_starts()
+    bits = {stage: np.add.reduceat(losses[stage].astype(np.float64), starts) / math.log(2) for stage in STAGES if stage in losses}
     row = {"key": job.key, "pair": job.pair, "of": job.of, "data": cfg.shards_dir.name, "code": said["code"]["sha256"][:12],
            "device": "cuda" if torch.cuda.is_available() else "cpu", "targets": len(val.tokens) - 1,
            "settings": {name: value for name, value in job.settings.items() if name not in PLACES}}
@@ -212,9 +212,8 @@ class Lab:
                     print(words if error is None else f"error: {words}: {error}", file=sys.stderr, flush=True)
             except KeyboardInterrupt:
                 pool.shutdown(wait=False, cancel_futures=True)
-                for process in self.processes:
-                    process.terminate()  # it writes a checkpoint and ends
-                raise
+                _ = [process.terminate() for process in self.processes]  # they write their checkpoints and end
+                raise SystemExit("stopped; the same command goes on from here") from None
         return failed
 
 
