@@ -148,7 +148,7 @@ class Config:
     run_id: str = setting("", "name of the run's files; empty: time, seed and a random part", Check(
         "up to 100 of the letters a-z A-Z, digits, '.', '_' and '-'", lambda v: re.fullmatch(r"[A-Za-z0-9_.-]{0,100}", v) is not None))
     artifact_path: str = setting("", "with EVAL_ONLY: the artifact to score; empty: that of RUN_ID", TEXT)
-    losses_path: str = setting("", "with EVAL_ONLY: .npz file for the nats of every target, as a referee wants them; empty: none", TEXT)
+    losses_path: str = setting("", ".npz file for the nats of every target, an array a score; empty: none", TEXT)
     eval_only: bool = setting(False, "score an existing artifact, no training data needed", FLAG)
     # the run
     seed: int = score_setting(1337, "seed of initialisation and adapters", between(0, 2**31 - 1))
@@ -4520,7 +4520,9 @@ def train_and_export(run: Run, val: ValData, checkpoint: Checkpoint, layout: Spa
             if not trainer.trained:
                 train(run, trainer, val, checkpoint)
                 trainer.load_averaged_weights()
-            evaluate(run, model, val, "ema", cfg.eval_loop_depth)
+            ema = evaluate(run, model, val, "ema", cfg.eval_loop_depth)
+            if cfg.losses_path:
+                write_losses(run, {"ema": ema})
             trainer.clock.start()
             hessians = collect_hessians(run, model, trainer.loader)
             train_ms = trainer.clock.stop()
@@ -4546,12 +4548,16 @@ def export(run: Run, model: GPT, hessians: dict[str, Tensor], checkpoint: Checkp
 
 
 def write_losses(run: Run, scores: dict[str, Score]) -> None:
-    """LOSSES_PATH gets an array a score, (targets,) float32 nats in data order, whatever rank scored them. A collective."""
+    """LOSSES_PATH gets an array a score, (targets,) float32 nats in data order, whatever rank scored them. A collective.
+
+    A training run adds to what the file holds: its first score is there before the artifact is.
+    """
     joined = {name: np.fmax.reduce(run.ranks.gather(score.losses)) for name, score in scores.items()}  # fmax passes over NaN
     if run.ranks.rank == 0:
-        buffer = io.BytesIO()
-        np.savez(buffer, **joined)
-        write_atomically(run.cfg.losses_path, buffer.getvalue())
+        path, buffer = Path(run.cfg.losses_path), io.BytesIO()
+        before = dict(np.load(path)) if "ema" not in joined and not run.cfg.eval_only and path.exists() else {}
+        np.savez(buffer, **before | joined)
+        write_atomically(path, buffer.getvalue())
 
 
 def score_and_finish(run: Run, val: ValData, artifact: Exported) -> int:
@@ -4566,7 +4572,7 @@ def score_and_finish(run: Run, val: ValData, artifact: Exported) -> int:
     plain = score = evaluate(run, model, val, "quantized", cfg.eval_loop_depth)
     if cfg.ttt_enabled:
         score = score_with_ttt(run, model, val)
-    if cfg.eval_only and cfg.losses_path:
+    if cfg.losses_path:
         write_losses(run, {"quantized": plain} | ({"quantized_ttt": score} if cfg.ttt_enabled else {}))
     eval_ms, total_bytes = clock.total_ms + score.time_ms, len(artifact.data) + len(counted_code())
     problems = [f"{what} took {time_ms / 1e3:.1f} s, over the budget of {budget:g} s"
