@@ -218,9 +218,9 @@ class Encoder:
     def lossless_ids(self, transformed: str) -> np.ndarray:
         """The ids of a CaseOps text, which a lossless tokenizer may be given in parts."""
         spelled = [self.tokenizer.names.index(f"<0x{byte:02X}>") for byte in SPACE.encode()]
-        found = [np.zeros(0, dtype=np.uint16)]
+        spelled, found = np.array(spelled, dtype=np.uint16), [np.zeros(0, dtype=np.uint16)]
         for number, part in enumerate(transformed.split(SPACE)):  # in a piece it would come back as a space: spell it in bytes
-            found += [np.array(spelled, dtype=np.uint16)] if number else []
+            found += [spelled] if number else []
             found += [self.ids(piece) for piece in self._pieces_of(part)]
         return np.concatenate(found)
 
