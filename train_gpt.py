@@ -855,8 +855,9 @@ def read_manifest(folder: Path) -> Manifest:
         record = json.loads(path.read_bytes())
         files = {entry["file"]: entry for split in ("val", "train") for entry in record["splits"][split]["files"]}
         manifest = Manifest(files, record.get("transform", ""), record.get("tokenizer", {}).get("sha256", ""))
-        if not files or type(manifest.transform) is not str or not all(
-                SHARD_NAME.fullmatch(name) and type(entry["entries"]) is int and type(entry["sha256"]) is str for name, entry in files.items()):
+        right = [SHARD_NAME.fullmatch(name) and type(entry["entries"]) is int and type(entry["sha256"]) is str
+                 for name, entry in files.items()]
+        if not right or not all(right) or type(manifest.transform) is not str:
             raise ValueError("its list of shards is not in the form of a build")
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is not the manifest of a data set ({type(error).__name__}: {error}); move it away if it "
