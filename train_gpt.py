@@ -173,13 +173,13 @@ class Config:
     # the model
     vocab_size: int = model_setting(8192, "tokens in the alphabet", between(8, 65536))
     num_layers: int = model_setting(11, "physical layers", between(1, 256))
-    model_dim: int = model_setting(512, "width", between(2, 16384))
+    model_dim: int = model_setting(512, "width", between(2, 4096))
     num_heads: int = model_setting(8, "query heads", between(1, 1024))
     num_kv_heads: int = model_setting(4, "key and value heads", between(1, 1024))
     mlp_mult: int = model_setting(4, "hidden width of the MLP over MODEL_DIM", between(1, 64))
     xsa_last_n: int = model_setting(11, "layers, from the last, with exclusive self-attention", between(0, 256))
     rope_base: float = model_setting(10000.0, "base of the rotary frequencies", above(1, 1e9))
-    rope_dims: int = model_setting(16, "dimensions of a head that rotate", between(0, 16384))
+    rope_dims: int = model_setting(16, "dimensions of a head that rotate", between(0, 4096))
     qk_gain_init: float = setting(5.0, "initial gain of the queries", above(0, 1000))
     logit_softcap: float = model_setting(30.0, "logits are cap * tanh(logits / cap)", above(0, 1e4))
     ln_scale: bool = model_setting(True, "layer i reads its normalised input over sqrt(i + 1)", FLAG)
@@ -202,7 +202,7 @@ class Config:
     sparse_attn_gate_scale: float = model_setting(1.0, "factor inside the sigmoid of that gate", above(0, 100))
     mlp_gate_enabled: bool = model_setting(False, "one sigmoid gate on the MLP's output", FLAG)
     smear_gate_enabled: bool = model_setting(False, "each embedding takes a share of the one before it in its segment", FLAG)
-    gate_window: int = model_setting(12, "dimensions that a narrow gate reads", between(1, 16384))
+    gate_window: int = model_setting(12, "dimensions that a narrow gate reads", between(1, 4096))
     # the optimizers
     matrix_lr: float = setting(0.026, "learning rate of Muon, the four banks", RATE)
     tied_embed_lr: float = setting(0.03, "learning rate of AdamW on the embedding", RATE)
@@ -287,7 +287,8 @@ class Config:
         """Read every setting from `environ`; ValueError names the variable, its value and what is allowed."""
         given = {f.name: parse_setting(f, environ[f.name.upper()]) for f in fields(cls) if f.name.upper() in environ}
         cfg = cls(**given)
-        cfg.check_together()
+        if not cfg.eval_only:  # else the artifact may replace what does not go together
+            cfg.check_together()
         return cfg
 
     def check_together(self) -> None:
@@ -319,6 +320,9 @@ class Config:
         for holds, message in rules:
             if not holds:
                 raise ValueError(f"{message} (here: {self.named_in(message)})")
+        if (weights := sum(math.prod(row.shape) for row in parameter_table(self))) > ARTIFACT_MAX_WEIGHTS:
+            message = f"{weights:,} weights are more than the {ARTIFACT_MAX_WEIGHTS:,} of an artifact: set NUM_LAYERS, MODEL_DIM or VOCAB_SIZE lower"
+            raise ValueError(f"{message} (here: {self.named_in(message)}, MLP_MULT={self.mlp_mult})")
 
     def named_in(self, message: str) -> str:
         """The values of the settings that a message mentions."""
@@ -471,9 +475,13 @@ class Ranks:
             return cls(device=device)
         warnings.filterwarnings("ignore", ".*deprecated.*(reduce_scatter|all_gather)_single", FutureWarning)  # not in torch 2.11
         timeout = timedelta(seconds=timeout_seconds + 10)  # the watch speaks before that
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout,
-                                             device_id=device if device.type == "cuda" else None)
-        host_group = torch.distributed.new_group(backend="gloo", timeout=timeout)
+        try:
+            torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout,
+                                                 device_id=device if device.type == "cuda" else None)
+            host_group = torch.distributed.new_group(backend="gloo", timeout=timeout)
+        except RuntimeError as error:
+            raise ValueError(f"not all of the {world} ranks have come within {timeout.total_seconds():g} s ({str(error).splitlines()[0]}): "
+                             "look for what the others said, or for one that was not started") from None
         store = torch.distributed.TCPStore(environ["MASTER_ADDR"], int(environ["MASTER_PORT"]), is_master=False,
                                            timeout=timedelta(seconds=30))
         board = torch.distributed.PrefixStore(f"start {environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)  # torchrun's outlives us
@@ -2640,9 +2648,9 @@ def model_from_tensors(run: Run, tensors: Tensors) -> GPT:
 
 ARTIFACT_MAGIC = b"\x89CAPSGP2"
 ARTIFACT_PREFIX = struct.Struct("<8sI32s")
-ARTIFACT_MAX_FILE_BYTES = 1 << 26
+ARTIFACT_MAX_FILE_BYTES = 1 << 27
 ARTIFACT_MAX_PLAIN_BYTES = 1 << 28
-ARTIFACT_MAX_WEIGHTS = 1 << 27
+ARTIFACT_MAX_WEIGHTS = 1 << 26  # whatever their bits, the bounds above hold
 ARTIFACT_MAX_CODES_PER_BYTE = 128  # a sixteenth of a bit each: bounds the work that a small file can ask for
 
 
@@ -2675,8 +2683,10 @@ def pack_artifact(tensors: Tensors, cfg: Config) -> bytes:
             banks.append(as_bank(tensor))
         else:
             plain[row.name + ".codes"] = tensor.codes.mT.contiguous()
-    packed = brotli.compress(safetensors.torch.save(plain), quality=11, lgwin=24)
     coded = join_streams(encode_codes(banks)) if banks else b""
+    if sum(bank.codes.size for bank in banks) > ARTIFACT_MAX_CODES_PER_BYTE * len(coded):  # hardly anything but zeros, in banks of any size
+        return pack_artifact(tensors, replace(cfg, compressor="brotli"))
+    packed = brotli.compress(safetensors.torch.save(plain), quality=11, lgwin=24)
     start = struct.pack("<8sI", ARTIFACT_MAGIC, len(packed))
     return start + hashlib.sha256(start + packed + coded).digest() + packed + coded
 
@@ -2736,10 +2746,9 @@ def stored_config(stored: Tensor) -> tuple[Config, str]:
 def take_tensors(cfg: Config, compressor: str, plain: dict[str, Tensor], coded: bytes) -> Tensors:
     """The tensors of the parameter table out of an artifact's two parts, which they use up."""
     table = parameter_table(cfg)
-    weights = sum(math.prod(row.shape) for row in table)
     codes = sum(math.prod(row.shape) for row in table if uses_coder(row, compressor))
-    if weights > ARTIFACT_MAX_WEIGHTS or codes > ARTIFACT_MAX_CODES_PER_BYTE * len(coded):
-        raise ArtifactError(f"the artifact's settings ask for {weights} weights, which cannot be in it")
+    if codes > ARTIFACT_MAX_CODES_PER_BYTE * len(coded):
+        raise ArtifactError(f"the artifact's settings ask for {codes} codes, which cannot be in {len(coded)} bytes")
 
     def take(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
         tensor = plain.pop(name, None)
@@ -4627,6 +4636,8 @@ def adopt_settings(cfg: Config, stored: Config, environ: Collection[str]) -> tup
         if differs:
             words.append(f"{f.name.upper()}={format_setting(given)} differs from the artifact's {format_setting(value)}: "
                          + ("it is scored with yours" if f.metadata["score"] else "the artifact's is used"))
+    if "VAL_BATCH_TOKENS" not in environ:
+        taken["val_batch_tokens"] = max(cfg.val_batch_tokens, 8 * taken["eval_seq_len"])
     cfg = replace(cfg, **taken)
     cfg.check_together()
     return cfg, words
