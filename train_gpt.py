@@ -271,6 +271,9 @@ class Config:
     ngram_tilt_order: int = score_setting(16, "tokens of an n-gram, the predicted one included", between(2, 64))
     ngram_tilt_threshold: float = score_setting(0.8, "least share of the earlier occurrences that agree", between(0, 1))
     ngram_tilt_beta: float = score_setting(2.625, "nats by which the hint is raised before all is normalised again", between(0, 100))
+    ngram_tilt_betas: tuple[float, ...] = score_setting(
+        (), "instead of threshold and one beta: 25, for 1, 2, 4, 8, 16 occurrences and more by shares from 0, 1/4, 1/2, 3/4, 1 "
+        "(bench/tilt.py fits them on training documents)", each(between(0, 100), 25))
     phased_ttt_prefix_docs: int = score_setting(2000, "documents that the global SGD may learn from", between(0, 10**9))
     phased_ttt_num_phases: int = score_setting(3, "parts of the prefix, each followed by global SGD", between(1, 1000))
     phased_ttt_leave_out: int = score_setting(
@@ -311,6 +314,7 @@ class Config:
             (self.chunk_sizes[-1] <= self.ttt_eval_seq_len,
              "TTT_CHUNK_SIZE, doubled by TTT_CHUNK_DOUBLES_AT, must be at most TTT_EVAL_SEQ_LEN"),
             (not doubles or self.ttt_context == "cache", "TTT_CHUNK_DOUBLES_AT needs TTT_CONTEXT=cache"),
+            (len(self.ngram_tilt_betas) in (0, 25), "NGRAM_TILT_BETAS must be 25 numbers or none"),
             (not self.ttt_short_chunks or self.ttt_context == "window" and len(self.ttt_short_chunks) % 2 == 0
              and max(self.ttt_short_chunks[1::2]) <= self.ttt_eval_seq_len,
              "TTT_SHORT_CHUNKS must be pairs, with chunks of at most TTT_EVAL_SEQ_LEN, and TTT_CONTEXT=window"),
@@ -3618,7 +3622,7 @@ class Documents:
         order = np.argsort(-(ends - starts), kind="stable")
         self.starts, self.lengths = starts[order], (ends - starts)[order]
         self.byte_sums = np.add.reduceat(np.append(val.byte_counts[1:], 0).astype(np.int64), starts)[order]
-        self.hints: np.ndarray | None = None  # (N,) by entry, -1 where there is none
+        self.hints: tuple[np.ndarray, np.ndarray] | None = None  # (N,) by entry: a token, -1 where there is none, and its beta, then 0
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -3637,9 +3641,12 @@ class NgramHints(NamedTuple):
     count: np.ndarray  # (n,) how often it did
     total: np.ndarray  # (n,) occurrences
 
-    def gated(self, threshold: float) -> NgramHints:
-        """Those whose top token has at least this share, compared in float32."""
-        return NgramHints(*(a[self.count.astype(np.float32) / self.total.astype(np.float32) >= np.float32(threshold)] for a in self))
+    def betas(self, cfg: Config) -> np.ndarray:
+        """(n,) float32 nats by which the hints are raised: by bin, or one where the share, in float32, is at least the threshold."""
+        share = self.count.astype(np.float32) / self.total.astype(np.float32)
+        if not cfg.ngram_tilt_betas:
+            return np.where(share >= np.float32(cfg.ngram_tilt_threshold), np.float32(cfg.ngram_tilt_beta), np.float32(0))
+        return np.array(cfg.ngram_tilt_betas, np.float32)[5 * np.minimum(np.log2(self.total).astype(int), 4) + (4 * share).astype(int)]
 
 
 def ngram_hints(documents: Documents, order: int) -> NgramHints:
@@ -3648,41 +3655,47 @@ def ngram_hints(documents: Documents, order: int) -> NgramHints:
     Contexts lie within a document, its BOS included. Nothing at or behind a target, in that order, has a part in its hint. Contexts
     that occur once, nearly all, are told by their hashes; the others are compared token by token.
     """
-    width, lengths, tokens = order - 1, documents.lengths, documents.tokens
-    place = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    at = (np.repeat(documents.starts + 1, lengths) + place)[place + 1 >= width]  # entries of targets with a whole context
-    rng, hashes = np.random.default_rng(0), np.zeros(len(tokens), np.uint64)
-    for back in range(1, width + 1):
-        hashes[width:] += tokens[width - back: -back] * (rng.integers(2**63, dtype=np.uint64) * np.uint64(2) + np.uint64(1))
-    keys = hashes[at]
-    keys ^= keys >> np.uint64(29)
-    keys *= np.uint64(0x9E3779B97F4A7C15)
-    bucket = (keys >> np.uint64(38)).astype(np.int64)
-    repeated = np.flatnonzero(np.bincount(bucket, minlength=1 << 26)[bucket] > 1)
-    repeated = repeated[np.argsort(keys[repeated], kind="stable")]  # occurrences of one context side by side, in scoring order
-    same = keys[repeated[1:]] == keys[repeated[:-1]] if len(repeated) else np.zeros(0, bool)
-    repeated = repeated[np.append(same, False) | np.insert(same, 0, False)[: len(repeated)]]
-    at, keys = at[repeated], keys[repeated].tolist()
-    found, counts, state = [], {}, [0, 0, 0]
-    contexts = np.lib.stride_tricks.sliding_window_view(tokens, width)[at - width] if len(at) else np.zeros((0, width), np.uint16)
-    targets, before = tokens[at].tolist(), None
-    differs = np.append(False, (contexts[1:] != contexts[:-1]).any(1)).tolist()  # a hash that two contexts share would show here
-    for i, (key, target) in enumerate(zip(keys, targets)):
-        if key != before or differs[i]:
-            counts, state, before = {}, [0, 0, 0], key
-        if state[2]:
-            found.append((int(at[i]), *state))
-        counts[target] = count = counts.get(target, 0) + 1
-        state[2] += 1
-        if count > state[1]:
-            state[0], state[1] = target, count
-    return NgramHints(*np.array(sorted(found), dtype=np.int64).reshape(-1, 4).T)
+    width, tokens, by_start = order - 1, documents.tokens, np.argsort(documents.starts)
+    rng, keys = np.random.default_rng(0), np.zeros(len(tokens), np.uint64)  # a target's entry: hash of the tokens before it
+    factors = rng.integers(2**63, size=width, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
+    for begin in range(width, len(tokens), 1 << 18):  # what a processor's cache holds
+        part = keys[begin: begin + (1 << 18)]
+        for back, factor in enumerate(factors, 1):
+            part += tokens[begin - back: begin - back + len(part)] * factor
+        part ^= part >> np.uint64(29)
+        part *= np.uint64(0x9E3779B97F4A7C15)
+    seen, repeats = np.sort(keys), np.zeros(1 << 24, bool)
+    repeats[seen[1:][seen[1:] == seen[:-1]] >> np.uint64(40)] = True
+    crosses = (documents.starts[:, None] + np.arange(1, width)).ravel()  # contexts that begin before their document
+    whole = repeats[keys >> np.uint64(40)]
+    whole[:width], whole[crosses[crosses < len(tokens)]] = False, False
+    at = np.flatnonzero(whole)
+    document = by_start[np.searchsorted(documents.starts[by_start], at) - 1]
+    at = at[np.lexsort((at, document, keys[at]))]  # occurrences of one context side by side, in scoring order
+    return count_followers(at, keys[at], tokens[at[:, None] + np.arange(-width, 0)], tokens[at].astype(np.int64))
 
 
-def tilted(losses: Tensor, hint_losses: Tensor, hit: Tensor, known: Tensor, beta: float) -> Tensor:
-    """Losses under p'(a) ~ p(a) e^(beta [a = hint]), normalised in closed form; untouched where no hint is known. All (T,)."""
-    normaliser = torch.log1p(torch.exp(-hint_losses) * math.expm1(beta))
-    return torch.where(known, losses - beta * hit + normaliser, losses)
+def count_followers(at: np.ndarray, keys: np.ndarray, contexts: np.ndarray, targets: np.ndarray) -> NgramHints:
+    """Hints at the entries `at`, (n,), from those of the same key and context (n, width) that stand before them."""
+    place = np.arange(len(at))
+    fresh = np.append(True, (keys[1:] != keys[:-1]) | (contexts[1:] != contexts[:-1]).any(1))[: len(at)]  # a hash may serve two contexts
+    group = np.cumsum(fresh)
+    order = np.lexsort((targets, group))  # one target after one context, in order
+    pair = group[order] << 16 | targets[order]
+    first = np.maximum.accumulate(np.where(np.append(True, pair[1:] != pair[:-1])[: len(at)], place, 0))
+    count = np.empty_like(place)
+    count[order] = place - first + 1  # how often this target has come, now included
+    most = np.maximum.accumulate(group * (len(at) + 1) + count) - group * (len(at) + 1)
+    better = np.maximum.accumulate(np.where(fresh | (most > np.roll(most, 1)), place, 0))  # where the present top token got ahead
+    known = np.flatnonzero(~fresh)
+    known = known[np.argsort(at[known])]
+    total = known - np.maximum.accumulate(np.where(fresh, place, 0))[known]
+    return NgramHints(at[known], targets[better[known - 1]], most[known - 1], total)
+
+
+def tilted(losses: Tensor, hint_losses: Tensor, hit: Tensor, betas: Tensor) -> Tensor:
+    """Losses under p'(a) ~ p(a) e^(beta [a = hint]), normalised in closed form; untouched where beta is 0. All (T,)."""
+    return losses - betas * hit + torch.log1p(torch.exp(-hint_losses) * torch.expm1(betas))
 
 
 class Chunk(NamedTuple):
@@ -3692,10 +3705,11 @@ class Chunk(NamedTuple):
     rows: Tensor | None  # (documents * chunk size,) the tokens of the batch that are scored; None: all of them
     weights: Tensor  # (documents * chunk size,) shares in the training loss; 0 in a document's last chunk
     hints: Tensor | None = None  # (documents * chunk size,) tokens that n-grams point to, -1 where none does
+    betas: Tensor | None = None  # by how much they are raised
 
     def tensors(self) -> list[Tensor]:
         """All that a captured step reads."""
-        return [t for t in (*self.batch[:5], self.rows, self.weights, self.hints) if t is not None]
+        return [t for t in (*self.batch[:5], self.rows, self.weights, self.hints, self.betas) if t is not None]
 
 
 def make_chunk(run: Run, documents: Documents, members: range, begin: int, end: int) -> Chunk:
@@ -3714,12 +3728,12 @@ def make_chunk(run: Run, documents: Documents, members: range, begin: int, end: 
     batch = make_batch(tokens, targets, np.arange(count) * width, width, run.device, begin if cached else 0, before)
     weights = ((chunk < stops[:, None]) & (end < lengths)[:, None]) / np.float32(end - begin)
     rows = np.arange(count)[:, None] * width + np.clip(chunk - firsts[:, None], 0, width - 1)
-    hints = None
+    hints = []
     if documents.hints is not None:
-        entries = np.where(chunk < stops[:, None], starts[:, None] + 1 + chunk, 0)
-        hints = to_device(np.where(chunk < stops[:, None], documents.hints[entries], -1).astype(np.int64).ravel(), run.device)
+        entries = np.where(chunk < stops[:, None], starts[:, None] + 1 + chunk, 0).ravel()  # the first entry is nobody's target
+        hints = [to_device(values[entries], run.device) for values in documents.hints]
     scored = None if cached else to_device(rows.ravel(), run.device)
-    return Chunk(batch, scored, to_device(weights.astype(np.float32).ravel(), run.device), hints)
+    return Chunk(batch, scored, to_device(weights.astype(np.float32).ravel(), run.device), *hints)
 
 
 class KVCache:
@@ -3868,7 +3882,7 @@ class TTTScorer:
                 self.adapters.learn(((losses if hints is None else losses[0]) * chunk.weights).sum(), leaves)
         if hints is not None:
             targets = chunk.batch.targets if chunk.rows is None else chunk.batch.targets[chunk.rows]
-            scored = tilted(*scored, (hints == targets).float(), hints >= 0, self.run.cfg.ngram_tilt_beta)
+            scored = tilted(*scored, (hints == targets).float(), chunk.betas)
         if self.cache is not None:
             self.cache.store(made)
         return scored
@@ -3900,7 +3914,7 @@ class TTTScorer:
         tokens = np.random.default_rng(cfg.seed).integers(4, cfg.vocab_size, lengths.sum()).astype(np.uint16)
         tokens[np.cumsum(lengths) - lengths] = BOS_ID
         documents = Documents(ValData(tokens, np.ones_like(tokens), len(lengths)))
-        documents.hints = tokens.astype(np.int32) if cfg.ngram_tilt_enabled else None
+        documents.hints = (tokens.astype(np.int64), np.ones(len(tokens), np.float32)) if cfg.ngram_tilt_enabled else None
         return documents
 
     def _run_widest_step(self) -> None:
@@ -4065,13 +4079,15 @@ class TTTProgress:
 
 def take_hints(run: Run, documents: Documents) -> None:
     """Find the n-gram hints on rank 0 and give them to all; a collective."""
-    began, hints = time.perf_counter(), None
+    began, found = time.perf_counter(), None
     if run.ranks.rank == 0:
-        hints = ngram_hints(documents, run.cfg.ngram_tilt_order).gated(run.cfg.ngram_tilt_threshold)
-    hints = NgramHints(*run.ranks.agree(hints))
-    documents.hints = np.full(len(documents.tokens), -1, np.int32)
-    documents.hints[hints.at] = hints.top
-    run.log.record("tilt", hints=len(hints.at), targets=int(documents.lengths.sum()), time_ms=int(since_ms(began)))
+        hints = ngram_hints(documents, run.cfg.ngram_tilt_order)
+        betas = hints.betas(run.cfg)
+        found = [values[betas > 0] for values in (hints.at, hints.top, betas)]
+    at, top, betas = run.ranks.agree(found)
+    documents.hints = np.full(len(documents.tokens), -1), np.zeros(len(documents.tokens), np.float32)
+    documents.hints[0][at], documents.hints[1][at] = top, betas
+    run.log.record("tilt", hints=len(at), targets=int(documents.lengths.sum()), time_ms=int(since_ms(began)))
 
 
 def score_with_ttt(run: Run, model: GPT, val: ValData) -> Score:
