@@ -153,6 +153,7 @@ def packed_frame() -> tuple[bytes, bytes]:
     return ast.literal_eval(named["PACKED_HEAD"]), ast.literal_eval(named["PACKED_TAIL"])
 
 
+@lru_cache(maxsize=4)
 def packed_source(code: bytes) -> str | None:
     """The source that a packed file runs, None if it is none; ValueError if there is more than a payload between its lines."""
     import brotli
@@ -191,7 +192,12 @@ def readable_code(record: Record) -> str:
     packed = packed_source(path.read_bytes()) if text else None
     if packed is None:
         return text
-    return source if source is not None and bare(source) == ast.unparse(ast.parse(packed)) else packed
+    return source if source is not None and same_program(packed, source) else packed
+
+
+@lru_cache(maxsize=4)
+def same_program(packed: str, source: str) -> bool:
+    return ast.unparse(ast.parse(packed)) == bare(source)
 
 
 def check_packed(record: Record) -> Result:
