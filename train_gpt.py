@@ -51,8 +51,9 @@ import tokenize
 import traceback
 import typing
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import Field, dataclass, field, fields, replace
 from datetime import datetime, timedelta, timezone
 from functools import lru_cache, partial
@@ -141,18 +142,20 @@ class Config:
     data_path: str = setting("", "folder of the shards; empty: the published data set under DATA_DIR", TEXT)
     tokenizer_path: str = setting("", "SentencePiece model; empty: the published one under DATA_DIR", TEXT)
     caseops_enabled: bool = score_setting(True, "bytes come from the sidecar; 0: from the tokenizer's pieces", FLAG)
+    caseops_version: str = model_setting("lossless_caps_caseops_v1", "transform of the text, as the data's manifest.json names it", Check(
+        "a name of letters, digits and '_'", lambda v: re.fullmatch(r"[A-Za-z0-9_]{1,100}", v) is not None))
     artifact_dir: str = setting("./runs", "folder for the log and the artifact of a run", TEXT)
     run_id: str = setting("", "name of the run's files; empty: time, seed and a random part", Check(
         "up to 100 of the letters a-z A-Z, digits, '.', '_' and '-'", lambda v: re.fullmatch(r"[A-Za-z0-9_.-]{0,100}", v) is not None))
     artifact_path: str = setting("", "with EVAL_ONLY: the artifact to score; empty: that of RUN_ID", TEXT)
-    losses_path: str = setting("", "with EVAL_ONLY: .npz file for the nats of every target, as a referee wants them; empty: none", TEXT)
+    losses_path: str = setting("", ".npz file for the nats of every target, an array a score; empty: none", TEXT)
     eval_only: bool = setting(False, "score an existing artifact, no training data needed", FLAG)
     # the run
     seed: int = score_setting(1337, "seed of initialisation and adapters", between(0, 2**31 - 1))
     iterations: int = setting(20000, "steps at most; with no time cap, exactly", between(1, 10**9))
     max_wallclock_seconds: float = setting(600.0, "training time, Hessians included; 0: no cap", SECONDS)
     eval_budget_seconds: float = setting(600.0, "time that the final scoring may take; 0: no cap", SECONDS)
-    rank_timeout_seconds: float = setting(1800.0, "longest that a rank waits for the others before the run ends", between(10, 1e7))
+    rank_timeout_seconds: float = setting(1800.0, "longest that a rank waits for the others before the run ends", between(1, 1e7))
     warmup_steps: int = setting(20, "steps at each depth before the clock, all undone", between(0, 10**6))
     warmdown_frac: float = setting(0.75, "last share of the run, in which the learning rate falls", between(0, 1))
     min_lr: float = setting(0.0, "floor of the learning rate, as a share", between(0, 1))
@@ -250,6 +253,11 @@ class Config:
     ttt_batch_size: int = score_setting(64, "documents adapted side by side, at most", between(1, 4096))
     ttt_grad_steps: int = score_setting(1, "updates a chunk", between(1, 100))
     ttt_weight_decay: float = score_setting(0.5, "decoupled weight decay of the adapters", between(0, 1000))
+    ttt_warm_start_a: bool = score_setting(
+        False, "A goes on from one batch of documents to the next of its lane (eight, whatever the ranks); B begins at 0", FLAG)
+    ttt_short_chunks: tuple[int, ...] = score_setting(
+        (), "pairs LIMIT,CHUNK: a batch whose longest document, both BOS counted, is no longer than LIMIT has this chunk",
+        each(between(1, 2**20)))
     ttt_beta1: float = score_setting(0.0, "AdamW on the adapters", below(0, 1))
     ttt_beta2: float = score_setting(0.999, "AdamW on the adapters", below(0, 1))
     ttt_q_lora: bool = score_setting(True, "adapters on the queries", FLAG)
@@ -302,6 +310,9 @@ class Config:
             (self.chunk_sizes[-1] <= self.ttt_eval_seq_len,
              "TTT_CHUNK_SIZE, doubled by TTT_CHUNK_DOUBLES_AT, must be at most TTT_EVAL_SEQ_LEN"),
             (not doubles or self.ttt_context == "cache", "TTT_CHUNK_DOUBLES_AT needs TTT_CONTEXT=cache"),
+            (not self.ttt_short_chunks or self.ttt_context == "window" and len(self.ttt_short_chunks) % 2 == 0
+             and max(self.ttt_short_chunks[1::2]) <= self.ttt_eval_seq_len,
+             "TTT_SHORT_CHUNKS must be pairs, with chunks of at most TTT_EVAL_SEQ_LEN, and TTT_CONTEXT=window"),
             (all(a < b for a, b in zip(doubles, doubles[1:])) and all(at % size == 0 for at, size in zip(doubles, self.chunk_sizes[1:])),
              "TTT_CHUNK_DOUBLES_AT must ascend, each a multiple of the chunks that begin there (TTT_CHUNK_SIZE times 2, 4, ...)"),
         ]
@@ -338,7 +349,7 @@ class Config:
             return Path(self.data_path)
         if not self.caseops_enabled:
             return Path(self.data_dir, "datasets", f"fineweb10B_sp{self.vocab_size}")
-        return self._caseops_root / "datasets" / f"fineweb10B_sp{self.vocab_size}_lossless_caps_caseops_v1_reserved"
+        return self._caseops_root / "datasets" / f"fineweb10B_sp{self.vocab_size}_{self.caseops_version}_reserved"
 
     @property
     def tokenizer_file(self) -> Path:
@@ -347,7 +358,7 @@ class Config:
             return Path(self.tokenizer_path)
         if not self.caseops_enabled:
             return Path(self.data_dir, "tokenizers", f"fineweb_{self.vocab_size}_bpe.model")
-        return self._caseops_root / "tokenizers" / f"fineweb_{self.vocab_size}_bpe_lossless_caps_caseops_v1_reserved.model"
+        return self._caseops_root / "tokenizers" / f"fineweb_{self.vocab_size}_bpe_{self.caseops_version}_reserved.model"
 
     @property
     def _caseops_root(self) -> Path:
@@ -355,6 +366,7 @@ class Config:
 
 
 SETTING_TYPES = typing.get_type_hints(Config)
+PLACES = {f.name for f in fields(Config) if f.metadata["check"] is TEXT}  # what may differ between machines
 STORED_SETTINGS = [f for f in fields(Config) if f.metadata["model"] or f.metadata["score"]]  # what an artifact carries
 NUMBER = {int: r"[+-]?[0-9]+", float: r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?"}  # ASCII, no underscores
 
@@ -426,6 +438,7 @@ def settings_help() -> str:
 # ======================================================================================================================
 
 EXIT_USER_ERROR, EXIT_OVER_LIMIT = 2, 3
+LOOK_SECONDS = 0.5  # between two looks at the other ranks
 SIGNAL_GRACE_SECONDS = 25.0  # torchrun kills 30 s after it asked; a rank that waits for a dead one says so before that
 
 
@@ -440,6 +453,7 @@ class Ranks:
     local_world: int = 1  # processes on this machine
     board: Any = None  # a store that any rank may write to and read from without waiting for another
     notes: dict[str, str] = field(default_factory=dict)  # the same on one process
+    calls: int = 0  # collectives that this rank has come to: one that hangs has come to fewer than the others
 
     @classmethod
     def start(cls, environ: Mapping[str, str], timeout_seconds: float = 1800.0) -> Ranks:
@@ -456,12 +470,13 @@ class Ranks:
         if world == 1:
             return cls(device=device)
         warnings.filterwarnings("ignore", ".*deprecated.*(reduce_scatter|all_gather)_single", FutureWarning)  # not in torch 2.11
-        timeout = timedelta(seconds=timeout_seconds)
+        timeout = timedelta(seconds=timeout_seconds + 10)  # the watch speaks before that
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout,
                                              device_id=device if device.type == "cuda" else None)
         host_group = torch.distributed.new_group(backend="gloo", timeout=timeout)
-        board = torch.distributed.TCPStore(environ["MASTER_ADDR"], int(environ["MASTER_PORT"]), is_master=False,
+        store = torch.distributed.TCPStore(environ["MASTER_ADDR"], int(environ["MASTER_PORT"]), is_master=False,
                                            timeout=timedelta(seconds=30))
+        board = torch.distributed.PrefixStore(f"start {environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)  # torchrun's outlives us
         return cls(int(environ["RANK"]), world, device, host_group, int(environ.get("LOCAL_WORLD_SIZE", world)), board)
 
     def stop(self) -> None:
@@ -470,6 +485,7 @@ class Ranks:
 
     def sum(self, tensor: Tensor) -> Tensor:
         """`tensor` summed over the ranks, in place."""
+        self.calls += 1
         if self.world > 1:
             torch.distributed.all_reduce(tensor)
         return tensor
@@ -478,6 +494,7 @@ class Ranks:
         """The objects of all ranks, in rank order, on every rank."""
         if self.world == 1:
             return [value]
+        self.calls += 1
         values: list[Any] = [None] * self.world
         torch.distributed.all_gather_object(values, value, group=self.host_group)
         return values
@@ -488,9 +505,17 @@ class Ranks:
 
     def share(self, tensors: list[Tensor]) -> None:
         """Rank 0's values into the host tensors of every rank."""
+        self.calls += 1
         if self.world > 1:
             for tensor in tensors:
                 torch.distributed.broadcast(tensor, src=0, group=self.host_group)
+
+    def check_same(self, values: dict[str, Any]) -> None:
+        """ValueError, on every rank, that names a rank for which not all these values are rank 0's, and which are not."""
+        first, *others = self.gather(values)
+        for rank, theirs in enumerate(others, 1):
+            if differing := sorted({name for name, _ in first.items() ^ theirs.items()}):
+                raise ValueError(f"rank {rank} has another {', '.join(differing[:5])} than rank 0: every machine needs the same")
 
     def post(self, topic: str, text: str) -> None:
         """Leave a note of this rank, in place of its last one on the topic; waits for nobody."""
@@ -507,6 +532,19 @@ class Ranks:
         return {r: self.board.get(key).decode() for r, key in keys.items() if self.board.check([key])}
 
 
+    def fail(self, text: str) -> None:
+        """Tell the others that this rank ends, and why."""
+        with suppress(RuntimeError, OSError):
+            self.post("failed", text)
+
+    def failures(self) -> dict[int, str]:
+        """Words on every rank that has ended with an error; under -1 if the board went with the process that held it."""
+        try:
+            return {rank: text if text.startswith("rank ") else f"rank {rank}: {text}" for rank, text in self.posted("failed").items()}
+        except (RuntimeError, OSError):
+            return {-1: "the process that held the ranks together has ended"}
+
+
 class Log:
     """Writes lines to standard output and appends them to a file, which it locks; silent on other ranks than 0.
 
@@ -514,15 +552,25 @@ class Log:
     """
 
     def __init__(self, path: Path | None, enabled: bool = True) -> None:
-        self.enabled, self.path, self.file = enabled, path if enabled else None, None
-        if self.path is None:
-            return
+        self.enabled, self.path, self.file = enabled, path, None
+        if enabled and path is not None:
+            self.open()
+
+    def open(self) -> None:
+        """Append to the file from now on; ValueError if another process does."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.file = self.path.open("a", encoding="utf-8", errors="backslashreplace")
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"another process is writing {self.path}: wait for it to end, or choose another RUN_ID") from None
+
+    def take_over(self) -> None:
+        """Speak from this rank, because rank 0 cannot, even where a stopped rank 0 still holds the file."""
+        self.enabled = True
+        with suppress(OSError, ValueError):
+            if self.path is not None and self.file is None:
+                self.open()
 
     def __call__(self, text: str) -> None:
         """One line of prose."""
@@ -558,8 +606,10 @@ class Watch:
     Between `with` and its end SIGTERM and SIGINT are kept, and `check` raises Stopped in all ranks at the same place.
     """
 
-    def __init__(self, ranks: Ranks, log: Log) -> None:
+    def __init__(self, ranks: Ranks, log: Log, timeout_seconds: float) -> None:
         self.ranks, self.log, self.number, self.since, self.over = ranks, log, 0, 0.0, threading.Event()
+        self.limit, self.looks, self.came = timeout_seconds / LOOK_SECONDS, 0, (0, 0)  # collectives, and the look that first saw so many
+        self.heard = {rank: ("0 0", 0) for rank in range(ranks.world)}  # the last note of each, and the look that first saw it
         self._pipe: tuple[int, int] | None = None
         if ranks.world > 1:
             threading.Thread(target=self._look, daemon=True).start()
@@ -588,15 +638,18 @@ class Watch:
             raise Stopped(number)
 
     def _look(self) -> None:
-        """In a thread: end this process when another rank has failed, or when a signal finds the main thread stuck."""
-        while not self.over.wait(0.5):
-            try:
-                failed = self.ranks.posted("failed")
-            except (RuntimeError, OSError):  # the store went with the process that held it
-                failed = {-1: "the process that held the ranks together has ended"}
+        """In a thread: end this process when another rank has failed or hangs, or when a signal finds the main thread stuck."""
+        while not self.over.wait(LOOK_SECONDS):
+            hanging = self._hanging()
+            if hanging and self.ranks.rank == min(self.heard.keys() - hanging):
+                self.log.take_over()
+                self.end(f"rank {', '.join(map(str, hanging))} hangs: the others have waited for it for "
+                         f"{self.limit * LOOK_SECONDS:g} s (RANK_TIMEOUT_SECONDS)", EXIT_USER_ERROR)
+            failed = self.ranks.failures()
             if failed and self.ranks.rank not in failed and not self.over.is_set():
-                rank, text = next(iter(failed.items()))
-                self.end(f"rank {rank}: {text}" if rank >= 0 else text, EXIT_USER_ERROR)
+                if min(failed) < 0 and self.ranks.rank % self.ranks.local_world == 0:
+                    self.log.take_over()
+                self.end(next(iter(failed.values())), EXIT_USER_ERROR)
             if self._pipe is not None and not self.since:
                 try:
                     self.since = time.monotonic() if os.read(self._pipe[0], 64) else 0.0
@@ -605,9 +658,28 @@ class Watch:
             elif self.since and time.monotonic() - self.since > SIGNAL_GRACE_SECONDS:
                 self.end("asked to end while waiting for the other ranks: one of them has ended or hangs", 128 + signal.SIGTERM)
 
+    def _hanging(self) -> list[int]:
+        """The ranks that have come to fewer collectives than this one waits in, or that give no sign of life, for too long.
+
+        Time is counted in looks of this thread: a job that was suspended as a whole does not count its sleep.
+        """
+        calls, self.looks = self.ranks.calls, self.looks + 1
+        self.came = self.came if calls == self.came[0] else (calls, self.looks)
+        try:
+            self.ranks.post("at", f"{calls} {self.looks}")
+            notes = self.ranks.posted("at")
+        except (RuntimeError, OSError):
+            return []
+        for rank, note in notes.items():
+            self.heard[rank] = self.heard[rank] if note == self.heard[rank][0] else (note, self.looks)
+        waiting = self.looks - self.came[1] > self.limit
+        return [rank for rank, (note, look) in self.heard.items()
+                if self.looks - look > self.limit or (waiting and int(note.split()[0]) < calls)]
+
     def end(self, text: str, status: int) -> typing.NoReturn:
         """Say why and leave at once, without any collective."""
         self.log(f"error: {text}")
+        self.ranks.fail(text)
         sys.stdout.flush()
         os._exit(status)
 
@@ -766,21 +838,30 @@ def read_shard(path: Path, entries: int | None = None) -> np.ndarray:
     return np.memmap(path, dtype="<u2", mode="r", offset=header_bytes, shape=(count,))
 
 
-def manifest_files(folder: Path) -> dict[str, dict[str, Any]] | None:
-    """What `manifest.json` says of each shard (file name -> entries, sha256); None where there is no manifest."""
+class Manifest(NamedTuple):
+    """What `manifest.json` says of a data set; without one all fields are empty."""
+
+    files: dict[str, dict[str, Any]] = {}  # shard -> entries, sha256
+    transform: str = ""  # CaseOps version
+    tokenizer_sha256: str = ""
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a data set, checked; ValueError if it is damaged."""
     path = folder / MANIFEST
     if not path.exists():
-        return None
+        return Manifest()
     try:
-        splits = json.loads(path.read_bytes())["splits"]
-        files = {entry["file"]: entry for split in ("val", "train") for entry in splits[split]["files"]}
-        if not files or not all(SHARD_NAME.fullmatch(name) and type(entry["entries"]) is int and type(entry["sha256"]) is str
-                                for name, entry in files.items()):
+        record = json.loads(path.read_bytes())
+        files = {entry["file"]: entry for split in ("val", "train") for entry in record["splits"][split]["files"]}
+        manifest = Manifest(files, record.get("transform", ""), record.get("tokenizer", {}).get("sha256", ""))
+        if not files or type(manifest.transform) is not str or not all(
+                SHARD_NAME.fullmatch(name) and type(entry["entries"]) is int and type(entry["sha256"]) is str for name, entry in files.items()):
             raise ValueError("its list of shards is not in the form of a build")
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is not the manifest of a data set ({type(error).__name__}: {error}); move it away if it "
                          f"is another program's, else {BUILD_HINT}") from None
-    return files
+    return manifest
 
 
 def dataset_shards(folder: Path) -> dict[str, list[Path]]:
@@ -791,14 +872,14 @@ def dataset_shards(folder: Path) -> dict[str, list[Path]]:
     """
     if not folder.is_dir():
         raise ValueError(f"no data: {folder} is not a folder; {BUILD_HINT}")
-    listed = manifest_files(folder)
-    if listed is None and (folder / JOURNAL).exists():
+    listed = read_manifest(folder).files
+    if not listed and (folder / JOURNAL).exists():
         raise ValueError(f"{folder} holds an unfinished build ({JOURNAL}): give the same prepare_caseops_data.py command again, "
                          "it goes on where it stopped")
     there = sorted(path.name for path in folder.glob("*.bin"))
     named = {name: match.groups() for name in listed or there if (match := SHARD_NAME.fullmatch(name))}
     if foreign := [name for name in there if name not in named]:
-        reason = "no name of a shard, PREFIX_train|val|val_bytes_NNNNNN.bin" if listed is None else f"not in {MANIFEST}"
+        reason = "no name of a shard, PREFIX_train|val|val_bytes_NNNNNN.bin" if not listed else f"not in {MANIFEST}"
         raise ValueError(f"{folder} holds {', '.join(foreign[:3])}{' …' if foreign[3:] else ''}: {reason}; move or delete it")
     if len(prefixes := {prefix for prefix, _, _ in named.values()}) > 1:
         raise ValueError(f"{folder} holds shards of several data sets ({', '.join(sorted(prefixes))}): one folder, one data set")
@@ -820,7 +901,7 @@ def read_shards(folder: Path, kind: str) -> list[np.ndarray]:
     """All shards of one kind, of the lengths that the manifest lists; ValueError if there is none."""
     if not (paths := shard_paths(folder, kind)):
         raise ValueError(f"no {kind} shards (*_{kind}_NNNNNN.bin) in {folder}; {BUILD_HINT}")
-    listed = manifest_files(folder)
+    listed = read_manifest(folder).files
     return [read_shard(path, listed[path.name]["entries"] if listed else None) for path in paths]
 
 
@@ -867,6 +948,15 @@ def read_sidecar(folder: Path, tokens: np.ndarray) -> np.ndarray:
     return byte_counts
 
 
+def check_version(cfg: Config) -> None:
+    """ValueError if the data is of another CaseOps version than the run, or than the artifact whose settings it has adopted."""
+    transform = read_manifest(cfg.shards_dir).transform
+    found, wanted = (transform or Config.caseops_version, cfg.caseops_version) if cfg.caseops_enabled else (transform, "")
+    if found != wanted:
+        raise ValueError(f"the data in {cfg.shards_dir} is of CASEOPS_VERSION={found}, this run or its artifact of "
+                         f"{wanted or 'CASEOPS_ENABLED=0'}: neither can read the other's tokens; choose data, settings and artifact of one")
+
+
 def load_val(cfg: Config) -> ValData:
     """The validation set, checked: sidecar present and of the same length, BOS, ids, the published constants.
 
@@ -874,6 +964,7 @@ def load_val(cfg: Config) -> ValData:
         ValueError: naming the file and what is wrong with it.
     """
     folder = cfg.shards_dir
+    check_version(cfg)
     tokens = np.concatenate(read_shards(folder, "val"))
     check_tokens(tokens, cfg.vocab_size, f"validation tokens in {folder}", sample=len(tokens))
     if int(tokens[0]) != BOS_ID:
@@ -933,7 +1024,11 @@ def check_tokenizer(cfg: Config) -> str:
             raise ValueError(f"no tokenizer at {path}; set TOKENIZER_PATH")
         return f"no tokenizer at {path}: none is needed, the bytes come from the sidecar"
     _piece_byte_table(str(path), cfg.vocab_size)
-    return f"tokenizer {path} sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}"
+    found, wanted = hashlib.sha256(path.read_bytes()).hexdigest(), read_manifest(cfg.shards_dir).tokenizer_sha256
+    if wanted not in ("", found):
+        raise ValueError(f"{path} (sha256 {found[:16]}) is not the tokenizer that the data in {cfg.shards_dir} was made with (sha256 "
+                         f"{wanted[:16]}, see {MANIFEST} there): set TOKENIZER_PATH to that one")
+    return f"tokenizer {path} sha256 {found}"
 
 
 def check_dataset(cfg: Config, with_train: bool = True) -> ValData:
@@ -1302,6 +1397,11 @@ def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),))
 
 
+def add(x: Tensor, y: Tensor) -> Tensor:
+    """x + y, of one dtype. Added in float32 it joins the norm behind it; else the product before it, for which x is copied first."""
+    return (x.float() + y.float()).to(x.dtype)
+
+
 @torch.library.custom_op(f"{OPERATORS}::rotary_tables", mutates_args=())
 def rotary_tables(positions: Tensor, dims: int, base: float) -> tuple[Tensor, Tensor]:
     """Cosines and sines, float32 (T, 1, dims / 2), of rotary embeddings (Su et al. 2021).
@@ -1468,23 +1568,16 @@ class GPT(nn.Module):
     def _serial_block(self, context: Context, layer: int, visit: int, x: Tensor, x0: Tensor) -> Tensor:
         mix = context.layers[layer].resid_mix
         x = mix[0] * x + mix[1] * x0
-        x = x + self._attention(context, layer, visit, self._normed(x, layer))
-        return x + self._mlp_gate(layer, x) * self._mlp(context, layer, visit, self._normed(x, layer))
+        x = add(x, self._attention(context, layer, visit, self._normed(x, layer)))
+        return add(x, self._mlp(context, layer, visit, x))
 
     def _parallel_block(self, context: Context, layer: int, visit: int, lanes: tuple[Tensor, Tensor], x0: Tensor) -> tuple[Tensor, Tensor]:
         """Attention reads lane 0, the MLP lane 1; both write to both."""
         weights = context.layers[layer]
         mix, resid, post = weights.resid_mix, weights.resid, weights.post
         a = self._attention(context, layer, visit, self._normed(mix[0] * lanes[0] + mix[1] * x0, layer))
-        m = self._mlp_gate(layer, lanes[1]) * self._mlp(context, layer, visit, self._normed(lanes[1], layer))
+        m = self._mlp(context, layer, visit, lanes[1])
         return (resid[0] * lanes[0] + post[0, 0] * a + post[1, 0] * m, resid[1] * lanes[1] + post[0, 1] * a + post[1, 1] * m)
-
-    def _mlp_gate(self, layer: int, x: Tensor) -> Tensor | float:
-        """The MLP's gate, (T, 1), from what its norm reads, un-normed."""
-        if not self.cfg.mlp_gate_enabled:
-            return 1.0
-        weight, bias = (self.get_parameter(f"blocks.{layer}.mlp_gate_out.{name}").to(self.dtype) for name in ("weight", "bias"))
-        return torch.sigmoid(F.linear(x[:, : self.cfg.gate_window], weight, bias))
 
     def _attention(self, context: Context, layer: int, visit: int, n: Tensor) -> Tensor:
         """What attention of the normalised input n (T, d) adds: gate, output projection and scale included."""
@@ -1501,15 +1594,20 @@ class GPT(nn.Module):
         bypass = linear((layer, visit, "attn_bypass"), n, None)
         return y if bypass is None else y + weights.attn_scale * bypass
 
-    def _mlp(self, context: Context, layer: int, visit: int, n: Tensor) -> Tensor:
-        """What the MLP of the normalised input n (T, d) adds, its scale included."""
-        weights, linear = context.layers[layer], context.linear
+    def _mlp(self, context: Context, layer: int, visit: int, x: Tensor) -> Tensor:
+        """What the MLP of x (T, d), which it normalises itself, adds: scale and gate included."""
+        weights, linear, n = context.layers[layer], context.linear, self._normed(x, layer)
         if linear is plain_linear:
-            return fused_mlp(n, weights.up, weights.down)
-        h = F.leaky_relu(linear((layer, visit, "up"), n, weights.up), 0.5).square()
-        y = linear((layer, visit, "down"), h, weights.down)
-        bypass = linear((layer, visit, "mlp_bypass"), n, None)
-        return y if bypass is None else y + weights.mlp_scale * bypass
+            y = fused_mlp(n, weights.up, weights.down)
+        else:
+            h = F.leaky_relu(linear((layer, visit, "up"), n, weights.up), 0.5).square()
+            y = linear((layer, visit, "down"), h, weights.down)
+            bypass = linear((layer, visit, "mlp_bypass"), n, None)
+            y = y if bypass is None else y + weights.mlp_scale * bypass
+        if not self.cfg.mlp_gate_enabled:
+            return y
+        weight, bias = (self.get_parameter(f"blocks.{layer}.mlp_gate_out.{name}").to(self.dtype) for name in ("weight", "bias"))
+        return torch.sigmoid(F.linear(x[:, : self.cfg.gate_window], weight, bias)) * y
 
 
 # ======================================================================================================================
@@ -1582,11 +1680,13 @@ class ShardedTensor:
 
     def start_reduce(self) -> None:
         """Begin to sum the gradient's rows over the ranks into `shard.grad`."""
+        self.ranks.calls += 1
         if self.ranks.world > 1:
             self._pending = torch.distributed.reduce_scatter_tensor(self.shard.grad, self.full_grad, async_op=True)
 
     def start_gather(self) -> None:
         """Begin to hand the updated rows to all ranks."""
+        self.ranks.calls += 1
         if self.ranks.world > 1:
             self._pending = torch.distributed.all_gather_into_tensor(self.storage, self.shard.data, async_op=True)
 
@@ -1888,6 +1988,10 @@ class Checkpoint:
         self.last = time.perf_counter()
         self.found = self._read() if run.ranks.rank == 0 else {}
         self.found = run.ranks.agree(self.found)
+        there = run.ranks.gather(self.index.exists())
+        if not self.found and any(there):
+            self.found = {"problem": f"{self.index} is on the machine of rank {there.index(True)} and not on that of rank 0: give the machines "
+                                     "their old places (--node_rank), or delete it to start again"}
         if problem := self.found.get("problem"):
             raise ValueError(problem)
 
@@ -1941,7 +2045,7 @@ class Checkpoint:
             self._set("done")
 
     def _set(self, stage: str, **values: Any) -> None:
-        self.found = {"stage": stage, "settings": fingerprint(self.run.cfg), **values}
+        self.found = {"stage": stage, "settings": checksum(identity(self.run.cfg, but={"checkpoint_every"})), **values}
         write_atomically(self.index, json.dumps({**self.found, "check": checksum(self.found)}).encode())
 
     def _sweep(self, keep: str) -> None:
@@ -1965,7 +2069,7 @@ class Checkpoint:
         if found["stage"] == "done":
             return {"problem": f"run {self.run.cfg.run_id} is complete: its log ends with the score; choose another RUN_ID, or score its "
                                "artifact again with EVAL_ONLY=1"}
-        if found.get("settings") != fingerprint(self.run.cfg):
+        if found.get("settings") != checksum(identity(self.run.cfg, but={"checkpoint_every"})):
             return {"problem": f"{self.index} is of a run with settings or code that differ from this one's; start it as it was started, "
                                "or choose another RUN_ID"}
         path = output_path(self.run.cfg, ".artifact")
@@ -1980,10 +2084,10 @@ def checksum(values: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
-def fingerprint(cfg: Config) -> str:
-    """Changes with the code and with every setting but the checkpoints' own."""
-    settings = {f.name: format_setting(getattr(cfg, f.name)) for f in fields(Config) if f.name != "checkpoint_every"}
-    return checksum({**settings, "code": hashlib.sha256(counted_code()).hexdigest()})
+def identity(cfg: Config, but: set[str]) -> dict[str, str]:
+    """The code's hash and all settings but some, by the names that people know."""
+    settings = {f.name.upper(): format_setting(getattr(cfg, f.name)) for f in fields(Config) if f.name not in but}
+    return {**settings, "code": hashlib.sha256(counted_code()).hexdigest()}
 
 
 def train(run: Run, trainer: Trainer, val: ValData, checkpoint: Checkpoint) -> None:
@@ -3262,6 +3366,10 @@ def evaluate(run: Run, model: GPT, val: ValData, name: str, depth: int) -> Score
 # itself learn from documents already scored. A document's score does not depend on which others are scored beside it, so
 # the plan that deals documents to batches and batches to ranks is free: it is made, alike on every rank, to end soonest.
 #
+# With TTT_WARM_START_A a score does depend on others, though never on later text: a document's A is what the document in its
+# row of the lane's batch before has made of it, decayed until the longest of that batch ended. So batches, the lanes that they
+# are dealt to and the order in a lane are then fixed by the lengths alone; ranks take whole lanes.
+#
 # What a chunk sees of the earlier ones is computed again with the adapters of the moment (TTT_CONTEXT=window, the record:
 # many forwards a token), or is the keys and values as they were when those chunks were scored (cache: one).
 # ======================================================================================================================
@@ -3272,6 +3380,7 @@ TTT_TOKENS_PER_SECOND = 411_000  # forwarded and learned
 TTT_STEP_SECONDS = 0.012  # beside its tokens
 TTT_CAPTURED_STEP_SECONDS = 0.003
 TTT_SECONDS_PER_ADAPTER_VALUE = 40 / (0.85 * 3.35e12)
+TTT_LANES = 8
 
 
 class PhasePlan(NamedTuple):
@@ -3282,13 +3391,15 @@ class PhasePlan(NamedTuple):
     ranks: tuple[tuple[int, ...], ...]  # for each rank, its batches in the order it runs them
     seconds: tuple[float, ...]  # reckoned, for each rank, with the constants above
     learns: range  # whose text the global SGD learns from then, shortest first; empty after the last part
+    warm: frozenset[int] = frozenset()  # batches that take over A from the one that their rank ran before
 
 
 def chunk_bounds(cfg: Config, length: int) -> list[int]:
-    """Where the chunks of a document begin, and where the last one ends: at or behind `length`."""
-    bounds = [0]
+    """Where the chunks of a batch begin whose longest document has `length` targets; the last one ends there or behind."""
+    short = zip(cfg.ttt_short_chunks[::2], cfg.ttt_short_chunks[1::2])
+    bounds, size = [0], next((chunk for limit, chunk in short if length < limit), cfg.ttt_chunk_size)
     while bounds[-1] < length:
-        bounds.append(bounds[-1] + (cfg.ttt_chunk_size << sum(bounds[-1] >= at for at in cfg.ttt_chunk_doubles_at)))
+        bounds.append(bounds[-1] + (size << sum(bounds[-1] >= at for at in cfg.ttt_chunk_doubles_at)))
     return bounds
 
 
@@ -3343,47 +3454,72 @@ def phase_ends(cfg: Config, count: int) -> list[tuple[int, int]]:
 
 def plan_ttt(cfg: Config, lengths: np.ndarray, world: int) -> list[PhasePlan]:
     """The plan of test-time training for documents of `lengths`, descending, on `world` ranks: the same on every rank."""
-    bounds = np.array(chunk_bounds(cfg, int(lengths[0])))
-    alone = np.cumsum(chunk_seconds(cfg, bounds, np.ones(len(bounds) - 1)))
-    beside = np.cumsum(chunk_seconds(cfg, bounds, np.zeros(len(bounds) - 1)))
-    last_chunk = np.searchsorted(bounds, lengths) - 1
-    work = np.append(0.0, np.cumsum((alone - beside)[last_chunk])).tolist()  # of the documents before each place
-    beside = beside[last_chunk].tolist()
     ends, plans, begin = [*phase_ends(cfg, len(lengths)), (len(lengths), 0)], [], 0
+    if cfg.ttt_warm_start_a or cfg.ttt_short_chunks:
+        plan_part = partial(plan_lanes, cfg, lengths=lengths, world=world)
+    else:
+        plan_part = partial(plan_phase, cfg, **document_costs(cfg, lengths), world=world)
     for end, learned in ends:
-        plans.append(plan_phase(cfg, range(begin, end), work, beside, world)._replace(
-            learns=range(end - 1, end - 1 - learned, -1)))
+        plans.append(plan_part(range(begin, end))._replace(learns=range(end - 1, end - 1 - learned, -1)))
         begin = end
     return plans
 
 
+def plan_lanes(cfg: Config, part: range, lengths: np.ndarray, world: int) -> PhasePlan:
+    """Whole batches, cut from the short end, dealt to TTT_LANES lanes, and the lanes to the ranks."""
+    cuts = [part.start, *range(part.stop, part.start, -cfg.ttt_batch_size)[::-1]]
+    batches = [range(a, b) for a, b in itertools.pairwise(cuts)]
+    costs = []
+    for batch in batches:
+        bounds, members = np.array(chunk_bounds(cfg, int(lengths[batch.start]))), lengths[batch.start: batch.stop]
+        costs.append(chunk_seconds(cfg, bounds, (members[:, None] > bounds[:-1]).sum(0)).sum())
+    lanes = deal(np.array(costs), TTT_LANES)
+    ranks = deal(np.array([sum(costs[i] for i in lane) for lane in lanes]), world)
+    warm = [b for lane in lanes for a, b in itertools.pairwise(lane) if len(batches[a]) == len(batches[b])]
+    dealt = [[i for lane in hand for i in lanes[lane]] for hand in ranks]
+    return PhasePlan(part, tuple(batches), tuple(map(tuple, dealt)), tuple(float(sum(costs[i] for i in hand)) for hand in dealt),
+                     range(0), frozenset(warm if cfg.ttt_warm_start_a else ()))
+
+
+def document_costs(cfg: Config, lengths: np.ndarray) -> dict[str, list[float]]:
+    """What plan_phase needs of documents of `lengths`, descending."""
+    bounds = np.array(chunk_bounds(cfg, int(lengths[0])))
+    alone = np.cumsum(chunk_seconds(cfg, bounds, np.ones(len(bounds) - 1)))
+    beside = np.cumsum(chunk_seconds(cfg, bounds, np.zeros(len(bounds) - 1)))
+    last_chunk = np.searchsorted(bounds, lengths) - 1
+    return {"work": np.append(0.0, np.cumsum((alone - beside)[last_chunk])).tolist(), "beside": beside[last_chunk].tolist()}
+
+
 def plan_phase(cfg: Config, part: range, work: list[float], beside: list[float], world: int) -> PhasePlan:
-    """The best of several numbers of batches: few share the steps' fixed costs, many can be dealt evenly.
+    """The soonest end of several ways to cut: few batches share the steps' fixed costs, many take the longest documents apart.
 
     work[i] is what the documents before place i cost by their tokens, beside[i] what the steps of a batch cost whose longest is i.
     """
 
-    def cut(limit: float) -> list[range]:
-        """Batches that cost at most `limit` each, but for single documents that cost more."""
-        batches, first = [], part.start
+    def fill(end: float, pieces: int) -> PhasePlan | None:
+        """Batches of at most a piece of the time until `end`, each to the rank that is free first, the last ones cut to the room left."""
+        batches, held, seconds, first = [], [[] for _ in range(world)], [0.0] * world, part.start
         while first < part.stop:
-            last = bisect.bisect_right(work, work[first] + limit - beside[first]) - 1
-            batches.append(range(first, min(max(last, first + 1), first + cfg.ttt_batch_size, part.stop)))
-            first = batches[-1].stop
-        return batches
+            rank = seconds.index(min(seconds))
+            room = end - seconds[rank]
+            last = max(bisect.bisect_right(work, work[first] + min(room, end / pieces) - beside[first]) - 1, first + 1)
+            last = min(last, first + cfg.ttt_batch_size, part.stop)
+            cost = work[last] - work[first] + beside[first]
+            if cost > room:
+                return None
+            held[rank].append(len(batches))
+            batches.append(range(first, last))
+            seconds[rank], first = seconds[rank] + cost, last
+        return PhasePlan(part, tuple(batches), tuple(map(tuple, held)), tuple(seconds), range(0))
 
-    plans, whole = [], work[part.stop] - work[part.start] + sum(beside[part.start: part.stop])
-    fewest = len(cut(whole))
-    for count in sorted({*range(fewest, fewest + 2 * world), *(world * n for n in (1, 2, 3, 4, 5, 6, 8, 12, 16))}):
-        low, high = 0.0, whole
-        for _ in range(24 if count > fewest else 0):  # the lowest limit that needs no more batches
-            middle = (low + high) / 2
-            low, high = (low, middle) if len(cut(middle)) <= count else (middle, high)
-        batches = cut(high)
-        costs = np.array([work[b.stop] - work[b.start] + beside[b.start] for b in batches])
-        ranks = deal(costs, world)
-        plans.append(PhasePlan(part, tuple(batches), tuple(map(tuple, ranks)), tuple(float(costs[r].sum()) for r in ranks), range(0)))
-    return min(plans, key=lambda plan: max(plan.seconds))
+    best = fill(math.inf, 1)
+    for pieces in (1, 2, 3, 4, 6, 8, 12, 16):
+        early, late = 0.0, max(best.seconds)
+        while late - early > 1e-3 * late:
+            middle = (early + late) / 2
+            found = fill(middle, pieces)
+            best, early, late = (best, middle, late) if found is None else (found, early, max(found.seconds))
+    return best
 
 
 class Adapters:
@@ -3411,10 +3547,11 @@ class Adapters:
         self.capturable = run.device.type == "cuda"
 
     @torch.no_grad()
-    def reset(self) -> None:
-        """As before the first chunk: fresh adapters, no optimizer state."""
+    def reset(self, warm: bool = False) -> None:
+        """As before the first chunk: fresh adapters, but for A if `warm`, no optimizer state."""
         for name, initial in self.initial.items():
-            self.values[f"a.{name}"].copy_(initial.expand_as(self.values[f"a.{name}"]))
+            if not warm:
+                self.values[f"a.{name}"].copy_(initial.expand_as(self.values[f"a.{name}"]))
             self.values[f"b.{name}"].zero_()
         for tensor in (*self.first.values(), *self.second.values(), *self.steps.values(), self.updates):
             tensor.zero_()
@@ -3455,6 +3592,8 @@ class Adapters:
             [t.detach() for t in live.values()], grads, [self.first[n][:count] for n in live], [self.second[n][:count] for n in live], [],
             [self.steps[n] for n in live], fused=True, capturable=self.capturable, amsgrad=False, maximize=False, beta1=cfg.ttt_beta1,
             beta2=cfg.ttt_beta2, lr=self.lr if cfg.ttt_lora_lr_power else cfg.ttt_lora_lr, weight_decay=cfg.ttt_weight_decay, eps=1e-10)
+        if cfg.ttt_warm_start_a and count < self.documents:  # an A that will be taken over decays until its whole batch has ended
+            torch._foreach_mul_([self.values[f"a.{name}"][count:] for name in self.shapes], 1 - self.lr * cfg.ttt_weight_decay)
 
 
 class Documents:
@@ -3644,13 +3783,16 @@ class TTTScorer:
 
         self.losses_of = compiled(run, losses_of, dynamic=True)
 
-    def score(self, documents: Documents, members: range) -> list[np.ndarray]:
-        """The losses of each document, (length,) float32, every one computed before anything learned from its token."""
+    def score(self, documents: Documents, members: range, warm: bool = False) -> list[np.ndarray]:
+        """The losses of each document, (length,) float32, every one computed before anything learned from its token.
+
+        warm: A begins where the batch before, one of the same size, left it.
+        """
         lengths = documents.lengths[members.start: members.stop]
         longest = int(lengths[0])
         bounds = chunk_bounds(self.run.cfg, longest)
         self._make_room(len(members), longest)
-        self.adapters.reset()
+        self.adapters.reset(warm)
         if self.cache is not None:
             self.cache.begin.zero_()
         result = torch.zeros(self.adapters.documents, bounds[-1], device=self.run.device)
@@ -3941,7 +4083,7 @@ def score_with_ttt(run: Run, model: GPT, val: ValData) -> Score:
     for phase, plan in enumerate(plans):
         for index in plan.ranks[ranks.rank]:
             members = plan.batches[index]
-            for document, part in zip(members, scorer.score(documents, members)):
+            for document, part in zip(members, scorer.score(documents, members, index in plan.warm)):
                 nats[document] = part.sum(dtype=np.float64)
                 losses[documents.starts[document]:][: len(part)] = part
             progress.add(phase, members, float(nats[members.start: members.stop].sum()))
@@ -4338,6 +4480,8 @@ def prepare(run: Run, environ: Mapping[str, str]) -> ValData:
     resolve_attention(run.cfg.attn_backend, run.device)
     log_start(run, environ)
     val = check_dataset(run.cfg, with_train=not run.cfg.eval_only)
+    sizes = {path.name: path.stat().st_size for path in shard_paths(run.cfg.shards_dir, "train")} if not run.cfg.eval_only else {}
+    run.ranks.check_same({**sizes, "validation set": hashlib.sha256(val.tokens.tobytes() + val.byte_counts.tobytes()).hexdigest()})
     run.log(check_tokenizer(run.cfg))
     if run.cfg.val_doc_fraction < 1:
         run.log(f"warning: VAL_DOC_FRACTION={run.cfg.val_doc_fraction:g}: only {val.documents} documents are scored, no full score")
@@ -4376,7 +4520,9 @@ def train_and_export(run: Run, val: ValData, checkpoint: Checkpoint, layout: Spa
             if not trainer.trained:
                 train(run, trainer, val, checkpoint)
                 trainer.load_averaged_weights()
-            evaluate(run, model, val, "ema", cfg.eval_loop_depth)
+            ema = evaluate(run, model, val, "ema", cfg.eval_loop_depth)
+            if cfg.losses_path:
+                write_losses(run, {"ema": ema})
             trainer.clock.start()
             hessians = collect_hessians(run, model, trainer.loader)
             train_ms = trainer.clock.stop()
@@ -4402,12 +4548,16 @@ def export(run: Run, model: GPT, hessians: dict[str, Tensor], checkpoint: Checkp
 
 
 def write_losses(run: Run, scores: dict[str, Score]) -> None:
-    """LOSSES_PATH gets an array a score, (targets,) float32 nats in data order, whatever rank scored them. A collective."""
+    """LOSSES_PATH gets an array a score, (targets,) float32 nats in data order, whatever rank scored them. A collective.
+
+    A training run adds to what the file holds: its first score is there before the artifact is.
+    """
     joined = {name: np.fmax.reduce(run.ranks.gather(score.losses)) for name, score in scores.items()}  # fmax passes over NaN
     if run.ranks.rank == 0:
-        buffer = io.BytesIO()
-        np.savez(buffer, **joined)
-        write_atomically(run.cfg.losses_path, buffer.getvalue())
+        path, buffer = Path(run.cfg.losses_path), io.BytesIO()
+        before = dict(np.load(path)) if "ema" not in joined and not run.cfg.eval_only and path.exists() else {}
+        np.savez(buffer, **before | joined)
+        write_atomically(path, buffer.getvalue())
 
 
 def score_and_finish(run: Run, val: ValData, artifact: Exported) -> int:
@@ -4422,7 +4572,7 @@ def score_and_finish(run: Run, val: ValData, artifact: Exported) -> int:
     plain = score = evaluate(run, model, val, "quantized", cfg.eval_loop_depth)
     if cfg.ttt_enabled:
         score = score_with_ttt(run, model, val)
-    if cfg.eval_only and cfg.losses_path:
+    if cfg.losses_path:
         write_losses(run, {"quantized": plain} | ({"quantized_ttt": score} if cfg.ttt_enabled else {}))
     eval_ms, total_bytes = clock.total_ms + score.time_ms, len(artifact.data) + len(counted_code())
     problems = [f"{what} took {time_ms / 1e3:.1f} s, over the budget of {budget:g} s"
@@ -4461,8 +4611,8 @@ def read_artifact(cfg: Config, ranks: Ranks) -> tuple[bytes, Config]:
     return data, open_artifact(data)[0]
 
 
-def adopt_settings(cfg: Config, stored: Config, environ: Mapping[str, str]) -> tuple[Config, list[str]]:
-    """The settings to score an artifact with, and words about every one in the environment that is not the artifact's.
+def adopt_settings(cfg: Config, stored: Config, environ: Collection[str]) -> tuple[Config, list[str]]:
+    """The settings to score an artifact with, and words about every one named in the environment that is not the artifact's.
 
     What the weights mean is the artifact's business; how they are scored, the environment may change.
     """
@@ -4485,7 +4635,7 @@ def run_stages(cfg: Config, ranks: Ranks, environ: Mapping[str, str], log: Log, 
     run = Run(cfg, ranks, log, use_compile, watch)
     if cfg.eval_only:
         data, stored = read_artifact(cfg, ranks)
-        run.cfg, words = adopt_settings(cfg, stored, environ)
+        run.cfg, words = adopt_settings(cfg, stored, ranks.agree(list(environ)))
         val = prepare(run, environ)
         for text in words:
             log(f"warning: {text}")
@@ -4523,19 +4673,23 @@ def fail(error: BaseException, ranks: Ranks | None, log: Log | None) -> int:
     text, status = describe(error)
     if status == 1 and not isinstance(error, RuntimeError):
         traceback.print_exc()
-    alone = ranks is None or ranks.world == 1
+    alone, first = ranks is None or ranks.world == 1, ranks is None or ranks.rank == 0
     if not alone and isinstance(error, RuntimeError):  # a broken connection: the reason is another rank's
         time.sleep(1.0)
-        others = ranks.posted("failed")
-        text = next((f"rank {r}: {words}" for r, words in others.items()), f"lost the other ranks: {text.splitlines()[0][:300]}")
+        text = next(iter(ranks.failures().values()), f"lost the other ranks: {text.splitlines()[0][:300]}")
     if not alone:
-        ranks.post("failed", text)
-    if log is not None and log.enabled:
+        ranks.fail(text)
+    if not first:
+        time.sleep(2.0)  # until rank 0 has said it, if it can
+        speaker = min(ranks.failures())
+        if log is not None and (speaker == ranks.rank or (speaker < 0 and ranks.rank % ranks.local_world == 0)):
+            log.take_over()
+    if log is not None:
         log(f"error: {text}")
-    elif alone:
+    elif first:
         print(f"error: {text}", file=sys.stderr, flush=True)
     if not alone:
-        time.sleep(2.0 if ranks.rank else 1.0)  # until rank 0 has said it
+        time.sleep(1.0 if first else 0.0)
         sys.stdout.flush()
         os._exit(status)
     return status
@@ -4560,9 +4714,10 @@ def main(environ: Mapping[str, str] = os.environ, arguments: tuple[str, ...] = (
         cfg = Config.from_env(environ)
         ranks = Ranks.start(environ, cfg.rank_timeout_seconds)
         name = f"{datetime.now(timezone.utc):%Y%m%d_%H%M%S}_seed{cfg.seed}_{os.urandom(3).hex()}"
-        cfg = cfg if cfg.run_id else replace(cfg, run_id=ranks.agree(name))
+        cfg = replace(cfg, **ranks.agree({"run_id": cfg.run_id or name, "losses_path": cfg.losses_path}))
         log = open_log(cfg, ranks)
-        watch = Watch(ranks, log)
+        watch = Watch(ranks, log, cfg.rank_timeout_seconds)
+        ranks.check_same(identity(cfg, but=PLACES))  # a rank with other settings would wait in other places
         status = run_stages(cfg, ranks, environ, log, watch)
         watch.over.set()
         ranks.stop()

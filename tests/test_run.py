@@ -33,6 +33,9 @@ def test_loss_falls_quantization_costs_little_and_ttt_gains(one_rank) -> None:
     assert losses[-1] < losses[0] - 1
     bpb = {name: float(e["val_bpb"]) for name, e in scores(one_rank.log).items()}
     assert abs(bpb["quantized"] - bpb["ema"]) < 0.05 and bpb["quantized_ttt"] < bpb["quantized"]
+    with np.load(one_rank.out / "losses.npz") as losses:
+        assert {name: float(nats.mean()) for name, nats in losses.items()} == {
+            name: pytest.approx(float(e["val_loss"]), abs=1e-6) for name, e in scores(one_rank.log).items()}
     final = tiny.records(one_rank.log, "final")[0]
     assert float(final["val_bpb"]) == bpb["quantized_ttt"] and float(final["pre_ttt_bpb"]) == bpb["quantized"]
 

@@ -242,7 +242,8 @@ def where_words(run: RunLog) -> list[str]:
     code = ", ".join(f"`{file}`{f', packed (to be read: `source/{file}`),' if 'source_sha256' in row else ''} sha256 `{row['sha256']}` "
                      f"({int(row['bytes']):,} bytes)" for file, row in run.code.items())
     with_versions = ", ".join(f"{word} {value}" for word, value in versions(run).items())
-    return [f"{count['val_docs']} documents, {count['val_tokens']} entries, {count['val_bytes']} bytes: {which}. "
+    transform = run.settings.get("CASEOPS_VERSION", "lossless_caps_caseops_v1")  # older logs lack it
+    return [f"{count['val_docs']} documents, {count['val_tokens']} entries, {count['val_bytes']} bytes, CaseOps `{transform}`: {which}. "
             f"{count['train_tokens']} entries of training data in {data.get('train_shards', '?')} shard(s).",
             f"{code}.", f"{hardware(run)}; {with_versions}."]
 
