@@ -67,9 +67,9 @@ def test_train_gpt_that_sees_the_future_is_found(tmp_path: Path) -> None:
     shutil.copy(folder / "source" / "train_gpt.py", folder)
     tiny_record.rewrite(folder / "train_gpt.py", "is_causal=True", "is_causal=False")
     val, suspect = verify.ValSet.load(made().data), suspect_of(folder)
-    change = verify.referee.cut_everywhere(val, np.random.default_rng(0))
+    change = verify.referee.cut_each(val, np.ones(len(val.starts), bool), np.random.default_rng(0))
     before, after = suspect.score(val)["quantized"], suspect.score(change.val)["quantized"]
-    assert (before != after)[change.stays["quantized"]].any()
+    assert (before != after)[change.before].any()
 
 
 def test_code_from_before_losses_path_is_scored_all_the_same(tmp_path: Path) -> None:

@@ -42,6 +42,7 @@ RECORD_TRACK, OTHER_TRACK = "track_10min_16mb", "track_non_record_16mb"
 PUBLISHED_VAL = {"documents": 50_000, "tokens": 47_853_344, "bytes": 151_080_645}
 MACHINE_WORDS = ("device", "ranks", "threads", "torch", "python", "attention", "compile")
 MOST_CODE_BYTES = 1 << 22
+SCORES_BESIDE_CUTS = 5  # two sets cut in each document, another order, and other company, which is twice as long
 
 
 # ======================================================================================================================
@@ -612,21 +613,27 @@ def check_with_code(record: Record, runs: list[RunLog], val: ValSet, shards: Pat
     closed = referee.can_close_off()
     yield Result(PASS if closed else UNKNOWN, "the code runs with no network and without these folders",
                  "in namespaces of its own" if closed else "this system does not let a process give them up")
-    examined, scored = int(rng.integers(len(runs))), {}
-    for number, run in enumerate(runs):
-        suspect = suspect_of(record, run, shards, options)
+    suspects = [suspect_of(record, run, shards, options) for run in runs]
+    examined, scores = int(rng.integers(len(runs))), len(runs) + 2 * options.cuts + SCORES_BESIDE_CUTS
+    part, whole_seconds, losses = val, 0.0, None
+    for number in np.roll(np.arange(len(runs)), -examined):
+        run, suspect = runs[number], suspects[number]
         try:
-            scored[number] = suspect, suspect.score(val)
-            yield referee.check_score(run, scored[number][1], val, options.same_machine)
+            if number == examined:
+                part, whole_seconds = suspect.that_fits(val, scores, rng)
+            found = suspect.score(part)
+            losses = found if number == examined else losses
+            yield referee.check_score(run, found, val, options.same_machine) if part is val else referee.check_part(run, found, part, val)
         except referee.Broken as error:
-            status = UNKNOWN if suspect.older else FAIL
             older = "this code is older than LOSSES_PATH; " if suspect.older else ""
-            yield Result(status, f"the artifact scores what the log says: {run.name}", f"{older}{error}")
-    if examined in scored:
+            yield Result(UNKNOWN if suspect.older else FAIL, f"the artifact scores what the log says: {run.name}", f"{older}{error}")
+    if part is not val:
+        yield Result(UNKNOWN, "all documents", f"{len(part.starts)} of {len(val.starts)} were drawn at random for the rows above and below, as "
+                     f"--minutes {options.minutes:g} allows; all of them take about {whole_seconds / 60:.0f} minutes")
+    if losses is not None:
         train = (lambda: (text for block in training_blocks(shards) for text in documents_of(block))) \
             if shard_paths(shards, "train") else None
-        suspect, losses = scored[examined]
-        yield from referee.Examination(suspect, val, losses, rng).rows(train, options.cuts)
+        yield from referee.Examination(suspects[examined], part, losses, rng).rows(train, options.cuts)
 
 
 def suspect_of(record: Record, run: RunLog, shards: Path, options: argparse.Namespace) -> Suspect:
@@ -684,9 +691,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--run", action="store_true", help="run the code of the folder: a stranger's, in a process of its own")
     parser.add_argument("--tokenizer", type=Path, help="SentencePiece model (default: the folder's)")
     parser.add_argument("--docs", type=Path, help="raw validation documents (JSON lines), to compare the decoded shard with")
-    parser.add_argument("--cuts", type=int, default=0, help="places at which causality is tried, in each of two orders (default: 2 to 8)")
+    parser.add_argument("--cuts", type=int, default=2, help="places at which causality is tried, in each of two orders (default 2)")
     parser.add_argument("--draw", type=int, help="repeat what an earlier call drew at random")
-    parser.add_argument("--minutes", type=float, default=60, help="most that one score may take")
+    parser.add_argument("--minutes", type=float, default=2, help="for running the code (default 2): what does not fit is drawn at random or "
+                        "left out, and said")
     parser.add_argument("--same-machine", action="store_true", help="the score again must be the log's to the last digit")
     parser.add_argument("--folder-only", action="store_true", help="only what needs no data")
     parser.add_argument("--strict", action="store_true", help="what is not checkable counts as failed")
