@@ -320,8 +320,9 @@ def check_part(run: logs.RunLog, losses: dict[str, np.ndarray], part: ValSet, va
     rule, problems, said = f"the artifact scores what the log says: {run.name}", [], []
     for stage, nats in losses.items():
         if (told := run.evals.get(stage)) is not None:
-            excess = np.bincount(part.document[:-1], nats.astype(np.float64) - told.val_loss, len(part.starts))
-            shift, error = float(excess.sum()) / len(nats), math.sqrt(float((excess ** 2).sum())) / len(nats)
+            shift = float(nats.mean(dtype=np.float64)) - told.val_loss
+            apart = np.bincount(part.document[:-1], nats - told.val_loss - shift, len(part.starts))
+            error = math.sqrt(float((apart ** 2).sum())) / len(nats)
             said.append(f"{stage} {told.val_loss:.4f} in the log, here {shift:+.4f} with a standard error of {error:.4f}")
             if len(part.starts) >= FEW and abs(shift) > 5 * error + (TTT_SHIFT * told.val_loss if stage == "quantized_ttt" else NOISE_NATS):
                 problems.append(said[-1])
