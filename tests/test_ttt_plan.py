@@ -85,9 +85,9 @@ def test_a_rank_forwards_the_tokens_that_the_plan_reckons(monkeypatch: pytest.Mo
     assert 1 <= scorer.forwarded / needed_tokens(lengths) < 1.02
 
 
-def test_the_longest_documents_are_in_small_batches_on_different_ranks() -> None:
+def test_the_longest_documents_are_in_a_small_batch_and_the_next_ones_on_other_ranks() -> None:
     plan = g.plan_ttt(RECORD, LENGTHS, 8)[0]
-    assert max(map(len, plan.batches[:4])) < 32
+    assert len(plan.batches[0]) < 64, "their steps are many, so they share them with few"
     assert len({rank for rank, batches in enumerate(plan.ranks) for b in batches if b < 4}) == 4
 
 
