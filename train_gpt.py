@@ -141,6 +141,8 @@ class Config:
     data_path: str = setting("", "folder of the shards; empty: the published data set under DATA_DIR", TEXT)
     tokenizer_path: str = setting("", "SentencePiece model; empty: the published one under DATA_DIR", TEXT)
     caseops_enabled: bool = score_setting(True, "bytes come from the sidecar; 0: from the tokenizer's pieces", FLAG)
+    caseops_version: str = model_setting("lossless_caps_caseops_v1", "transform of the text, as the data's manifest.json names it", Check(
+        "a name of letters, digits and '_'", lambda v: re.fullmatch(r"[A-Za-z0-9_]{1,100}", v) is not None))
     artifact_dir: str = setting("./runs", "folder for the log and the artifact of a run", TEXT)
     run_id: str = setting("", "name of the run's files; empty: time, seed and a random part", Check(
         "up to 100 of the letters a-z A-Z, digits, '.', '_' and '-'", lambda v: re.fullmatch(r"[A-Za-z0-9_.-]{0,100}", v) is not None))
@@ -338,7 +340,7 @@ class Config:
             return Path(self.data_path)
         if not self.caseops_enabled:
             return Path(self.data_dir, "datasets", f"fineweb10B_sp{self.vocab_size}")
-        return self._caseops_root / "datasets" / f"fineweb10B_sp{self.vocab_size}_lossless_caps_caseops_v1_reserved"
+        return self._caseops_root / "datasets" / f"fineweb10B_sp{self.vocab_size}_{self.caseops_version}_reserved"
 
     @property
     def tokenizer_file(self) -> Path:
@@ -347,7 +349,7 @@ class Config:
             return Path(self.tokenizer_path)
         if not self.caseops_enabled:
             return Path(self.data_dir, "tokenizers", f"fineweb_{self.vocab_size}_bpe.model")
-        return self._caseops_root / "tokenizers" / f"fineweb_{self.vocab_size}_bpe_lossless_caps_caseops_v1_reserved.model"
+        return self._caseops_root / "tokenizers" / f"fineweb_{self.vocab_size}_bpe_{self.caseops_version}_reserved.model"
 
     @property
     def _caseops_root(self) -> Path:
@@ -766,21 +768,30 @@ def read_shard(path: Path, entries: int | None = None) -> np.ndarray:
     return np.memmap(path, dtype="<u2", mode="r", offset=header_bytes, shape=(count,))
 
 
-def manifest_files(folder: Path) -> dict[str, dict[str, Any]] | None:
-    """What `manifest.json` says of each shard (file name -> entries, sha256); None where there is no manifest."""
+class Manifest(NamedTuple):
+    """What `manifest.json` says of a data set; without one all fields are empty."""
+
+    files: dict[str, dict[str, Any]] = {}  # shard -> entries, sha256
+    transform: str = ""  # CaseOps version
+    tokenizer_sha256: str = ""
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a data set, checked; ValueError if it is damaged."""
     path = folder / MANIFEST
     if not path.exists():
-        return None
+        return Manifest()
     try:
-        splits = json.loads(path.read_bytes())["splits"]
-        files = {entry["file"]: entry for split in ("val", "train") for entry in splits[split]["files"]}
-        if not files or not all(SHARD_NAME.fullmatch(name) and type(entry["entries"]) is int and type(entry["sha256"]) is str
-                                for name, entry in files.items()):
+        record = json.loads(path.read_bytes())
+        files = {entry["file"]: entry for split in ("val", "train") for entry in record["splits"][split]["files"]}
+        manifest = Manifest(files, record.get("transform", ""), record.get("tokenizer", {}).get("sha256", ""))
+        if not files or type(manifest.transform) is not str or not all(
+                SHARD_NAME.fullmatch(name) and type(entry["entries"]) is int and type(entry["sha256"]) is str for name, entry in files.items()):
             raise ValueError("its list of shards is not in the form of a build")
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is not the manifest of a data set ({type(error).__name__}: {error}); move it away if it "
                          f"is another program's, else {BUILD_HINT}") from None
-    return files
+    return manifest
 
 
 def dataset_shards(folder: Path) -> dict[str, list[Path]]:
@@ -791,14 +802,14 @@ def dataset_shards(folder: Path) -> dict[str, list[Path]]:
     """
     if not folder.is_dir():
         raise ValueError(f"no data: {folder} is not a folder; {BUILD_HINT}")
-    listed = manifest_files(folder)
-    if listed is None and (folder / JOURNAL).exists():
+    listed = read_manifest(folder).files
+    if not listed and (folder / JOURNAL).exists():
         raise ValueError(f"{folder} holds an unfinished build ({JOURNAL}): give the same prepare_caseops_data.py command again, "
                          "it goes on where it stopped")
     there = sorted(path.name for path in folder.glob("*.bin"))
     named = {name: match.groups() for name in listed or there if (match := SHARD_NAME.fullmatch(name))}
     if foreign := [name for name in there if name not in named]:
-        reason = "no name of a shard, PREFIX_train|val|val_bytes_NNNNNN.bin" if listed is None else f"not in {MANIFEST}"
+        reason = "no name of a shard, PREFIX_train|val|val_bytes_NNNNNN.bin" if not listed else f"not in {MANIFEST}"
         raise ValueError(f"{folder} holds {', '.join(foreign[:3])}{' …' if foreign[3:] else ''}: {reason}; move or delete it")
     if len(prefixes := {prefix for prefix, _, _ in named.values()}) > 1:
         raise ValueError(f"{folder} holds shards of several data sets ({', '.join(sorted(prefixes))}): one folder, one data set")
@@ -820,7 +831,7 @@ def read_shards(folder: Path, kind: str) -> list[np.ndarray]:
     """All shards of one kind, of the lengths that the manifest lists; ValueError if there is none."""
     if not (paths := shard_paths(folder, kind)):
         raise ValueError(f"no {kind} shards (*_{kind}_NNNNNN.bin) in {folder}; {BUILD_HINT}")
-    listed = manifest_files(folder)
+    listed = read_manifest(folder).files
     return [read_shard(path, listed[path.name]["entries"] if listed else None) for path in paths]
 
 
@@ -867,6 +878,15 @@ def read_sidecar(folder: Path, tokens: np.ndarray) -> np.ndarray:
     return byte_counts
 
 
+def check_version(cfg: Config) -> None:
+    """ValueError if the data is of another CaseOps version than the run, or than the artifact whose settings it has adopted."""
+    transform = read_manifest(cfg.shards_dir).transform
+    found, wanted = (transform or Config.caseops_version, cfg.caseops_version) if cfg.caseops_enabled else (transform, "")
+    if found != wanted:
+        raise ValueError(f"the data in {cfg.shards_dir} is of CASEOPS_VERSION={found}, this run or its artifact of "
+                         f"{wanted or 'CASEOPS_ENABLED=0'}: neither can read the other's tokens; choose data, settings and artifact of one")
+
+
 def load_val(cfg: Config) -> ValData:
     """The validation set, checked: sidecar present and of the same length, BOS, ids, the published constants.
 
@@ -874,6 +894,7 @@ def load_val(cfg: Config) -> ValData:
         ValueError: naming the file and what is wrong with it.
     """
     folder = cfg.shards_dir
+    check_version(cfg)
     tokens = np.concatenate(read_shards(folder, "val"))
     check_tokens(tokens, cfg.vocab_size, f"validation tokens in {folder}", sample=len(tokens))
     if int(tokens[0]) != BOS_ID:
@@ -933,7 +954,11 @@ def check_tokenizer(cfg: Config) -> str:
             raise ValueError(f"no tokenizer at {path}; set TOKENIZER_PATH")
         return f"no tokenizer at {path}: none is needed, the bytes come from the sidecar"
     _piece_byte_table(str(path), cfg.vocab_size)
-    return f"tokenizer {path} sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}"
+    found, wanted = hashlib.sha256(path.read_bytes()).hexdigest(), read_manifest(cfg.shards_dir).tokenizer_sha256
+    if wanted not in ("", found):
+        raise ValueError(f"{path} (sha256 {found[:16]}) is not the tokenizer that the data in {cfg.shards_dir} was made with (sha256 "
+                         f"{wanted[:16]}, see {MANIFEST} there): set TOKENIZER_PATH to that one")
+    return f"tokenizer {path} sha256 {found}"
 
 
 def check_dataset(cfg: Config, with_train: bool = True) -> ValData:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import lossless_caps  # noqa: E402
+from lossless_caps import V1  # noqa: E402
 import train_gpt as tg  # noqa: E402
 from caseops_tokenizer import Encoder, Tokenizer  # noqa: E402
 
@@ -338,8 +338,8 @@ def sgd(run: tg.Run, golden: Arrays) -> Iterator[Difference]:
 def check_caseops(path: Path, tokenizer: Path | None) -> Iterator[Difference]:
     """The transform both ways, ids and charged bytes. The last two need the published tokenizer."""
     cases = json.loads(path.read_text(encoding="utf-8"))
-    yield count("texts transformed otherwise", (lossless_caps.encode(c["text"]) != c["transformed"] for c in cases))
-    yield count("texts that do not come back", (lossless_caps.decode(c["transformed"]) != c["text"] for c in cases))
+    yield count("texts transformed otherwise", (V1.encode(c["text"]) != c["transformed"] for c in cases))
+    yield count("texts that do not come back", (V1.decode(c["transformed"]) != c["text"] for c in cases))
     if tokenizer is None:
         print(f"{path.name:<20} token ids are not compared: no tokenizer; give --tokenizer")
         return

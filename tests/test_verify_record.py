@@ -385,13 +385,13 @@ def test_a_sidecar_that_charges_too_much_is_found(tmp_path: Path) -> None:
     """The 3 bytes of an operator are no bytes of the text; made with the real tokenizer."""
     import sentencepiece
 
-    import lossless_caps
+    from lossless_caps import V1, ByteCounter
 
     model = tiny.ROOT / "tokenizers" / "caseops_8192_lossless.model"
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(model))
     text = "A Tale of TWO Cities,\n  by McDonald \u2013 na\u00efve \ue001 \ufb01ne"
-    ids = np.array([1, *tokenizer.encode(lossless_caps.encode(text))], np.uint16)
-    counter = lossless_caps.ByteCounter()
+    ids = np.array([1, *tokenizer.encode(V1.encode(text))], np.uint16)
+    counter = ByteCounter(V1)
     pieces, _ = verify.tokenizer_pieces(model)
     counts = np.array([0, *(len(pieces[i]) for i in ids[1:])], np.uint16)
     decoded = b"".join(pieces[i] for i in ids[1:]).decode()

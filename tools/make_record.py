@@ -240,7 +240,8 @@ def where_words(run: RunLog) -> list[str]:
     count = {name: f"{int(data.get(name, 0)):,}" for name in ("val_docs", "val_tokens", "val_bytes", "train_tokens")}
     code = ", ".join(f"`{file}` sha256 `{row['sha256']}` ({int(row['bytes']):,} bytes)" for file, row in run.code.items())
     with_versions = ", ".join(f"{word} {value}" for word, value in versions(run).items())
-    return [f"{count['val_docs']} documents, {count['val_tokens']} entries, {count['val_bytes']} bytes: {which}. "
+    transform = run.settings.get("CASEOPS_VERSION", "lossless_caps_caseops_v1")  # older logs lack it
+    return [f"{count['val_docs']} documents, {count['val_tokens']} entries, {count['val_bytes']} bytes, CaseOps `{transform}`: {which}. "
             f"{count['train_tokens']} entries of training data in {data.get('train_shards', '?')} shard(s).",
             f"{code}.", f"{hardware(run)}; {with_versions}."]
 

@@ -479,8 +479,12 @@ def check_bytes(record: Record, val: ValSet, tokenizer: Path | None, documents_f
     if not lossless:
         return Result(UNKNOWN, rule, "the tokenizer is not lossless, the original text is not in the shard")
     sys.path.append(str(ROOT))  # the transform of this repository, not the folder's
-    from lossless_caps import decode
+    from lossless_caps import V1, VERSIONS
 
+    version = record.runs[0].settings.get("CASEOPS_VERSION", V1.name)  # older logs lack it
+    if version not in VERSIONS:
+        return Result(UNKNOWN, rule, f"CASEOPS_VERSION={version} is not one that lossless_caps.py here has: {', '.join(VERSIONS)}")
+    decode = VERSIONS[version].decode
     originals = raw_texts(documents_file) if documents_file else None
     for number, begin in enumerate(val.starts):
         end = val.starts[number + 1] if number + 1 < len(val.starts) else len(val.tokens)
