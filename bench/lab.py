@@ -84,9 +84,8 @@ def settings_of(words: list[str]) -> Settings:
     return {name if equals else "SEED": value if equals else name for name, equals, value in pairs}
 
 
-def plan(base: Settings, texts: list[str], leave_out: bool, pairs: int, artifact: str = "", ttt_pairs: int = 10**9
-         ) -> tuple[list[Job], dict[str, list[Job]]]:
-    """The jobs that are compared with, one a pair, and by label those of every row; `artifact` names the one that all are to score."""
+def plan(base: Settings, texts: list[str], leave_out: bool, pairs: int, artifact: str = "", ttt_pairs: int = 10**9) -> tuple[list, dict]:
+    """The jobs that are compared with, one a pair, and by label a list of those to compare; `artifact`: name of the one that all score."""
     own, jobs = {}, {}
     for text in texts:
         label, colon, words = text.partition(": ")
