@@ -44,7 +44,7 @@ print("code file:x sha256:0123456789abcdef\\nfinal seed:1 val_bpb:1.0 steps:5 tr
 def test_the_labs_settings_are_settings_and_keep_the_topology() -> None:
     lines = (ROOT / "bench" / "lab.env").read_text().splitlines()
     cfg, record = g.Config.from_env(lab.settings_of([line for line in lines if line and line[0] != "#"])), g.Config()
-    for name in ("num_layers", "loop_start", "loop_end", "train_loop_phase_depths", "eval_loop_depth", "parallel_start_layer", "vocab_size"):
+    for name in ("num_layers", "loop_start", "loop_end", "train_loop_phase_depths", "eval_loop_depth", "vocab_size"):
         assert getattr(cfg, name) == getattr(record, name), name
 
 
