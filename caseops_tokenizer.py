@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import sentencepiece
 
-import lossless_caps
+from lossless_caps import ALLCAPS, CAPNEXT, ESC, OPERATOR_BYTES, OPERATORS, TITLE, V1, VERSIONS, ByteCounter
 
 BOS = 1
 
@@ -25,6 +25,7 @@ BOS = 1
 # ----------------------------------------------------------------------------------------------------------- tokenizer
 SPACE = "\u2581"  # how SentencePiece writes a space inside its pieces
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # kinds of pieces
+TRANSFORM_FIELD = 200  # of a model file: the version of CaseOps, in the first field that SentencePiece leaves to others
 
 
 def protobuf_fields(message: bytes) -> Iterator[tuple[int, Any]]:
@@ -51,9 +52,17 @@ def protobuf_fields(message: bytes) -> Iterator[tuple[int, Any]]:
         at += size
 
 
+def marked(model: bytes, transform: str) -> bytes:
+    """A model file that says for which version of CaseOps it is; without a mark it is for the first."""
+    name = transform.encode()
+    key = TRANSFORM_FIELD << 3 | 2
+    return model if transform == V1.name else model + bytes([key & 127 | 128, key >> 7, len(name)]) + name
+
+
 class Tokenizer:
     """A SentencePiece model and the facts about it that exact accounting rests on.
 
+    transform  the version of CaseOps that its text is in (`lossless_caps.VERSIONS`)
     pieces     list of V bytes: what each id stands for in the CaseOps text (control pieces: nothing)
     charges    (V,) uint16: its bytes in the original text (operators 0; literal ones are seen to by the callers)
     lossless   decoding gives back every text: identity normalisation, no whitespace touched, bytes for what is unknown
@@ -75,13 +84,17 @@ class Tokenizer:
                                    for wanted in (2, 3))  # parts of one message may be joined
             self.kinds = [entry.get(3, NORMAL) for entry in entries]
             self.names = [entry[1].decode() for entry in entries]
+            version = dict(fields).get(TRANSFORM_FIELD, V1.name.encode()).decode()
         except (RuntimeError, OSError, LookupError, UnicodeDecodeError) as error:
             raise ValueError(f"{self.path} is not a SentencePiece model: {error}") from None
+        if version not in VERSIONS:
+            raise ValueError(f"{self.path} is for CaseOps {version}; this program has {', '.join(VERSIONS)}")
+        self.transform = VERSIONS[version]
         self.vocab_size = len(entries)
         self._check_operators()
         self.pieces = [self._piece_bytes(index) for index in range(self.vocab_size)]
-        self.charges = np.array([0 if name in lossless_caps.OPERATORS else len(piece)
-                                 for name, piece in zip(self.names, self.pieces)], dtype=np.uint16)
+        charges = [0 if name in OPERATORS else len(piece) for name, piece in zip(self.names, self.pieces)]
+        self.charges = np.array(charges, dtype=np.uint16)
         keeps_spaces = not normalizer.get(3, 1) and not normalizer.get(4, 1) and normalizer.get(5, 1)
         self.lossless = bool(not normalizer.get(2) and keeps_spaces and self.kinds.count(BYTE) == 256)
         self.by_word = bool(self.lossless and trainer.get(3, 1) == 2 and not trainer.get(24, 0)
@@ -93,7 +106,7 @@ class Tokenizer:
             raise ValueError(f"{self.path} has {self.vocab_size} pieces; shards hold ids below 65,536")
         if self.processor.bos_id() != BOS:
             raise ValueError(f"{self.path} has BOS id {self.processor.bos_id()}; the shards need {BOS}")
-        for operator in lossless_caps.OPERATORS:
+        for operator in OPERATORS:
             if operator not in self.names or self.kinds[self.names.index(operator)] != USER_DEFINED:
                 raise ValueError(f"{self.path} lacks the CaseOps operator U+{ord(operator):04X} as a user-defined"
                                  " piece: use a CaseOps tokenizer (see tokenizers/README.md)")
@@ -113,17 +126,33 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """The original text behind token ids (BOS is nothing); ValueError for ids that no text has."""
         transformed = b"".join(map(self.pieces.__getitem__, ids))
-        return lossless_caps.decode(transformed.decode())
+        return self.transform.decode(transformed.decode())
 
     def lossless_charges(self, ids: np.ndarray) -> np.ndarray:
-        """(T,) ids -> (T,) uint16 original bytes, for a lossless tokenizer: they depend on the ids alone."""
+        """(T,) ids from the start of a text -> (T,) uint16 original bytes, for a lossless tokenizer: they depend on the ids alone."""
         charges = self.charges[ids]
         literal = -1  # where the last literal operator stands: it may be an ESC itself
-        for at in np.flatnonzero(ids == self.names.index(lossless_caps.ESC)).tolist():
+        for at in np.flatnonzero(ids == self.names.index(ESC)).tolist():
             if at != literal and at + 1 < len(ids):
                 literal = at + 1
-                charges[literal] = lossless_caps.OPERATOR_BYTES
+                charges[literal] = OPERATOR_BYTES
+        if self.transform.spaced_after:
+            begins, ends, is_case, inner = self._given_spaces
+            after = np.append(True, ends[ids[:-1]])  # a space here is not the text's; nor behind TITLE or ALLCAPS here
+            after[1:] |= is_case[ids[:-1]] & after[:-1]
+            charges -= inner[ids] + (begins[ids] & after)
         return charges
+
+    @cached_property
+    def _given_spaces(self) -> tuple[np.ndarray, ...]:
+        """By id: does it begin with a space, does it end with what a space is given after (BOS does), is it TITLE or ALLCAPS;
+        (V,) uint16 given spaces inside it."""
+        after = tuple(character.encode() for character in self.transform.spaced_after)
+        begins = np.array([piece[:1] == b" " for piece in self.pieces])
+        ends = np.array([piece.endswith(after) or index == BOS for index, piece in enumerate(self.pieces)])
+        is_case = np.array([name in (TITLE, ALLCAPS) for name in self.names])
+        inner = np.array([sum(piece.count(character + b" ") for character in after) for piece in self.pieces], dtype=np.uint16)
+        return begins, ends, is_case, inner
 
 
 # ------------------------------------------------------------------------------------------------------------ encoding
@@ -170,29 +199,29 @@ class Encoder:
             ValueError: a tokenizer that normalises can be given texts that are too long, or too much white space.
         """
         if self.tokenizer.lossless:
-            ids = self._lossless_ids(text)
+            ids = self.lossless_ids(self.tokenizer.transform.encode(text))
             return ids, self.tokenizer.lossless_charges(ids) if self.with_charges else ids[:0]
-        transformed = lossless_caps.encode(text).encode()
+        transformed = self.tokenizer.transform.encode(text).encode()
         if len(transformed) > LONGEST_NORMALISED:
             raise ValueError(f"has {len(transformed):,} bytes; a tokenizer that normalises must see a text whole, and takes"
                              f" {LONGEST_NORMALISED:,} at most")
         if not self.with_charges:
             return self.ids(transformed), np.zeros(0, dtype=np.uint16)
         mapping = self.processor.encode(transformed, return_type="offset_mapping")
-        counter = lossless_caps.ByteCounter()
+        counter = ByteCounter(self.tokenizer.transform)
         counts = [counter.feed(transformed[start:end].decode()) for start, end in mapping["offsets"]]
         if max(counts, default=0) > LARGEST_CHARGE:
             raise ValueError(f"has a token that stands for {max(counts)} bytes (a long run of white space?), the sidecar"
                              f" holds at most {LARGEST_CHARGE}")
         return np.array(mapping["ids"], dtype=np.uint16), np.array(counts, dtype=np.uint16)
 
-    def _lossless_ids(self, text: str) -> np.ndarray:
-        """The ids of a text, which a lossless tokenizer may be given in parts."""
+    def lossless_ids(self, transformed: str) -> np.ndarray:
+        """The ids of a CaseOps text, which a lossless tokenizer may be given in parts."""
         spelled = [self.tokenizer.names.index(f"<0x{byte:02X}>") for byte in SPACE.encode()]
-        found = [np.zeros(0, dtype=np.uint16)]
-        for number, part in enumerate(text.split(SPACE)):  # in a piece it would come back as a space: spell it in bytes
-            found += [np.array(spelled, dtype=np.uint16)] if number else []
-            found += [self.ids(piece) for piece in self._pieces_of(lossless_caps.encode(part))]
+        spelled, found = np.array(spelled, dtype=np.uint16), [np.zeros(0, dtype=np.uint16)]
+        for number, part in enumerate(transformed.split(SPACE)):  # in a piece it would come back as a space: spell it in bytes
+            found += [spelled] if number else []
+            found += [self.ids(piece) for piece in self._pieces_of(part)]
         return np.concatenate(found)
 
     def ids(self, transformed: str | bytes) -> np.ndarray:
@@ -212,23 +241,23 @@ class Encoder:
 
 
 # ------------------------------------------------------------------------------------------------- fast exact encoding
-DOCUMENT = 0xFF  # a byte that UTF-8 never has: stands before each document, and is encoded as BOS
+DOCUMENT, MARK = 0xFF, 0xFE  # bytes that UTF-8 never has: before each document, encoded as BOS; before a space, as CAPNEXT
 KEY_BYTES = 15  # longer parts are too rare for the table
 SLICE_BYTES = 1 << 22  # what is encoded at once: bounds the memory that a long document takes
 TABLE_ENTRIES = 1 << 20  # what bounds the memory of an encoder: about 100 bytes each
 COUNT_BITS = 32  # of a span of the table: how many ids a part has
 SEPARATOR = "\ue005"  # stands between parts that go to SentencePiece in one text of at most
 PARTS_AT_ONCE = 500
-SPECIAL = [SPACE.encode(), b"\xee\x80", bytes([DOCUMENT])]  # the second: what operators begin with
-OWN_CASE = f"[A-Z {SPACE}{lossless_caps.OPERATORS}]"  # characters that SentencePiece is not given as they are
+SPECIAL = [SPACE.encode(), b"\xee\x80", bytes([DOCUMENT]), bytes([MARK])]  # the second: what operators begin with
+OWN_CASE = f"[A-Z {SPACE}{OPERATORS}]"  # characters that SentencePiece is not given as they are
 LETTER, DIGIT, OTHER, WIDE = range(4)  # kinds of bytes; WIDE is a space, and what is not ASCII
 
 
 class FastEncoder:
     """The same for many documents at once, many times as fast, for tokenizers that work word by word.
 
-    The UTF-8 of the documents, each after a `DOCUMENT` byte, is cut into parts: before spaces, and within words between
-    ASCII letters, digits and other ASCII characters. No piece of the model reaches over such a cut (`Tokenizer.by_word`
+    The UTF-8 of the documents, each after a `DOCUMENT` byte and with the spaces that CaseOps gives to words, is cut into
+    parts: before spaces, and within words between ASCII letters, digits and other ASCII characters. No piece of the model reaches over such a cut (`Tokenizer.by_word`
     and `_cut_table` prove it from the model), so the ids of a text are the ids of its parts, one after the other. Each
     distinct part goes to SentencePiece once; after that a hash table of whole parts, in numpy, has its ids.
     """
@@ -243,12 +272,25 @@ class FastEncoder:
     def encode(self, documents: list[bytes]) -> Encoded:
         """The UTF-8 of documents, all together; there is none that it cannot encode."""
         mark = bytes([DOCUMENT])
-        text = b"".join(mark + document for document in documents) + mark + bytes(KEY_BYTES + 1)
+        text = self._with_spaces(b"".join(mark + document for document in documents) + mark) + bytes(KEY_BYTES + 1)
         tokens = np.concatenate([self.table.ids[:0], *map(self._tokens, self._slices(text))])
         charges = self.tokenizer.lossless_charges(tokens) if self.with_charges else tokens[:0]
         lengths = np.diff(np.flatnonzero(tokens == BOS), append=len(tokens))
         assert len(lengths) == len(documents)
         return Encoded(tokens, charges, lengths, {})
+
+    def _with_spaces(self, text: bytes) -> bytes:
+        """The documents with the spaces that the transform gives to words, and `MARK` before real ones there."""
+        after = [DOCUMENT, *self.tokenizer.transform.spaced_after.encode()]
+        if len(after) == 1:
+            return text
+        between = np.zeros((256, 256), dtype=np.uint8)  # by the byte behind and the one before: what comes between
+        between[np.ix_([*range(65, 91), *range(97, 123)], after)] = ord(" ")
+        between[ord(" "), after] = MARK
+        pairs = np.ndarray((len(text) - 1,), dtype="<u2", buffer=text, strides=(1,))
+        at = np.concatenate([start + np.flatnonzero(between.reshape(-1)[pairs[start:start + SLICE_BYTES]])
+                             for start in range(0, len(text), SLICE_BYTES)])
+        return np.insert(np.frombuffer(text, dtype=np.uint8), at + 1, between.reshape(-1)[pairs[at]]).tobytes()
 
     def _cut_table(self) -> np.ndarray:
         """(65536,) bool for each pair of bytes (the second one high): may it be cut?"""
@@ -259,7 +301,9 @@ class FastEncoder:
         table = np.zeros((256, 256), dtype=bool)
         if keeps_kinds_apart(self.tokenizer):
             table |= (before != WIDE) & (after != WIDE) & ((before != after) | (after == DIGIT))
-        table[:, DOCUMENT] = table[DOCUMENT, :] = table[ord(" "), :] = True
+        table[ord(" "), :] = True
+        for byte in (DOCUMENT, MARK):
+            table[:, byte] = table[byte, :] = True
         return table.reshape(-1)
 
     def _slices(self, text: bytes) -> Iterator[bytes]:
@@ -337,9 +381,9 @@ class FastEncoder:
 
     def _value(self, part: bytes) -> np.ndarray:
         """The ids of any part."""
-        begins_document = part[0] == DOCUMENT
-        ids, _ = self.plain.one(part[begins_document:].decode())
-        return np.append(np.uint16(BOS), ids) if begins_document else ids
+        if part[0] in (DOCUMENT, MARK):
+            return np.array([BOS if part[0] == DOCUMENT else self.tokenizer.names.index(CAPNEXT)], dtype=np.uint16)
+        return self.plain.lossless_ids(self.tokenizer.transform.words(part.decode()))
 
     def _simple_ids(self, parts: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
         """(flat ids, number by part) of simple parts: many in one text, each after an operator, which joins nothing."""
@@ -347,10 +391,10 @@ class FastEncoder:
         found = [np.zeros(0, dtype=np.uint16)]
         for start in range(0, len(parts), PARTS_AT_ONCE):
             text = (separator + separator.join(parts[start:start + PARTS_AT_ONCE])).decode()
-            transformed = lossless_caps.encode(text).replace(SEPARATOR, lossless_caps.ESC)
+            transformed = self.tokenizer.transform.words(text).replace(SEPARATOR, ESC)
             found.append(self.plain.ids(transformed))
         ids = np.concatenate(found)
-        is_separator = ids == self.tokenizer.names.index(lossless_caps.ESC)
+        is_separator = ids == self.tokenizer.names.index(ESC)
         counts = np.diff(np.flatnonzero(is_separator), append=len(ids)) - 1 if parts else np.zeros(0, dtype=np.int64)
         assert len(counts) == len(parts)
         return ids[~is_separator], counts

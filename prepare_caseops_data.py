@@ -57,7 +57,8 @@ import numpy as np
 import sentencepiece
 
 import lossless_caps
-from caseops_tokenizer import BOS, CONTROL, UNKNOWN, UNUSED, Encoder, FastEncoder, Tokenizer
+from caseops_tokenizer import BOS, CONTROL, UNKNOWN, UNUSED, Encoder, FastEncoder, Tokenizer, marked
+from lossless_caps import V1, VERSIONS
 
 # ------------------------------------------------------------------------------------------------------------ settings
 PROGRAM_VERSION = "2"
@@ -72,8 +73,9 @@ VAL_TOKENS, VAL_BYTES, TRAIN_TOKENS = "fineweb_val_000000.bin", "fineweb_val_byt
 OWN_NAMES = re.compile(r"fineweb_(train|val|val_bytes)_[0-9]{6}\.bin(\.tmp)?")
 PROGRESS_S = 5  # between two lines of progress
 HERE = Path(__file__).resolve().parent
-OUR_TOKENIZER = HERE / "tokenizers" / "caseops_8192_lossless.model"
-SAMPLE_NAME = "sample_sp8192_lossless_caps_caseops_v1"
+OUR_TOKENIZERS = {V1.name: HERE / "tokenizers" / "caseops_8192_lossless.model"}
+OUR_TOKENIZERS |= {name: HERE / "tokenizers" / f"{name}_8192.model" for name in VERSIONS if name not in OUR_TOKENIZERS}
+SAMPLE_NAME = "sample_sp8192_{}"  # of its CaseOps version
 SAMPLE_SHA256 = "d302c242f0b571e84d8c3855098cc3eaea3ecccdc469e4022177c204c87882b6"  # of its documents.jsonl
 SAMPLE_VAL_DOCS = 200
 SAMPLE_HELD_OUT_DOCS = 500  # that our tokenizer has not seen: room for a larger validation set
@@ -403,6 +405,7 @@ class TokenizerRequest:
     vocab_size: int = 8192
     sample_bytes: int = 0
     lossless: bool = True
+    transform: str = V1.name
 
 
 def training_sentences(request: TokenizerRequest) -> Iterator[str]:
@@ -411,6 +414,7 @@ def training_sentences(request: TokenizerRequest) -> Iterator[str]:
     The trainer skips sentences with a tab, and does not look past spaces, so that neither cut changes its counts.
     """
     used = passed = 0
+    encode = VERSIONS[request.transform].encode
     for block in Documents(request.docs).blocks():
         skip = min(max(request.val_docs - passed, 0), len(block.lines))
         passed += len(block.lines)
@@ -419,7 +423,7 @@ def training_sentences(request: TokenizerRequest) -> Iterator[str]:
             raise ValueError(f"{block.name(min(faults))} {faults[min(faults)]}")
         for text in texts[skip:]:
             used += len(text)
-            for piece in re.findall(r"(?s).{1,1000}[^ ]*", lossless_caps.encode(text.decode())):
+            for piece in re.findall(r"(?s).{1,1000}[^ ]*", encode(text.decode())):
                 yield from filter(None, piece.split("\t"))
             if request.sample_bytes and used >= request.sample_bytes:
                 return
@@ -442,14 +446,15 @@ def train_tokenizer(request: TokenizerRequest) -> Path:
                          f" {error}") from None
     path = request.prefix.with_name(request.prefix.name + ".model")
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, model.getvalue())
+    write_file(path, marked(model.getvalue(), request.transform))
     trained = Tokenizer(path)
     if request.lossless and not (trained.lossless and trained.by_word):
         raise ValueError(f"{path} was trained but is not lossless: use another version of sentencepiece")
     rows = (f"{json.dumps(name, ensure_ascii=False)}\t{trained.processor.get_score(index):g}\n"
             for index, name in enumerate(trained.names))
     write_file(path.with_suffix(".vocab"), "".join(rows).encode())
-    say(f"tokenizer path:{path} pieces:{trained.vocab_size} lossless:{int(trained.lossless)} sha256:{trained.sha256}")
+    say(f"tokenizer path:{path} transform:{trained.transform.name} pieces:{trained.vocab_size} lossless:{int(trained.lossless)}"
+        f" sha256:{trained.sha256}")
     return path
 
 
@@ -845,7 +850,7 @@ class Build:
         """What the data set is, for people and for --verify."""
         request, tokenizer, journal = self.request, self.tokenizer, self.journal
         return {
-            "name": request.out.name, "transform": lossless_caps.VERSION,
+            "name": request.out.name, "transform": tokenizer.transform.name,
             "program": {"name": "prepare_caseops_data.py", "version": PROGRAM_VERSION},
             "tokenizer": {"name": request.model.name, "sha256": tokenizer.sha256,
                           "vocab_size": tokenizer.vocab_size, "lossless": tokenizer.lossless},
@@ -1213,7 +1218,7 @@ class Verification:
         """The rules of train_gpt.py: which shards there are, headers, sizes, BOS, the sidecar, published constants."""
         import train_gpt  # here, because it needs torch and nothing else in this file does
         settings = {"DATA_PATH": str(self.folder), "TOKENIZER_PATH": str(self.request.model),
-                    "VOCAB_SIZE": str(self.tokenizer.vocab_size)}
+                    "VOCAB_SIZE": str(self.tokenizer.vocab_size), "CASEOPS_VERSION": self.tokenizer.transform.name}
         faults = []
         try:
             self.paths = train_gpt.dataset_shards(self.folder)
@@ -1434,6 +1439,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
                         help="where data sets are kept (default: the variable DATA_DIR, or ./data)")
     parser.add_argument("--vocab-size", type=whole_number(1, 1 << 16), default=8192, help="pieces of a new tokenizer")
     parser.add_argument("--sample-bytes", type=whole_number(0), default=0, help="text to train a tokenizer on (default: all)")
+    parser.add_argument("--transform", choices=VERSIONS, default=V1.name, help="version of CaseOps of a new tokenizer and of the sample"
+                        " (default: %(default)s); elsewhere that of the tokenizer")
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--lossless", action="store_true", default=True,
                       help="a new tokenizer keeps every byte (default)")
@@ -1444,13 +1451,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def run(options: argparse.Namespace) -> int:
     """Do what the command line says; returns the exit code."""
     sample_folder = options.data_dir / "sample"
-    model = options.sp or OUR_TOKENIZER
+    model = options.sp or OUR_TOKENIZERS[options.transform]
     of_sample = SAMPLE_HELD_OUT_DOCS if options.train_tokenizer else SAMPLE_VAL_DOCS
     val_docs = options.val_docs if options.val_docs is not None else VAL_DOCS if options.docs else of_sample
     if options.train_tokenizer:
         docs = options.docs or [str(sample_documents(sample_folder))]
         train_tokenizer(TokenizerRequest(options.train_tokenizer, tuple(docs), val_docs, options.vocab_size,
-                                         options.sample_bytes, lossless=not options.nfkc))
+                                         options.sample_bytes, not options.nfkc, options.transform))
         return 0
     if options.download:
         print(f"data path:{download_published(options.data_dir, options.train_shards)}")
@@ -1464,7 +1471,8 @@ def run(options: argparse.Namespace) -> int:
         request = BuildRequest(tuple(options.docs or ()), options.verify, model, workers=options.workers)
         return verify(request, options.round_trips)
     if options.sample:
-        docs, out = [str(sample_documents(sample_folder))], options.out or options.data_dir / "datasets" / SAMPLE_NAME
+        docs = [str(sample_documents(sample_folder))]
+        out = options.out or options.data_dir / "datasets" / SAMPLE_NAME.format(options.transform)
     elif options.docs and options.out:
         docs, out = options.docs, options.out
     else:

@@ -144,11 +144,13 @@ class Config:
     data_path: str = setting("", "folder of the shards; empty: the published data set under DATA_DIR", TEXT)
     tokenizer_path: str = setting("", "SentencePiece model; empty: the published one under DATA_DIR", TEXT)
     caseops_enabled: bool = score_setting(True, "bytes come from the sidecar; 0: from the tokenizer's pieces", FLAG)
+    caseops_version: str = model_setting("lossless_caps_caseops_v1", "transform of the text, as the data's manifest.json names it", Check(
+        "a name of letters, digits and '_'", lambda v: re.fullmatch(r"[A-Za-z0-9_]{1,100}", v) is not None))
     artifact_dir: str = setting("./runs", "folder for the log and the artifact of a run", TEXT)
     run_id: str = setting("", "name of the run's files; empty: time, seed and a random part", Check(
         "up to 100 of the letters a-z A-Z, digits, '.', '_' and '-'", lambda v: re.fullmatch(r"[A-Za-z0-9_.-]{0,100}", v) is not None))
     artifact_path: str = setting("", "with EVAL_ONLY: the artifact to score; empty: that of RUN_ID", TEXT)
-    losses_path: str = setting("", "with EVAL_ONLY: .npz file for the nats of every target, as a referee wants them; empty: none", TEXT)
+    losses_path: str = setting("", ".npz file for the nats of every target, an array a score; empty: none", TEXT)
     eval_only: bool = setting(False, "score an existing artifact, no training data needed", FLAG)
     # the run
     seed: int = score_setting(1337, "seed of initialisation and adapters", between(0, 2**31 - 1))
@@ -253,6 +255,11 @@ class Config:
     ttt_batch_size: int = score_setting(64, "documents adapted side by side, at most", between(1, 4096))
     ttt_grad_steps: int = score_setting(1, "updates a chunk", between(1, 100))
     ttt_weight_decay: float = score_setting(0.5, "decoupled weight decay of the adapters", between(0, 1000))
+    ttt_warm_start_a: bool = score_setting(
+        False, "A goes on from one batch of documents to the next of its lane (eight, whatever the ranks); B begins at 0", FLAG)
+    ttt_short_chunks: tuple[int, ...] = score_setting(
+        (), "pairs LIMIT,CHUNK: a batch whose longest document, both BOS counted, is no longer than LIMIT has this chunk",
+        each(between(1, 2**20)))
     ttt_beta1: float = score_setting(0.0, "AdamW on the adapters", below(0, 1))
     ttt_beta2: float = score_setting(0.999, "AdamW on the adapters", below(0, 1))
     ttt_q_lora: bool = score_setting(True, "adapters on the queries", FLAG)
@@ -266,6 +273,9 @@ class Config:
     ngram_tilt_order: int = score_setting(16, "tokens of an n-gram, the predicted one included", between(2, 64))
     ngram_tilt_threshold: float = score_setting(0.8, "least share of the earlier occurrences that agree", between(0, 1))
     ngram_tilt_beta: float = score_setting(2.625, "nats by which the hint is raised before all is normalised again", between(0, 100))
+    ngram_tilt_betas: tuple[float, ...] = score_setting(
+        (), "instead of threshold and one beta: 25, for 1, 2, 4, 8, 16 occurrences and more by shares from 0, 1/4, 1/2, 3/4, 1 "
+        "(bench/tilt.py fits them on training documents)", each(between(0, 100), 25))
     phased_ttt_prefix_docs: int = score_setting(2000, "documents that the global SGD may learn from", between(0, 10**9))
     phased_ttt_num_phases: int = score_setting(3, "parts of the prefix, each followed by global SGD", between(1, 1000))
     phased_ttt_leave_out: int = score_setting(
@@ -306,6 +316,10 @@ class Config:
             (self.chunk_sizes[-1] <= self.ttt_eval_seq_len,
              "TTT_CHUNK_SIZE, doubled by TTT_CHUNK_DOUBLES_AT, must be at most TTT_EVAL_SEQ_LEN"),
             (not doubles or self.ttt_context == "cache", "TTT_CHUNK_DOUBLES_AT needs TTT_CONTEXT=cache"),
+            (len(self.ngram_tilt_betas) in (0, 25), "NGRAM_TILT_BETAS must be 25 numbers or none"),
+            (not self.ttt_short_chunks or self.ttt_context == "window" and len(self.ttt_short_chunks) % 2 == 0
+             and max(self.ttt_short_chunks[1::2]) <= self.ttt_eval_seq_len,
+             "TTT_SHORT_CHUNKS must be pairs, with chunks of at most TTT_EVAL_SEQ_LEN, and TTT_CONTEXT=window"),
             (all(a < b for a, b in zip(doubles, doubles[1:])) and all(at % size == 0 for at, size in zip(doubles, self.chunk_sizes[1:])),
              "TTT_CHUNK_DOUBLES_AT must ascend, each a multiple of the chunks that begin there (TTT_CHUNK_SIZE times 2, 4, ...)"),
         ]
@@ -345,7 +359,7 @@ class Config:
             return Path(self.data_path)
         if not self.caseops_enabled:
             return Path(self.data_dir, "datasets", f"fineweb10B_sp{self.vocab_size}")
-        return self._caseops_root / "datasets" / f"fineweb10B_sp{self.vocab_size}_lossless_caps_caseops_v1_reserved"
+        return self._caseops_root / "datasets" / f"fineweb10B_sp{self.vocab_size}_{self.caseops_version}_reserved"
 
     @property
     def tokenizer_file(self) -> Path:
@@ -354,7 +368,7 @@ class Config:
             return Path(self.tokenizer_path)
         if not self.caseops_enabled:
             return Path(self.data_dir, "tokenizers", f"fineweb_{self.vocab_size}_bpe.model")
-        return self._caseops_root / "tokenizers" / f"fineweb_{self.vocab_size}_bpe_lossless_caps_caseops_v1_reserved.model"
+        return self._caseops_root / "tokenizers" / f"fineweb_{self.vocab_size}_bpe_{self.caseops_version}_reserved.model"
 
     @property
     def _caseops_root(self) -> Path:
@@ -855,21 +869,31 @@ def read_shard(path: Path, entries: int | None = None) -> np.ndarray:
     return np.memmap(path, dtype="<u2", mode="r", offset=header_bytes, shape=(count,))
 
 
-def manifest_files(folder: Path) -> dict[str, dict[str, Any]] | None:
-    """What `manifest.json` says of each shard (file name -> entries, sha256); None where there is no manifest."""
+class Manifest(NamedTuple):
+    """What `manifest.json` says of a data set; without one all fields are empty."""
+
+    files: dict[str, dict[str, Any]] = {}  # shard -> entries, sha256
+    transform: str = ""  # CaseOps version
+    tokenizer_sha256: str = ""
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a data set, checked; ValueError if it is damaged."""
     path = folder / MANIFEST
     if not path.exists():
-        return None
+        return Manifest()
     try:
-        splits = json.loads(path.read_bytes())["splits"]
-        files = {entry["file"]: entry for split in ("val", "train") for entry in splits[split]["files"]}
-        if not files or not all(SHARD_NAME.fullmatch(name) and type(entry["entries"]) is int and type(entry["sha256"]) is str
-                                for name, entry in files.items()):
+        record = json.loads(path.read_bytes())
+        files = {entry["file"]: entry for split in ("val", "train") for entry in record["splits"][split]["files"]}
+        manifest = Manifest(files, record.get("transform", ""), record.get("tokenizer", {}).get("sha256", ""))
+        right = [SHARD_NAME.fullmatch(name) and type(entry["entries"]) is int and type(entry["sha256"]) is str
+                 for name, entry in files.items()]
+        if not right or not all(right) or type(manifest.transform) is not str:
             raise ValueError("its list of shards is not in the form of a build")
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is not the manifest of a data set ({type(error).__name__}: {error}); move it away if it "
                          f"is another program's, else {BUILD_HINT}") from None
-    return files
+    return manifest
 
 
 def dataset_shards(folder: Path) -> dict[str, list[Path]]:
@@ -880,14 +904,14 @@ def dataset_shards(folder: Path) -> dict[str, list[Path]]:
     """
     if not folder.is_dir():
         raise ValueError(f"no data: {folder} is not a folder; {BUILD_HINT}")
-    listed = manifest_files(folder)
-    if listed is None and (folder / JOURNAL).exists():
+    listed = read_manifest(folder).files
+    if not listed and (folder / JOURNAL).exists():
         raise ValueError(f"{folder} holds an unfinished build ({JOURNAL}): give the same prepare_caseops_data.py command again, "
                          "it goes on where it stopped")
     there = sorted(path.name for path in folder.glob("*.bin"))
     named = {name: match.groups() for name in listed or there if (match := SHARD_NAME.fullmatch(name))}
     if foreign := [name for name in there if name not in named]:
-        reason = "no name of a shard, PREFIX_train|val|val_bytes_NNNNNN.bin" if listed is None else f"not in {MANIFEST}"
+        reason = "no name of a shard, PREFIX_train|val|val_bytes_NNNNNN.bin" if not listed else f"not in {MANIFEST}"
         raise ValueError(f"{folder} holds {', '.join(foreign[:3])}{' …' if foreign[3:] else ''}: {reason}; move or delete it")
     if len(prefixes := {prefix for prefix, _, _ in named.values()}) > 1:
         raise ValueError(f"{folder} holds shards of several data sets ({', '.join(sorted(prefixes))}): one folder, one data set")
@@ -909,7 +933,7 @@ def read_shards(folder: Path, kind: str) -> list[np.ndarray]:
     """All shards of one kind, of the lengths that the manifest lists; ValueError if there is none."""
     if not (paths := shard_paths(folder, kind)):
         raise ValueError(f"no {kind} shards (*_{kind}_NNNNNN.bin) in {folder}; {BUILD_HINT}")
-    listed = manifest_files(folder)
+    listed = read_manifest(folder).files
     return [read_shard(path, listed[path.name]["entries"] if listed else None) for path in paths]
 
 
@@ -956,6 +980,15 @@ def read_sidecar(folder: Path, tokens: np.ndarray) -> np.ndarray:
     return byte_counts
 
 
+def check_version(cfg: Config) -> None:
+    """ValueError if the data is of another CaseOps version than the run, or than the artifact whose settings it has adopted."""
+    transform = read_manifest(cfg.shards_dir).transform
+    found, wanted = (transform or Config.caseops_version, cfg.caseops_version) if cfg.caseops_enabled else (transform, "")
+    if found != wanted:
+        raise ValueError(f"the data in {cfg.shards_dir} is of CASEOPS_VERSION={found}, this run or its artifact of "
+                         f"{wanted or 'CASEOPS_ENABLED=0'}: neither can read the other's tokens; choose data, settings and artifact of one")
+
+
 def load_val(cfg: Config) -> ValData:
     """The validation set, checked: sidecar present and of the same length, BOS, ids, the published constants.
 
@@ -963,6 +996,7 @@ def load_val(cfg: Config) -> ValData:
         ValueError: naming the file and what is wrong with it.
     """
     folder = cfg.shards_dir
+    check_version(cfg)
     tokens = np.concatenate(read_shards(folder, "val"))
     check_tokens(tokens, cfg.vocab_size, f"validation tokens in {folder}", sample=len(tokens))
     if int(tokens[0]) != BOS_ID:
@@ -1022,7 +1056,11 @@ def check_tokenizer(cfg: Config) -> str:
             raise ValueError(f"no tokenizer at {path}; set TOKENIZER_PATH")
         return f"no tokenizer at {path}: none is needed, the bytes come from the sidecar"
     _piece_byte_table(str(path), cfg.vocab_size)
-    return f"tokenizer {path} sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}"
+    found, wanted = hashlib.sha256(path.read_bytes()).hexdigest(), read_manifest(cfg.shards_dir).tokenizer_sha256
+    if wanted not in ("", found):
+        raise ValueError(f"{path} (sha256 {found[:16]}) is not the tokenizer that the data in {cfg.shards_dir} was made with (sha256 "
+                         f"{wanted[:16]}, see {MANIFEST} there): set TOKENIZER_PATH to that one")
+    return f"tokenizer {path} sha256 {found}"
 
 
 def check_dataset(cfg: Config, with_train: bool = True) -> ValData:
@@ -1391,6 +1429,11 @@ def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),))
 
 
+def add(x: Tensor, y: Tensor) -> Tensor:
+    """x + y, of one dtype. Added in float32 it joins the norm behind it; else the product before it, for which x is copied first."""
+    return (x.float() + y.float()).to(x.dtype)
+
+
 @torch.library.custom_op(f"{OPERATORS}::rotary_tables", mutates_args=())
 def rotary_tables(positions: Tensor, dims: int, base: float) -> tuple[Tensor, Tensor]:
     """Cosines and sines, float32 (T, 1, dims / 2), of rotary embeddings (Su et al. 2021).
@@ -1557,23 +1600,16 @@ class GPT(nn.Module):
     def _serial_block(self, context: Context, layer: int, visit: int, x: Tensor, x0: Tensor) -> Tensor:
         mix = context.layers[layer].resid_mix
         x = mix[0] * x + mix[1] * x0
-        x = x + self._attention(context, layer, visit, self._normed(x, layer))
-        return x + self._mlp_gate(layer, x) * self._mlp(context, layer, visit, self._normed(x, layer))
+        x = add(x, self._attention(context, layer, visit, self._normed(x, layer)))
+        return add(x, self._mlp(context, layer, visit, x))
 
     def _parallel_block(self, context: Context, layer: int, visit: int, lanes: tuple[Tensor, Tensor], x0: Tensor) -> tuple[Tensor, Tensor]:
         """Attention reads lane 0, the MLP lane 1; both write to both."""
         weights = context.layers[layer]
         mix, resid, post = weights.resid_mix, weights.resid, weights.post
         a = self._attention(context, layer, visit, self._normed(mix[0] * lanes[0] + mix[1] * x0, layer))
-        m = self._mlp_gate(layer, lanes[1]) * self._mlp(context, layer, visit, self._normed(lanes[1], layer))
+        m = self._mlp(context, layer, visit, lanes[1])
         return (resid[0] * lanes[0] + post[0, 0] * a + post[1, 0] * m, resid[1] * lanes[1] + post[0, 1] * a + post[1, 1] * m)
-
-    def _mlp_gate(self, layer: int, x: Tensor) -> Tensor | float:
-        """The MLP's gate, (T, 1), from what its norm reads, un-normed."""
-        if not self.cfg.mlp_gate_enabled:
-            return 1.0
-        weight, bias = (self.get_parameter(f"blocks.{layer}.mlp_gate_out.{name}").to(self.dtype) for name in ("weight", "bias"))
-        return torch.sigmoid(F.linear(x[:, : self.cfg.gate_window], weight, bias))
 
     def _attention(self, context: Context, layer: int, visit: int, n: Tensor) -> Tensor:
         """What attention of the normalised input n (T, d) adds: gate, output projection and scale included."""
@@ -1582,7 +1618,6 @@ class GPT(nn.Module):
         q, k, v = (t.unflatten(-1, (-1, cfg.head_dim)) for t in (q, k, v))
         q = rotate(head_norm(q, weights.q_gain), context.cos, context.sin).to(self.dtype)
         k = rotate(head_norm(k), context.cos, context.sin).to(self.dtype)
-        v = v.contiguous()  # attention and XSA both want it so: one copy serves them, forward and backward
         y = context.attend(visit, q, k, v)
         gate = torch.sigmoid(gate) if gate.size(-1) else torch.ones_like(y[..., 0])
         y = exclude_self(y, v, gate) if layer >= cfg.num_layers - cfg.xsa_last_n else y * gate.unsqueeze(-1)
@@ -1590,15 +1625,20 @@ class GPT(nn.Module):
         bypass = linear((layer, visit, "attn_bypass"), n, None)
         return y if bypass is None else y + weights.attn_scale * bypass
 
-    def _mlp(self, context: Context, layer: int, visit: int, n: Tensor) -> Tensor:
-        """What the MLP of the normalised input n (T, d) adds, its scale included."""
-        weights, linear = context.layers[layer], context.linear
+    def _mlp(self, context: Context, layer: int, visit: int, x: Tensor) -> Tensor:
+        """What the MLP of x (T, d), which it normalises itself, adds: scale and gate included."""
+        weights, linear, n = context.layers[layer], context.linear, self._normed(x, layer)
         if linear is plain_linear:
-            return fused_mlp(n, weights.up, weights.down)
-        h = F.leaky_relu(linear((layer, visit, "up"), n, weights.up), 0.5).square()
-        y = linear((layer, visit, "down"), h, weights.down)
-        bypass = linear((layer, visit, "mlp_bypass"), n, None)
-        return y if bypass is None else y + weights.mlp_scale * bypass
+            y = fused_mlp(n, weights.up, weights.down)
+        else:
+            h = F.leaky_relu(linear((layer, visit, "up"), n, weights.up), 0.5).square()
+            y = linear((layer, visit, "down"), h, weights.down)
+            bypass = linear((layer, visit, "mlp_bypass"), n, None)
+            y = y if bypass is None else y + weights.mlp_scale * bypass
+        if not self.cfg.mlp_gate_enabled:
+            return y
+        weight, bias = (self.get_parameter(f"blocks.{layer}.mlp_gate_out.{name}").to(self.dtype) for name in ("weight", "bias"))
+        return torch.sigmoid(F.linear(x[:, : self.cfg.gate_window], weight, bias)) * y
 
 
 # ======================================================================================================================
@@ -1846,8 +1886,11 @@ def compiled(run: Run, function: Callable[..., Any], dynamic: bool = False) -> C
     if not run.compile:
         return function
     torch._dynamo.config.cache_size_limit = 64  # one entry a depth and use; a full cache would be an error
+    from torch._functorch import config as functorch
     from torch._inductor import config as inductor
 
+    functorch.ban_recompute_long_fusible_chains = False  # keep no float32 input of a norm where the bfloat16 one gives it again
+    inductor.comprehensive_padding = False  # rows of other strides than the operators were traced with: v would be copied for each
     if hasattr(inductor.triton, "mix_order_reduction"):  # torch 2.13 has it
         inductor.triton.mix_order_reduction = False  # it spills registers in the norms' backwards and saves 0.2 % of the bytes
     graph = torch.compile(function, fullgraph=True, dynamic=dynamic)
@@ -2078,7 +2121,7 @@ def checksum(values: dict[str, Any]) -> str:
 def identity(cfg: Config, but: set[str]) -> dict[str, str]:
     """The code's hash and all settings but some, by the names that people know."""
     settings = {f.name.upper(): format_setting(getattr(cfg, f.name)) for f in fields(Config) if f.name not in but}
-    return {**settings, "code": hashlib.sha256(packed_code()).hexdigest()}
+    return {**settings, "code": hashlib.sha256(counted_code()).hexdigest()}
 
 
 def train(run: Run, trainer: Trainer, val: ValData, checkpoint: Checkpoint) -> None:
@@ -2842,36 +2885,75 @@ def table_entropy(quantized: Quantized) -> float:
 
 
 # ---- code ----
-# The rules count the code with the model: the file that runs. `python train_gpt.py --pack` writes one that counts a fifth: this
-# source without comments and docstrings as a brotli payload that a few readable lines run.
+# The rules count the code with the model. What a record folder ships as its train_gpt.py, and what therefore counts, is the
+# packed file (`python train_gpt.py --pack`): a few readable lines that run a brotli payload, which is this source less what it
+# runs without. The readable source lies beside it in source/; a run from either makes the same artifact.
 
-PACKED_HEAD = b'''# -*- coding: latin-1 -*-
-"""train_gpt.py, packed to count few bytes: it runs as the readable source does, which lies beside it in source/."""
-import linecache, brotli
-PACKED_SOURCE = brotli.decompress("'''
-PACKED_TAIL = b'''".encode("latin-1"))
-linecache.cache["packed_source.py"] = (len(PACKED_SOURCE), None, PACKED_SOURCE.decode().splitlines(True), "packed_source.py")
-exec(compile(PACKED_SOURCE, "packed_source.py", "exec"))
+PACKED_HEAD = b'''# coding: latin-1
+"""train_gpt.py, packed to count few bytes; source/train_gpt.py beside it is what it runs, to be read."""
+import brotli, linecache
+PACKED_SOURCE = brotli.decompress("""'''
+PACKED_TAIL = b'''""".encode("latin-1"))
+linecache.cache["packed.py"] = len(PACKED_SOURCE), None, PACKED_SOURCE.decode().splitlines(True), "packed.py"
+exec(compile(PACKED_SOURCE, "packed.py", "exec"))
 '''
-PACKED_ESCAPES = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r", "\0": "\\x00"}
+PACKED_ESCAPES = (r"\\", r"\\\\"), ("\r", r"\\r"), ("\0(?=[0-7])", r"\\x00"), ("\0", r"\\0"), (r'"(?="|\Z)', r'\\"')
+Place = tuple[int, int]  # row, column
+
+
+def source_tokens(source: str) -> Iterator[tuple[str, Place, str]]:
+    """Kind, place and text of every token; an f-string, which Python 3.12 takes apart, is one."""
+    lines, opened = source.splitlines(True), []
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        kind, start, text = tokenize.tok_name[token.type], token.start, token.string
+        if kind == "FSTRING_START":
+            opened.append(start)
+        elif kind == "FSTRING_END":
+            (row, column), (last, end) = start, _ = opened.pop(), token.end
+            text = "".join([*lines[row - 1: last - 1], lines[last - 1][:end]])[column:]
+        if not opened:
+            yield kind, start, text
+
+
+def needless_spans(source: str) -> Iterator[tuple[Place, Place]]:
+    """The places, from and up to, of docstrings and of the annotations of functions that no decorator reads."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) and len(node.body) > 1:
+            yield (node.body[0].lineno, node.body[0].col_offset), (node.body[0].end_lineno, node.body[0].end_col_offset)
+        if isinstance(node, ast.FunctionDef) and not node.decorator_list:
+            for arg in ast.walk(node.args):
+                if isinstance(arg, ast.arg) and arg.annotation:
+                    yield (arg.lineno, arg.col_offset + len(arg.arg)), (arg.end_lineno, arg.end_col_offset)
+            if node.returns:
+                yield (node.returns.lineno, node.returns.col_offset - len("-> ")), (node.returns.end_lineno, node.returns.end_col_offset)
 
 
 def shipped_source(source: str) -> str:
-    """`source` without comments, docstrings and empty lines: what the packed file runs."""
-    dropped: set[int] = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) and len(node.body) > 1:
-            dropped |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    comments = {token.start[0]: token.start[1] for token in tokens if token.type == tokenize.COMMENT}
-    lines = [line[: comments.get(n)].rstrip() for n, line in enumerate(source.splitlines(), 1) if n not in dropped]
-    return "\n".join(line for line in lines if line) + "\n"
+    """`source` without comments, docstrings, needless annotations and blanks: what the packed file runs."""
+    spans, pieces, depth, before = sorted(needless_spans(source)), [], 0, "\n"
+    for kind, place, text in source_tokens(source):
+        while spans and spans[0][1] <= place:
+            spans.pop(0)
+        depth += (kind == "INDENT") - (kind == "DEDENT")
+        if kind == "NEWLINE":
+            text = "\n" if before != "\n" else ""
+        elif kind in ("COMMENT", "NL", "INDENT", "DEDENT", "ENDMARKER") or spans and spans[0][0] <= place:
+            continue
+        elif before == "\n":
+            pieces.append(" " * depth)
+        elif re.fullmatch(r"\w\w|['\"]{2}", before[-1] + text[0]):
+            pieces.append(" ")
+        pieces.append(text)
+        before = text or before
+    return "".join(pieces)
 
 
 def pack_code(source: str) -> bytes:
-    """The packed file that runs `source`; the same bytes every time."""
+    """The packed file that runs `source`; of itself, unpacked, it is made again to the byte."""
     payload = brotli.compress(shipped_source(source).encode(), quality=11, lgwin=24).decode("latin-1")
-    return PACKED_HEAD + payload.translate(str.maketrans(PACKED_ESCAPES)).encode("latin-1") + PACKED_TAIL
+    for pattern, escape in PACKED_ESCAPES:
+        payload = re.sub(pattern, escape, payload)
+    return PACKED_HEAD + payload.encode("latin-1") + PACKED_TAIL
 
 
 def own_source() -> str:
@@ -2881,14 +2963,9 @@ def own_source() -> str:
 
 
 @lru_cache(maxsize=1)
-def packed_code() -> bytes:
-    """This program packed."""
-    return pack_code(own_source())
-
-
 def counted_code() -> bytes:
-    """The file that runs, readable or packed: what a record folder ships, and what counts."""
-    return Path(__file__).read_bytes()
+    """The packed file, whichever runs: what a record folder ships, and what counts."""
+    return Path(__file__).read_bytes() if "PACKED_SOURCE" in globals() else pack_code(own_source())
 
 
 # ---- entropy coder ("rans") ----
@@ -3346,6 +3423,10 @@ def evaluate(run: Run, model: GPT, val: ValData, name: str, depth: int) -> Score
 # itself learn from documents already scored. A document's score does not depend on which others are scored beside it, so
 # the plan that deals documents to batches and batches to ranks is free: it is made, alike on every rank, to end soonest.
 #
+# With TTT_WARM_START_A a score does depend on others, though never on later text: a document's A is what the document in its
+# row of the lane's batch before has made of it, decayed until the longest of that batch ended. So batches, the lanes that they
+# are dealt to and the order in a lane are then fixed by the lengths alone; ranks take whole lanes.
+#
 # What a chunk sees of the earlier ones is computed again with the adapters of the moment (TTT_CONTEXT=window, the record:
 # many forwards a token), or is the keys and values as they were when those chunks were scored (cache: one).
 # ======================================================================================================================
@@ -3356,6 +3437,7 @@ TTT_TOKENS_PER_SECOND = 411_000  # forwarded and learned
 TTT_STEP_SECONDS = 0.012  # beside its tokens
 TTT_CAPTURED_STEP_SECONDS = 0.003
 TTT_SECONDS_PER_ADAPTER_VALUE = 40 / (0.85 * 3.35e12)
+TTT_LANES = 8
 
 
 class PhasePlan(NamedTuple):
@@ -3366,13 +3448,15 @@ class PhasePlan(NamedTuple):
     ranks: tuple[tuple[int, ...], ...]  # for each rank, its batches in the order it runs them
     seconds: tuple[float, ...]  # reckoned, for each rank, with the constants above
     learns: range  # whose text the global SGD learns from then, shortest first; empty after the last part
+    warm: frozenset[int] = frozenset()  # batches that take over A from the one that their rank ran before
 
 
 def chunk_bounds(cfg: Config, length: int) -> list[int]:
-    """Where the chunks of a document begin, and where the last one ends: at or behind `length`."""
-    bounds = [0]
+    """Where the chunks of a batch begin whose longest document has `length` targets; the last one ends there or behind."""
+    short = zip(cfg.ttt_short_chunks[::2], cfg.ttt_short_chunks[1::2])
+    bounds, size = [0], next((chunk for limit, chunk in short if length < limit), cfg.ttt_chunk_size)
     while bounds[-1] < length:
-        bounds.append(bounds[-1] + (cfg.ttt_chunk_size << sum(bounds[-1] >= at for at in cfg.ttt_chunk_doubles_at)))
+        bounds.append(bounds[-1] + (size << sum(bounds[-1] >= at for at in cfg.ttt_chunk_doubles_at)))
     return bounds
 
 
@@ -3427,47 +3511,72 @@ def phase_ends(cfg: Config, count: int) -> list[tuple[int, int]]:
 
 def plan_ttt(cfg: Config, lengths: np.ndarray, world: int) -> list[PhasePlan]:
     """The plan of test-time training for documents of `lengths`, descending, on `world` ranks: the same on every rank."""
-    bounds = np.array(chunk_bounds(cfg, int(lengths[0])))
-    alone = np.cumsum(chunk_seconds(cfg, bounds, np.ones(len(bounds) - 1)))
-    beside = np.cumsum(chunk_seconds(cfg, bounds, np.zeros(len(bounds) - 1)))
-    last_chunk = np.searchsorted(bounds, lengths) - 1
-    work = np.append(0.0, np.cumsum((alone - beside)[last_chunk])).tolist()  # of the documents before each place
-    beside = beside[last_chunk].tolist()
     ends, plans, begin = [*phase_ends(cfg, len(lengths)), (len(lengths), 0)], [], 0
+    if cfg.ttt_warm_start_a or cfg.ttt_short_chunks:
+        plan_part = partial(plan_lanes, cfg, lengths=lengths, world=world)
+    else:
+        plan_part = partial(plan_phase, cfg, **document_costs(cfg, lengths), world=world)
     for end, learned in ends:
-        plans.append(plan_phase(cfg, range(begin, end), work, beside, world)._replace(
-            learns=range(end - 1, end - 1 - learned, -1)))
+        plans.append(plan_part(range(begin, end))._replace(learns=range(end - 1, end - 1 - learned, -1)))
         begin = end
     return plans
 
 
+def plan_lanes(cfg: Config, part: range, lengths: np.ndarray, world: int) -> PhasePlan:
+    """Whole batches, cut from the short end, dealt to TTT_LANES lanes, and the lanes to the ranks."""
+    cuts = [part.start, *range(part.stop, part.start, -cfg.ttt_batch_size)[::-1]]
+    batches = [range(a, b) for a, b in itertools.pairwise(cuts)]
+    costs = []
+    for batch in batches:
+        bounds, members = np.array(chunk_bounds(cfg, int(lengths[batch.start]))), lengths[batch.start: batch.stop]
+        costs.append(chunk_seconds(cfg, bounds, (members[:, None] > bounds[:-1]).sum(0)).sum())
+    lanes = deal(np.array(costs), TTT_LANES)
+    ranks = deal(np.array([sum(costs[i] for i in lane) for lane in lanes]), world)
+    warm = [b for lane in lanes for a, b in itertools.pairwise(lane) if len(batches[a]) == len(batches[b])]
+    dealt = [[i for lane in hand for i in lanes[lane]] for hand in ranks]
+    return PhasePlan(part, tuple(batches), tuple(map(tuple, dealt)), tuple(float(sum(costs[i] for i in hand)) for hand in dealt),
+                     range(0), frozenset(warm if cfg.ttt_warm_start_a else ()))
+
+
+def document_costs(cfg: Config, lengths: np.ndarray) -> dict[str, list[float]]:
+    """What plan_phase needs of documents of `lengths`, descending."""
+    bounds = np.array(chunk_bounds(cfg, int(lengths[0])))
+    alone = np.cumsum(chunk_seconds(cfg, bounds, np.ones(len(bounds) - 1)))
+    beside = np.cumsum(chunk_seconds(cfg, bounds, np.zeros(len(bounds) - 1)))
+    last_chunk = np.searchsorted(bounds, lengths) - 1
+    return {"work": np.append(0.0, np.cumsum((alone - beside)[last_chunk])).tolist(), "beside": beside[last_chunk].tolist()}
+
+
 def plan_phase(cfg: Config, part: range, work: list[float], beside: list[float], world: int) -> PhasePlan:
-    """The best of several numbers of batches: few share the steps' fixed costs, many can be dealt evenly.
+    """The soonest end of several ways to cut: few batches share the steps' fixed costs, many take the longest documents apart.
 
     work[i] is what the documents before place i cost by their tokens, beside[i] what the steps of a batch cost whose longest is i.
     """
 
-    def cut(limit: float) -> list[range]:
-        """Batches that cost at most `limit` each, but for single documents that cost more."""
-        batches, first = [], part.start
+    def fill(end: float, pieces: int) -> PhasePlan | None:
+        """Batches of at most a piece of the time until `end`, each to the rank that is free first, the last ones cut to the room left."""
+        batches, held, seconds, first = [], [[] for _ in range(world)], [0.0] * world, part.start
         while first < part.stop:
-            last = bisect.bisect_right(work, work[first] + limit - beside[first]) - 1
-            batches.append(range(first, min(max(last, first + 1), first + cfg.ttt_batch_size, part.stop)))
-            first = batches[-1].stop
-        return batches
+            rank = seconds.index(min(seconds))
+            room = end - seconds[rank]
+            last = max(bisect.bisect_right(work, work[first] + min(room, end / pieces) - beside[first]) - 1, first + 1)
+            last = min(last, first + cfg.ttt_batch_size, part.stop)
+            cost = work[last] - work[first] + beside[first]
+            if cost > room:
+                return None
+            held[rank].append(len(batches))
+            batches.append(range(first, last))
+            seconds[rank], first = seconds[rank] + cost, last
+        return PhasePlan(part, tuple(batches), tuple(map(tuple, held)), tuple(seconds), range(0))
 
-    plans, whole = [], work[part.stop] - work[part.start] + sum(beside[part.start: part.stop])
-    fewest = len(cut(whole))
-    for count in sorted({*range(fewest, fewest + 2 * world), *(world * n for n in (1, 2, 3, 4, 5, 6, 8, 12, 16))}):
-        low, high = 0.0, whole
-        for _ in range(24 if count > fewest else 0):  # the lowest limit that needs no more batches
-            middle = (low + high) / 2
-            low, high = (low, middle) if len(cut(middle)) <= count else (middle, high)
-        batches = cut(high)
-        costs = np.array([work[b.stop] - work[b.start] + beside[b.start] for b in batches])
-        ranks = deal(costs, world)
-        plans.append(PhasePlan(part, tuple(batches), tuple(map(tuple, ranks)), tuple(float(costs[r].sum()) for r in ranks), range(0)))
-    return min(plans, key=lambda plan: max(plan.seconds))
+    best = fill(math.inf, 1)
+    for pieces in (1, 2, 3, 4, 6, 8, 12, 16):
+        early, late = 0.0, max(best.seconds)
+        while late - early > 1e-3 * late:
+            middle = (early + late) / 2
+            found = fill(middle, pieces)
+            best, early, late = (best, middle, late) if found is None else (found, early, max(found.seconds))
+    return best
 
 
 class Adapters:
@@ -3495,10 +3604,11 @@ class Adapters:
         self.capturable = run.device.type == "cuda"
 
     @torch.no_grad()
-    def reset(self) -> None:
-        """As before the first chunk: fresh adapters, no optimizer state."""
+    def reset(self, warm: bool = False) -> None:
+        """As before the first chunk: fresh adapters, but for A if `warm`, no optimizer state."""
         for name, initial in self.initial.items():
-            self.values[f"a.{name}"].copy_(initial.expand_as(self.values[f"a.{name}"]))
+            if not warm:
+                self.values[f"a.{name}"].copy_(initial.expand_as(self.values[f"a.{name}"]))
             self.values[f"b.{name}"].zero_()
         for tensor in (*self.first.values(), *self.second.values(), *self.steps.values(), self.updates):
             tensor.zero_()
@@ -3539,6 +3649,8 @@ class Adapters:
             [t.detach() for t in live.values()], grads, [self.first[n][:count] for n in live], [self.second[n][:count] for n in live], [],
             [self.steps[n] for n in live], fused=True, capturable=self.capturable, amsgrad=False, maximize=False, beta1=cfg.ttt_beta1,
             beta2=cfg.ttt_beta2, lr=self.lr if cfg.ttt_lora_lr_power else cfg.ttt_lora_lr, weight_decay=cfg.ttt_weight_decay, eps=1e-10)
+        if cfg.ttt_warm_start_a and count < self.documents:  # an A that will be taken over decays until its whole batch has ended
+            torch._foreach_mul_([self.values[f"a.{name}"][count:] for name in self.shapes], 1 - self.lr * cfg.ttt_weight_decay)
 
 
 class Documents:
@@ -3551,7 +3663,7 @@ class Documents:
         order = np.argsort(-(ends - starts), kind="stable")
         self.starts, self.lengths = starts[order], (ends - starts)[order]
         self.byte_sums = np.add.reduceat(np.append(val.byte_counts[1:], 0).astype(np.int64), starts)[order]
-        self.hints: np.ndarray | None = None  # (N,) by entry, -1 where there is none
+        self.hints: tuple[np.ndarray, np.ndarray] | None = None  # (N,) by entry: a token, -1 where there is none, and its beta, then 0
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -3570,9 +3682,12 @@ class NgramHints(NamedTuple):
     count: np.ndarray  # (n,) how often it did
     total: np.ndarray  # (n,) occurrences
 
-    def gated(self, threshold: float) -> NgramHints:
-        """Those whose top token has at least this share, compared in float32."""
-        return NgramHints(*(a[self.count.astype(np.float32) / self.total.astype(np.float32) >= np.float32(threshold)] for a in self))
+    def betas(self, cfg: Config) -> np.ndarray:
+        """(n,) float32 nats by which the hints are raised: by bin, or one where the share, in float32, is at least the threshold."""
+        share = self.count.astype(np.float32) / self.total.astype(np.float32)
+        if not cfg.ngram_tilt_betas:
+            return np.where(share >= np.float32(cfg.ngram_tilt_threshold), np.float32(cfg.ngram_tilt_beta), np.float32(0))
+        return np.array(cfg.ngram_tilt_betas, np.float32)[5 * np.minimum(np.log2(self.total).astype(int), 4) + (4 * share).astype(int)]
 
 
 def ngram_hints(documents: Documents, order: int) -> NgramHints:
@@ -3581,41 +3696,47 @@ def ngram_hints(documents: Documents, order: int) -> NgramHints:
     Contexts lie within a document, its BOS included. Nothing at or behind a target, in that order, has a part in its hint. Contexts
     that occur once, nearly all, are told by their hashes; the others are compared token by token.
     """
-    width, lengths, tokens = order - 1, documents.lengths, documents.tokens
-    place = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    at = (np.repeat(documents.starts + 1, lengths) + place)[place + 1 >= width]  # entries of targets with a whole context
-    rng, hashes = np.random.default_rng(0), np.zeros(len(tokens), np.uint64)
-    for back in range(1, width + 1):
-        hashes[width:] += tokens[width - back: -back] * (rng.integers(2**63, dtype=np.uint64) * np.uint64(2) + np.uint64(1))
-    keys = hashes[at]
-    keys ^= keys >> np.uint64(29)
-    keys *= np.uint64(0x9E3779B97F4A7C15)
-    bucket = (keys >> np.uint64(38)).astype(np.int64)
-    repeated = np.flatnonzero(np.bincount(bucket, minlength=1 << 26)[bucket] > 1)
-    repeated = repeated[np.argsort(keys[repeated], kind="stable")]  # occurrences of one context side by side, in scoring order
-    same = keys[repeated[1:]] == keys[repeated[:-1]] if len(repeated) else np.zeros(0, bool)
-    repeated = repeated[np.append(same, False) | np.insert(same, 0, False)[: len(repeated)]]
-    at, keys = at[repeated], keys[repeated].tolist()
-    found, counts, state = [], {}, [0, 0, 0]
-    contexts = np.lib.stride_tricks.sliding_window_view(tokens, width)[at - width] if len(at) else np.zeros((0, width), np.uint16)
-    targets, before = tokens[at].tolist(), None
-    differs = np.append(False, (contexts[1:] != contexts[:-1]).any(1)).tolist()  # a hash that two contexts share would show here
-    for i, (key, target) in enumerate(zip(keys, targets)):
-        if key != before or differs[i]:
-            counts, state, before = {}, [0, 0, 0], key
-        if state[2]:
-            found.append((int(at[i]), *state))
-        counts[target] = count = counts.get(target, 0) + 1
-        state[2] += 1
-        if count > state[1]:
-            state[0], state[1] = target, count
-    return NgramHints(*np.array(sorted(found), dtype=np.int64).reshape(-1, 4).T)
+    width, tokens, by_start = order - 1, documents.tokens, np.argsort(documents.starts)
+    rng, keys = np.random.default_rng(0), np.zeros(len(tokens), np.uint64)  # a target's entry: hash of the tokens before it
+    factors = rng.integers(2**63, size=width, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
+    for begin in range(width, len(tokens), 1 << 18):  # what a processor's cache holds
+        part = keys[begin: begin + (1 << 18)]
+        for back, factor in enumerate(factors, 1):
+            part += tokens[begin - back: begin - back + len(part)] * factor
+        part ^= part >> np.uint64(29)
+        part *= np.uint64(0x9E3779B97F4A7C15)
+    seen, repeats = np.sort(keys), np.zeros(1 << 24, bool)
+    repeats[seen[1:][seen[1:] == seen[:-1]] >> np.uint64(40)] = True
+    crosses = (documents.starts[:, None] + np.arange(1, width)).ravel()  # contexts that begin before their document
+    whole = repeats[keys >> np.uint64(40)]
+    whole[:width], whole[crosses[crosses < len(tokens)]] = False, False
+    at = np.flatnonzero(whole)
+    document = by_start[np.searchsorted(documents.starts[by_start], at) - 1]
+    at = at[np.lexsort((at, document, keys[at]))]  # occurrences of one context side by side, in scoring order
+    return count_followers(at, keys[at], tokens[at[:, None] + np.arange(-width, 0)], tokens[at].astype(np.int64))
 
 
-def tilted(losses: Tensor, hint_losses: Tensor, hit: Tensor, known: Tensor, beta: float) -> Tensor:
-    """Losses under p'(a) ~ p(a) e^(beta [a = hint]), normalised in closed form; untouched where no hint is known. All (T,)."""
-    normaliser = torch.log1p(torch.exp(-hint_losses) * math.expm1(beta))
-    return torch.where(known, losses - beta * hit + normaliser, losses)
+def count_followers(at: np.ndarray, keys: np.ndarray, contexts: np.ndarray, targets: np.ndarray) -> NgramHints:
+    """Hints at the entries `at`, (n,), from those of the same key and context (n, width) that stand before them."""
+    place = np.arange(len(at))
+    fresh = np.append(True, (keys[1:] != keys[:-1]) | (contexts[1:] != contexts[:-1]).any(1))[: len(at)]  # a hash may serve two contexts
+    group = np.cumsum(fresh)
+    order = np.lexsort((targets, group))  # one target after one context, in order
+    pair = group[order] << 16 | targets[order]
+    first = np.maximum.accumulate(np.where(np.append(True, pair[1:] != pair[:-1])[: len(at)], place, 0))
+    count = np.empty_like(place)
+    count[order] = place - first + 1  # how often this target has come, now included
+    most = np.maximum.accumulate(group * (len(at) + 1) + count) - group * (len(at) + 1)
+    better = np.maximum.accumulate(np.where(fresh | (most > np.roll(most, 1)), place, 0))  # where the present top token got ahead
+    known = np.flatnonzero(~fresh)
+    known = known[np.argsort(at[known])]
+    total = known - np.maximum.accumulate(np.where(fresh, place, 0))[known]
+    return NgramHints(at[known], targets[better[known - 1]], most[known - 1], total)
+
+
+def tilted(losses: Tensor, hint_losses: Tensor, hit: Tensor, betas: Tensor) -> Tensor:
+    """Losses under p'(a) ~ p(a) e^(beta [a = hint]), normalised in closed form; untouched where beta is 0. All (T,)."""
+    return losses - betas * hit + torch.log1p(torch.exp(-hint_losses) * torch.expm1(betas))
 
 
 class Chunk(NamedTuple):
@@ -3625,10 +3746,11 @@ class Chunk(NamedTuple):
     rows: Tensor | None  # (documents * chunk size,) the tokens of the batch that are scored; None: all of them
     weights: Tensor  # (documents * chunk size,) shares in the training loss; 0 in a document's last chunk
     hints: Tensor | None = None  # (documents * chunk size,) tokens that n-grams point to, -1 where none does
+    betas: Tensor | None = None  # by how much they are raised
 
     def tensors(self) -> list[Tensor]:
         """All that a captured step reads."""
-        return [t for t in (*self.batch[:5], self.rows, self.weights, self.hints) if t is not None]
+        return [t for t in (*self.batch[:5], self.rows, self.weights, self.hints, self.betas) if t is not None]
 
 
 def make_chunk(run: Run, documents: Documents, members: range, begin: int, end: int) -> Chunk:
@@ -3647,12 +3769,12 @@ def make_chunk(run: Run, documents: Documents, members: range, begin: int, end: 
     batch = make_batch(tokens, targets, np.arange(count) * width, width, run.device, begin if cached else 0, before)
     weights = ((chunk < stops[:, None]) & (end < lengths)[:, None]) / np.float32(end - begin)
     rows = np.arange(count)[:, None] * width + np.clip(chunk - firsts[:, None], 0, width - 1)
-    hints = None
+    hints = []
     if documents.hints is not None:
-        entries = np.where(chunk < stops[:, None], starts[:, None] + 1 + chunk, 0)
-        hints = to_device(np.where(chunk < stops[:, None], documents.hints[entries], -1).astype(np.int64).ravel(), run.device)
+        entries = np.where(chunk < stops[:, None], starts[:, None] + 1 + chunk, 0).ravel()  # the first entry is nobody's target
+        hints = [to_device(values[entries], run.device) for values in documents.hints]
     scored = None if cached else to_device(rows.ravel(), run.device)
-    return Chunk(batch, scored, to_device(weights.astype(np.float32).ravel(), run.device), hints)
+    return Chunk(batch, scored, to_device(weights.astype(np.float32).ravel(), run.device), *hints)
 
 
 class KVCache:
@@ -3728,13 +3850,16 @@ class TTTScorer:
 
         self.losses_of = compiled(run, losses_of, dynamic=True)
 
-    def score(self, documents: Documents, members: range) -> list[np.ndarray]:
-        """The losses of each document, (length,) float32, every one computed before anything learned from its token."""
+    def score(self, documents: Documents, members: range, warm: bool = False) -> list[np.ndarray]:
+        """The losses of each document, (length,) float32, every one computed before anything learned from its token.
+
+        warm: A begins where the batch before, one of the same size, left it.
+        """
         lengths = documents.lengths[members.start: members.stop]
         longest = int(lengths[0])
         bounds = chunk_bounds(self.run.cfg, longest)
         self._make_room(len(members), longest)
-        self.adapters.reset()
+        self.adapters.reset(warm)
         if self.cache is not None:
             self.cache.begin.zero_()
         result = torch.zeros(self.adapters.documents, bounds[-1], device=self.run.device)
@@ -3798,7 +3923,7 @@ class TTTScorer:
                 self.adapters.learn(((losses if hints is None else losses[0]) * chunk.weights).sum(), leaves)
         if hints is not None:
             targets = chunk.batch.targets if chunk.rows is None else chunk.batch.targets[chunk.rows]
-            scored = tilted(*scored, (hints == targets).float(), hints >= 0, self.run.cfg.ngram_tilt_beta)
+            scored = tilted(*scored, (hints == targets).float(), chunk.betas)
         if self.cache is not None:
             self.cache.store(made)
         return scored
@@ -3830,7 +3955,7 @@ class TTTScorer:
         tokens = np.random.default_rng(cfg.seed).integers(4, cfg.vocab_size, lengths.sum()).astype(np.uint16)
         tokens[np.cumsum(lengths) - lengths] = BOS_ID
         documents = Documents(ValData(tokens, np.ones_like(tokens), len(lengths)))
-        documents.hints = tokens.astype(np.int32) if cfg.ngram_tilt_enabled else None
+        documents.hints = (tokens.astype(np.int64), np.ones(len(tokens), np.float32)) if cfg.ngram_tilt_enabled else None
         return documents
 
     def _run_widest_step(self) -> None:
@@ -3995,13 +4120,15 @@ class TTTProgress:
 
 def take_hints(run: Run, documents: Documents) -> None:
     """Find the n-gram hints on rank 0 and give them to all; a collective."""
-    began, hints = time.perf_counter(), None
+    began, found = time.perf_counter(), None
     if run.ranks.rank == 0:
-        hints = ngram_hints(documents, run.cfg.ngram_tilt_order).gated(run.cfg.ngram_tilt_threshold)
-    hints = NgramHints(*run.ranks.agree(hints))
-    documents.hints = np.full(len(documents.tokens), -1, np.int32)
-    documents.hints[hints.at] = hints.top
-    run.log.record("tilt", hints=len(hints.at), targets=int(documents.lengths.sum()), time_ms=int(since_ms(began)))
+        hints = ngram_hints(documents, run.cfg.ngram_tilt_order)
+        betas = hints.betas(run.cfg)
+        found = [values[betas > 0] for values in (hints.at, hints.top, betas)]
+    at, top, betas = run.ranks.agree(found)
+    documents.hints = np.full(len(documents.tokens), -1), np.zeros(len(documents.tokens), np.float32)
+    documents.hints[0][at], documents.hints[1][at] = top, betas
+    run.log.record("tilt", hints=len(at), targets=int(documents.lengths.sum()), time_ms=int(since_ms(began)))
 
 
 def score_with_ttt(run: Run, model: GPT, val: ValData) -> Score:
@@ -4025,7 +4152,7 @@ def score_with_ttt(run: Run, model: GPT, val: ValData) -> Score:
     for phase, plan in enumerate(plans):
         for index in plan.ranks[ranks.rank]:
             members = plan.batches[index]
-            for document, part in zip(members, scorer.score(documents, members)):
+            for document, part in zip(members, scorer.score(documents, members, index in plan.warm)):
                 nats[document] = part.sum(dtype=np.float64)
                 losses[documents.starts[document]:][: len(part)] = part
             progress.add(phase, members, float(nats[members.start: members.stop].sum()))
@@ -4406,8 +4533,9 @@ def log_start(run: Run, environ: Mapping[str, str]) -> None:
                compile=int(run.compile), date=f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ}")
     if attention_backend.skipped:
         log(f"faster attention was passed over: {attention_backend.skipped}")
-    log.record("code", file="train_gpt.py", packed_bytes=len(packed_code()), bytes=len(counted_code()),
-               sha256=hashlib.sha256(counted_code()).hexdigest())
+    code, source = counted_code(), own_source().encode()
+    log.record("code", file="train_gpt.py", bytes=len(code), sha256=hashlib.sha256(code).hexdigest(), source_bytes=len(source),
+               source_sha256=hashlib.sha256(source).hexdigest())
     for f in fields(cfg):
         value, starred = format_setting(getattr(cfg, f.name)), getattr(cfg, f.name) != f.default
         default = f" default:{format_setting(f.default)}" if starred else ""
@@ -4461,7 +4589,9 @@ def train_and_export(run: Run, val: ValData, checkpoint: Checkpoint, layout: Spa
             if not trainer.trained:
                 train(run, trainer, val, checkpoint)
                 trainer.load_averaged_weights()
-            evaluate(run, model, val, "ema", cfg.eval_loop_depth)
+            ema = evaluate(run, model, val, "ema", cfg.eval_loop_depth)
+            if cfg.losses_path:
+                write_losses(run, {"ema": ema})
             trainer.clock.start()
             hessians = collect_hessians(run, model, trainer.loader)
             train_ms = trainer.clock.stop()
@@ -4487,12 +4617,16 @@ def export(run: Run, model: GPT, hessians: dict[str, Tensor], checkpoint: Checkp
 
 
 def write_losses(run: Run, scores: dict[str, Score]) -> None:
-    """LOSSES_PATH gets an array a score, (targets,) float32 nats in data order, whatever rank scored them. A collective."""
+    """LOSSES_PATH gets an array a score, (targets,) float32 nats in data order, whatever rank scored them. A collective.
+
+    A training run adds to what the file holds: its first score is there before the artifact is.
+    """
     joined = {name: np.fmax.reduce(run.ranks.gather(score.losses)) for name, score in scores.items()}  # fmax passes over NaN
     if run.ranks.rank == 0:
-        buffer = io.BytesIO()
-        np.savez(buffer, **joined)
-        write_atomically(run.cfg.losses_path, buffer.getvalue())
+        path, buffer = Path(run.cfg.losses_path), io.BytesIO()
+        before = dict(np.load(path)) if "ema" not in joined and not run.cfg.eval_only and path.exists() else {}
+        np.savez(buffer, **before | joined)
+        write_atomically(path, buffer.getvalue())
 
 
 def score_and_finish(run: Run, val: ValData, artifact: Exported) -> int:
@@ -4507,7 +4641,7 @@ def score_and_finish(run: Run, val: ValData, artifact: Exported) -> int:
     plain = score = evaluate(run, model, val, "quantized", cfg.eval_loop_depth)
     if cfg.ttt_enabled:
         score = score_with_ttt(run, model, val)
-    if cfg.eval_only and cfg.losses_path:
+    if cfg.losses_path:
         write_losses(run, {"quantized": plain} | ({"quantized_ttt": score} if cfg.ttt_enabled else {}))
     eval_ms, total_bytes = clock.total_ms + score.time_ms, len(artifact.data) + len(counted_code())
     problems = [f"{what} took {time_ms / 1e3:.1f} s, over the budget of {budget:g} s"
@@ -4640,7 +4774,7 @@ def main(environ: Mapping[str, str] = os.environ, arguments: tuple[str, ...] = (
     """
     if arguments:
         if arguments[0] == "--pack":
-            sys.stdout.buffer.write(packed_code())
+            sys.stdout.buffer.write(counted_code())
             return 0
         known = {"--help": settings_help(), "--source": own_source()}
         print(known.get(arguments[0], f"{arguments[0]} is not known; settings are environment variables (--help lists them, --source "

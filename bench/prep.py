@@ -31,8 +31,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import caseops_tokenizer  # noqa: E402
-import lossless_caps  # noqa: E402
 import prepare_caseops_data as prepare  # noqa: E402
+from lossless_caps import V1, VERSIONS  # noqa: E402
 from test_lossless_caps import encode_by_characters  # noqa: E402
 
 GROUP_BYTES = 1 << 20  # text encoded at once, as in a build
@@ -73,7 +73,7 @@ def bench_rates(path: str, model: str, limit: int) -> None:
     seconds: dict[str, list[float]] = {}
     total = documents = tokens = 0
     for texts in groups(path, limit):
-        transformed = [lossless_caps.encode(text) for text in texts]
+        transformed = [tokenizer.transform.encode(text) for text in texts]
         raw = [text.encode() for text in texts]
         plain = timed(lambda: [tokenizer.processor.encode(text) for text in transformed], seconds, "plain")
         fast = timed(lambda: for_train.encode(raw), seconds, "train")
@@ -96,10 +96,11 @@ def bench_transform(path: str, limit: int) -> None:
     total = 0
     for texts in groups(path, min(limit, 8_000_000)):
         text = "\n".join(texts)
-        written = timed(lambda: lossless_caps.encode(text), seconds, "encode")
-        assert timed(lambda: lossless_caps.decode(written), seconds, "decode") == text
-        timed(lambda: lossless_caps.original_bytes(written), seconds, "bytes")
-        assert timed(lambda: encode_by_characters(text), seconds, "characters") == written
+        for name, version in VERSIONS.items():
+            written = timed(lambda: version.encode(text), seconds, f"{name} encode")
+            assert timed(lambda: version.decode(written), seconds, f"{name} decode") == text
+            assert timed(lambda: version.original_bytes(written), seconds, f"{name} bytes") == len(text.encode())
+        assert timed(lambda: encode_by_characters(text), seconds, "characters") == V1.encode(text)
         total += len(text)
     for name, (wall, _) in seconds.items():
         print(f"caseops {name} mb_s:{total / 1e6 / wall:.1f} ratio:{seconds['characters'][0] / wall:.1f}")
@@ -181,7 +182,7 @@ def main() -> None:
     """Run what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file")
-    parser.add_argument("--sp", nargs="+", default=[str(prepare.OUR_TOKENIZER)], help="models, one after the other")
+    parser.add_argument("--sp", nargs="+", default=[str(prepare.OUR_TOKENIZERS[V1.name])], help="models, one after the other")
     parser.add_argument("--mb", type=float, default=40, help="text for the rates")
     parser.add_argument("--build", type=int, nargs="*", default=[], metavar="WORKERS")
     parser.add_argument("--kill", action="store_true", help="kill a build of two workers and resume it")

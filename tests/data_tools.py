@@ -13,6 +13,7 @@ import numpy as np
 from pydoc_data.topics import topics
 
 import prepare_caseops_data as prepare
+from lossless_caps import OPERATORS, V1
 
 
 @lru_cache(maxsize=1)
@@ -27,7 +28,7 @@ def texts() -> list[str]:
         "caf\u00e9 na\u00efve \u201cquoted\u201d \u2014 dash",
         "\u2581 is U+2581, \u2581twice",
         "nul\x00 and tab\t.",
-        f"literal {prepare.lossless_caps.OPERATORS} operators",
+        f"literal {OPERATORS} operators",
         "1234567890 12,345.67",
         "\u65e5\u672c\u8a9e Tokyo \u6771\u4eac",
         "no-space" * 40,
@@ -44,13 +45,13 @@ def write_documents(path: Path, documents: list[str]) -> Path:
 
 
 @lru_cache(maxsize=None)
-def tokenizer(kind: str) -> prepare.Tokenizer:
+def tokenizer(kind: str, version: str = V1.name) -> prepare.Tokenizer:
     """A tokenizer of 1000 pieces: "lossless", or "nfkc", which normalises as the published one does."""
     folder = Path(tempfile.mkdtemp(prefix="caseops-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     docs = write_documents(folder / "docs.jsonl", texts())
     request = prepare.TokenizerRequest(
-        folder / kind, (str(docs),), val_docs=0, vocab_size=1000, lossless=kind == "lossless"
+        folder / kind, (str(docs),), val_docs=0, vocab_size=1000, lossless=kind == "lossless", transform=version
     )
     return prepare.Tokenizer(prepare.train_tokenizer(request))
 

@@ -23,7 +23,7 @@ Fault = Callable[[], object]
 
 def start(env: dict[str, str], fault: Fault | None = None, said: Path | None = None) -> int:
     """main(env) in a child; its process id. `fault` is called in the child first."""
-    tg.packed_code()  # kept, so that every child need not make it
+    tg.counted_code()  # kept, so that every child need not make it
     sys.stdout.flush()
     if child := os.fork():
         return child

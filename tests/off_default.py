@@ -11,6 +11,7 @@ import train_gpt as g
 # a looped layer, skips, both kinds of block, and few enough visits for a test of each setting
 FEW_LAYERS = {"NUM_LAYERS": 4, "LOOP_START": 1, "LOOP_END": 1, "PARALLEL_START_LAYER": 3, "XSA_LAST_N": 4}
 OFF_DEFAULT = {
+    "CASEOPS_VERSION": {"CASEOPS_VERSION": "lossless_caps_caseops_v2"},
     "VOCAB_SIZE": {"VOCAB_SIZE": 81}, "NUM_LAYERS": {"NUM_LAYERS": 5}, "MODEL_DIM": {"MODEL_DIM": 48}, "NUM_HEADS": {"NUM_HEADS": 2},
     "NUM_KV_HEADS": {"NUM_KV_HEADS": 1}, "MLP_MULT": {"MLP_MULT": 3}, "XSA_LAST_N": {"XSA_LAST_N": 2}, "ROPE_BASE": {"ROPE_BASE": 50},
     "ROPE_DIMS": {"ROPE_DIMS": 2}, "LOGIT_SOFTCAP": {"LOGIT_SOFTCAP": 5}, "LN_SCALE": {"LN_SCALE": 0},

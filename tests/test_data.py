@@ -180,7 +180,7 @@ def with_manifest(folder: Path) -> dict:
     tiny.write_dataset(folder, train_docs=40, val_docs=5)
     files = {path.name: {"file": path.name, "entries": (path.stat().st_size - 1024) // 2, "sha256": "0" * 64}
              for path in sorted(folder.glob("*.bin"))}
-    return {"splits": {"val": {"files": [files[name] for name in files if "val" in name]},
+    return {"transform": tg.Config.caseops_version, "splits": {"val": {"files": [files[name] for name in files if "val" in name]},
                        "train": {"files": [files[name] for name in files if "train" in name]}}}
 
 

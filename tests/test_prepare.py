@@ -18,6 +18,7 @@ import time
 import zipfile
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,7 @@ import data_tools
 import kills
 import prepare_caseops_data as prepare
 import train_gpt
+from lossless_caps import V1, VERSIONS
 
 PROGRAM = Path(prepare.__file__)
 VAL_DOCS, SHARD = 20, 3000
@@ -393,7 +395,7 @@ OTHER_THAN_ASKED = {
     "shard_entries": (lambda folder: None, {"shard_entries": 901}, "of other shard_entries"),
     "surrogates": (lambda folder: None, {"replace_surrogates": True}, "of other replace_surrogates"),
     "documents": (change_first, {}, "of other documents"),
-    "tokenizer": (lambda folder: None, {"model": prepare.OUR_TOKENIZER}, "of other tokenizer"),
+    "tokenizer": (lambda folder: None, {"model": prepare.OUR_TOKENIZERS[prepare.V1.name]}, "of other tokenizer"),
     "shard gone": (lambda folder: (folder / "set/fineweb_train_000001.bin").unlink(), {}, "is not whole.*train_000001.bin"),
     "shard cut": (lambda folder: os.truncate(folder / "set/fineweb_val_000000.bin", 1400), {}, "is not whole.*val_000000.bin"),
     "foreign": (lambda folder: (folder / "set/mine_train_000000.bin").touch(), {}, "is not whole.*mine_train_000000.bin"),
@@ -434,6 +436,54 @@ def test_a_manifest_of_the_first_version_is_understood(tmp_path: Path) -> None:
     del manifest["val_docs"], manifest["skip_bad"]
     (tmp_path / "set/manifest.json").write_text(json.dumps(manifest))
     assert prepare.build(small(tmp_path))["val_docs"] == 4
+
+
+@pytest.fixture(scope="module")
+def of_versions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, prepare.BuildRequest]:
+    """A data set of every version of CaseOps, from the same documents."""
+    folder, found = tmp_path_factory.mktemp("versions"), {}
+    few_documents(folder)
+    for version in VERSIONS:
+        found[version] = request(folder / "few.jsonl", folder / version, val_docs=4, model=data_tools.tokenizer("lossless", version).path)
+        assert prepare.build(found[version])["transform"] == version
+    return found
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_every_version_is_built_and_verified(
+    version: str, of_versions: dict[str, prepare.BuildRequest], capsys: pytest.CaptureFixture[str]
+) -> None:
+    wanted = of_versions[version]
+    assert prepare.verify(wanted, 100) == 0, capsys.readouterr().out
+    val, charges = (data_tools.shard(wanted.out / name) for name in (prepare.VAL_TOKENS, prepare.VAL_BYTES))
+    texts = [text[:900] for text in data_tools.texts()[:4]]
+    documents = np.split(val, np.flatnonzero(val == 1))[1:]
+    assert [data_tools.tokenizer("lossless", version).decode(document.tolist()) for document in documents] == texts
+    assert charges.sum() == sum(len(text.encode()) for text in texts)
+    verify_wrong = replace(wanted, docs=(), model=next(other.model for other in of_versions.values() if other is not wanted))
+    assert prepare.verify(verify_wrong, 10) == 1
+    assert f"is of CASEOPS_VERSION={version}, this run or its artifact of" in capsys.readouterr().out
+
+
+def test_data_tokenizer_and_artifact_of_different_versions_refuse_each_other(of_versions: dict[str, prepare.BuildRequest]) -> None:
+    def config(data: str, tokenizer: str, version: str) -> train_gpt.Config:
+        return train_gpt.Config.from_env({"DATA_PATH": str(of_versions[data].out), "TOKENIZER_PATH": str(of_versions[tokenizer].model),
+                                          "VOCAB_SIZE": "1000", "CASEOPS_VERSION": version})
+    for version in VERSIONS:
+        artifact = config(version, version, version)  # as its header carries them
+        for data in VERSIONS:
+            adopted, _ = train_gpt.adopt_settings(config(data, data, data), artifact, {"CASEOPS_VERSION": data})
+            for cfg in (config(data, data, version), adopted):
+                if data == version:
+                    assert train_gpt.check_dataset(cfg).documents == 4 and "sha256" in train_gpt.check_tokenizer(cfg)
+                    continue
+                with pytest.raises(ValueError, match=f"is of CASEOPS_VERSION={data}, this run or its artifact of {version}: neither"):
+                    train_gpt.check_dataset(cfg)
+                with pytest.raises(ValueError, match="is not the tokenizer that the data in"):
+                    train_gpt.check_tokenizer(config(data, version, data))
+    plain_pieces = replace(config(V1.name, V1.name, V1.name), caseops_enabled=False)  # would charge operators as text
+    with pytest.raises(ValueError, match="this run or its artifact of CASEOPS_ENABLED=0"):
+        train_gpt.check_dataset(plain_pieces)
 
 
 @pytest.mark.parametrize("kind", ["lossless", "nfkc"])

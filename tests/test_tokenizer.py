@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -19,81 +20,38 @@ import caseops_tokenizer
 import data_tools
 import prepare_caseops_data as prepare
 from caseops_tokenizer import Encoder, FastEncoder, PartTable, Tokenizer, read_spans
-from lossless_caps import OPERATORS
+from lossless_caps import OPERATORS, V1, VERSIONS
 
 # Words and what lies between them: plain, odd white space, what normalisation joins, removes or makes a space.
-chunks = st.sampled_from(
-    [
-        "the",
-        "The",
-        "NASA",
-        "iPhone",
-        "a",
-        "def ",
-        "print(",
-        "class",
-        " ",
-        "  ",
-        "\n",
-        "\n\n",
-        "\t",
-        "\r\n",
-        "\x00",
-        "\x01",
-        "\x7f",
-        "\x85",
-        "\u00a0",
-        "\u3000",
-        "\u200b",
-        "\u2028",
-        "\ufeff",
-        "\u2581",
-        "\u0301",
-        "\u0338",
-        "=",
-        "\u00e9",
-        "\ufb01",
-        "\u00bd",
-        "\u00a8",
-        "\u00af",
-        "\u1680",
-        "\u0149",
-        "\u0660",
-        "\ud55c",
-        "\u11a8",
-        "\U0001f600",
-        "\u201cHello",
-        "\u2019s",
-        "1",
-        "42",
-        ".",
-        "...",
-        "--------------------",
-        "internationalisation",
-        "_",
-        "<0x41>",
-        "<s>",
-        *OPERATORS,
-    ]
-)
+chunks = st.sampled_from([
+    "the", "The", "NASA", "iPhone", "a", "def ", "print(", "class", " ", "  ", "\n", "\n\n", "\t", "\r\n", "\x00", "\x01", "\x7f",
+    "\x85", "\u00a0", "\u3000", "\u200b", "\u2028", "\ufeff", "\u2581", "\u0301", "\u0338", "=", "\u00e9", "\ufb01", "\u00bd", "\u00a8",
+    "\u00af", "\u1680", "\u0149", "\u0660", "\ud55c", "\u11a8", "\U0001f600", "\u201cHello", "\u2019s", "1", "42", ".", "...",
+    "--------------------", "internationalisation", "_", "<0x41>", "<s>", "\nThe", " Then", "\n ", *OPERATORS])
 texts = st.lists(chunks | st.just(" ") | st.text(st.characters(codec="utf-8"), max_size=3), max_size=14).map("".join)
 
 
-def assert_equal(documents: list[str], with_charges: bool = True, fast: FastEncoder | None = None) -> None:
+LINES = "lossless_caps_caseops_v2_lines"
+every_version = pytest.mark.parametrize("version", VERSIONS)
+
+
+def assert_equal(documents: list[str], with_charges: bool = True, fast: FastEncoder | None = None, version: str = V1.name) -> None:
     """The fast encoder gives what SentencePiece gives, and the charges are those of the pieces."""
-    model, raw = data_tools.tokenizer("lossless"), [text.encode() for text in documents]
+    model, raw = data_tools.tokenizer("lossless", version), [text.encode() for text in documents]
     for got, expected in zip((fast or FastEncoder(model, with_charges)).encode(raw), Encoder(model, with_charges).encode(raw)):
         np.testing.assert_array_equal(got, expected)
 
 
-@settings(max_examples=250, deadline=None)
+@every_version
+@settings(max_examples=120, deadline=None)
 @given(documents=st.lists(texts, min_size=1, max_size=4), with_charges=st.booleans())
-def test_fast_encoder_equals_sentencepiece_for_any_text(documents: list[str], with_charges: bool) -> None:
-    assert_equal(documents, with_charges)
+def test_fast_encoder_equals_sentencepiece_for_any_text(version: str, documents: list[str], with_charges: bool) -> None:
+    assert_equal(documents, with_charges, version=version)
 
 
-def test_fast_encoder_equals_sentencepiece_on_documents() -> None:
-    assert_equal(data_tools.texts())
+@every_version
+def test_fast_encoder_equals_sentencepiece_on_documents(version: str) -> None:
+    assert_equal(data_tools.texts(), version=version)
 
 
 def test_fast_encoder_with_a_full_table_is_still_exact(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,11 +71,12 @@ LONG = [
 ]
 
 
+@pytest.mark.parametrize("version", [V1.name, LINES])
 @pytest.mark.parametrize("text", LONG, ids=["words", "no spaces", "accents", "letters", "odd"])
-def test_a_long_document_in_slices_has_the_tokens_of_the_whole(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = data_tools.tokenizer("lossless")
+def test_a_long_document_in_slices_has_the_tokens_of_the_whole(text: str, version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = data_tools.tokenizer("lossless", version)
     whole = Encoder(model, True).encode([text.encode(), b"", text.encode()])
-    assert_equal([text])
+    assert_equal([text], version=version)
     monkeypatch.setattr(caseops_tokenizer, "SLICE_BYTES", 600)
     monkeypatch.setattr(caseops_tokenizer, "LONGEST_AT_ONCE", 500)
     for encoder in (FastEncoder(model, True), Encoder(model, True)):
@@ -166,10 +125,11 @@ def test_part_table_finds_what_it_keeps_while_it_grows() -> None:
     np.testing.assert_array_equal(offsets, np.cumsum(counts) - counts)
 
 
-@settings(max_examples=250, deadline=None)
+@every_version
+@settings(max_examples=120, deadline=None)
 @given(text=texts)
-def test_lossless_tokenizer_gives_back_every_text_and_charges_every_byte(text: str) -> None:
-    model = data_tools.tokenizer("lossless")
+def test_lossless_tokenizer_gives_back_every_text_and_charges_every_byte(version: str, text: str) -> None:
+    model = data_tools.tokenizer("lossless", version)
     tokens, charges, *_ = FastEncoder(model, True).encode([text.encode()])
     assert model.decode(tokens.tolist()) == text
     assert charges.sum() == len(text.encode())
@@ -178,11 +138,12 @@ def test_lossless_tokenizer_gives_back_every_text_and_charges_every_byte(text: s
     )
 
 
-@settings(max_examples=250, deadline=None)
+@every_version
+@settings(max_examples=80, deadline=None)
 @given(text=texts)
-def test_normalising_tokenizer_charges_all_bytes_but_those_stripped_at_the_ends(text: str) -> None:
+def test_normalising_tokenizer_charges_all_bytes_but_those_stripped_at_the_ends(version: str, text: str) -> None:
     """Between two characters that stay, every byte of the text is charged, whatever happened to it."""
-    _, charges = Encoder(data_tools.tokenizer("nfkc"), True).one(f"a{text}z")
+    _, charges = Encoder(data_tools.tokenizer("nfkc", version), True).one(f"a{text}z")
     assert charges.sum() == len(text.encode()) + 2
 
 
@@ -215,59 +176,84 @@ def test_surface_charges_of_known_cases(text: str, expected: list[int]) -> None:
     assert visible == expected
 
 
-def test_a_tokenizer_that_does_not_work_by_word_goes_through_sentencepiece() -> None:
-    """One whose pieces cross spaces is not cut at spaces."""
-    model = io.BytesIO()
+@lru_cache(maxsize=None)
+def crossing_tokenizer(version: str = V1.name) -> Tokenizer:
+    """One whose pieces cross spaces."""
+    model, texts = io.BytesIO(), map(VERSIONS[version].encode, data_tools.texts()[:40])
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(data_tools.texts()[:40]),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=700,
-        byte_fallback=True,
-        split_by_whitespace=False,
-        add_dummy_prefix=False,
-        remove_extra_whitespaces=False,
-        normalization_rule_name="identity",
-        user_defined_symbols=list(OPERATORS),
-        pad_id=0,
-        bos_id=1,
-        eos_id=2,
-        unk_id=3,
-        max_sentence_length=1 << 20,
-        minloglevel=2,
-    )
+        sentence_iterator=texts, model_writer=model, model_type="bpe", vocab_size=700, byte_fallback=True, split_by_whitespace=False,
+        add_dummy_prefix=False, remove_extra_whitespaces=False, normalization_rule_name="identity", pad_id=0, bos_id=1, eos_id=2,
+        unk_id=3, user_defined_symbols=list(OPERATORS), max_sentence_length=1 << 20, minloglevel=2)
     path = data_tools.tokenizer("lossless").path.with_name("crossing.model")
-    path.write_bytes(model.getvalue())
-    crossing = Tokenizer(path)
-    assert crossing.lossless and not crossing.by_word
-    encoder = prepare.worker_encoder(str(path), crossing.sha256, True)
-    assert isinstance(encoder, Encoder)
-    for text in data_tools.texts()[:30]:
-        assert crossing.decode(encoder.one(text)[0].tolist()) == text
+    path.write_bytes(caseops_tokenizer.marked(model.getvalue(), version))
+    return Tokenizer(path)
 
 
-def test_our_tokenizer_is_what_its_readme_says() -> None:
-    ours = Tokenizer(prepare.OUR_TOKENIZER)
-    assert ours.lossless and ours.by_word and ours.vocab_size == 8192
+def test_a_tokenizer_that_does_not_work_by_word_goes_through_sentencepiece() -> None:
+    """It is not cut at spaces."""
+    crossing = crossing_tokenizer()
+    assert not crossing.by_word and isinstance(prepare.make_encoder(crossing, True), Encoder)
+
+
+OURS = [version for version, path in prepare.OUR_TOKENIZERS.items() if path.exists()]
+
+
+@pytest.mark.parametrize("version", OURS)
+def test_our_tokenizer_is_what_its_readme_says(version: str) -> None:
+    ours = Tokenizer(prepare.OUR_TOKENIZERS[version])
+    assert ours.transform is VERSIONS[version] and ours.lossless and ours.by_word and ours.vocab_size == 8192
     assert ours.names[:8] == ["<pad>", "<s>", "</s>", "<unk>", *OPERATORS]
     assert ours.kinds[:4] == [3, 3, 3, 2] and ours.kinds[4:8] == [caseops_tokenizer.USER_DEFINED] * 4
     assert ours.names[8:264] == [f"<0x{byte:02X}>" for byte in range(256)]
     assert set(ours.kinds[264:]) == {caseops_tokenizer.NORMAL}
     assert not [name for name in ours.names[264:] if any(char.isdigit() for char in name) and len(name) > 1]
     assert "\n" in ours.names
-    readme = (prepare.OUR_TOKENIZER.parent / "README.md").read_text()
-    vocabulary = prepare.OUR_TOKENIZER.with_suffix(".vocab")
+    readme = (ours.path.parent / "README.md").read_text()
+    vocabulary = ours.path.with_suffix(".vocab")
     assert ours.sha256 in readme and prepare.file_sha256(vocabulary) in readme
     assert [json.loads(line.split("\t")[0]) for line in vocabulary.read_text().splitlines()] == ours.names
 
 
-@pytest.mark.parametrize("text", data_tools.texts()[:26])
-def test_our_tokenizer_gives_back_documents(text: str) -> None:
-    ours = Tokenizer(prepare.OUR_TOKENIZER)
-    tokens, charges, *_ = FastEncoder(ours, True).encode([text.encode()])
-    assert ours.decode(tokens.tolist()) == text and charges.sum() == len(text.encode())
-    sentencepiece_text = ours.processor.decode(tokens.tolist())  # its own decoder agrees
-    assert prepare.lossless_caps.decode(sentencepiece_text) == text
+@pytest.mark.parametrize("version", OURS)
+def test_our_tokenizer_gives_back_documents(version: str) -> None:
+    ours = Tokenizer(prepare.OUR_TOKENIZERS[version])
+    encoder = FastEncoder(ours, True)
+    for text in data_tools.texts()[:26]:
+        tokens, charges, *_ = encoder.encode([text.encode()])
+        assert ours.decode(tokens.tolist()) == text and charges.sum() == len(text.encode())
+        sentencepiece_text = ours.processor.decode(tokens.tolist())  # its own decoder agrees
+        assert ours.transform.decode(sentencepiece_text) == text
+
+
+def test_the_first_version_is_not_marked_in_a_tokenizer_and_an_unknown_one_is_refused(tmp_path: Path) -> None:
+    model = data_tools.tokenizer("lossless").path.read_bytes()
+    assert caseops_tokenizer.marked(model, V1.name) == model
+    for version in VERSIONS:
+        (tmp_path / "marked.model").write_bytes(caseops_tokenizer.marked(model, version))
+        assert Tokenizer(tmp_path / "marked.model").transform.name == version
+    (tmp_path / "marked.model").write_bytes(caseops_tokenizer.marked(model, "caseops_v99"))
+    with pytest.raises(ValueError, match="marked.model is for CaseOps caseops_v99; this program has lossless_caps_caseops_v1"):
+        Tokenizer(tmp_path / "marked.model")
+
+
+def test_a_word_has_the_same_piece_wherever_it_is() -> None:
+    """What the second version is for: with the first the capital one has a piece without its space."""
+    text, pieces = "the cat. The cat saw THE cat", {}
+    for version in (V1.name, "lossless_caps_caseops_v2"):
+        model = data_tools.tokenizer("lossless", version)
+        pieces[version] = [model.names[token] for token in Encoder(model).one("x " + text)[0].tolist()]
+    assert [found.count("\u2581the") for found in pieces.values()] == [1, 3]
+
+
+@every_version
+def test_spaces_inside_of_pieces_are_charged_too(version: str) -> None:
+    """A tokenizer whose pieces cross spaces has given spaces within them."""
+    crossing = crossing_tokenizer(version)
+    encoder = Encoder(crossing, True)
+    assert crossing.lossless and not crossing.by_word
+    for text in [*data_tools.texts()[:40], "\nthe\n the", " The\nThe"]:
+        ids, charges = encoder.one(text)
+        assert crossing.decode(ids.tolist()) == text and charges.sum() == len(text.encode())
 
 
 def test_training_is_deterministic(tmp_path: Path) -> None:
@@ -324,5 +310,5 @@ def test_published_tokenizer_cases() -> None:
     encoder = Encoder(Tokenizer(PUBLISHED), True)
     for case in json.loads(Path(CASES).read_text()):
         ids, charges = encoder.one(case["text"])
-        assert prepare.lossless_caps.encode(case["text"]) == case["transformed"]
+        assert V1.encode(case["text"]) == case["transformed"]
         assert (ids.tolist(), charges.tolist()) == (case["ids"], case["original_bytes"]), case["text"]
