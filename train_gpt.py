@@ -561,6 +561,13 @@ class Ranks:
         except (RuntimeError, OSError):
             return {-1: "the process that held the ranks together has ended"}
 
+    def silent(self, seconds: float) -> list[int]:
+        """The ranks whose watches leave no new note for so long."""
+        with suppress(RuntimeError, OSError):
+            before, _ = self.posted("at"), time.sleep(seconds)
+            return [rank for rank, note in self.posted("at").items() if note == before.get(rank)]
+        return []
+
 
 def write_line(stream: Any, text: str) -> str:
     """A line to a console; why it cannot be written, else "". Then all that is still to come goes nowhere, quietly."""
@@ -4745,15 +4752,17 @@ def fail(error: BaseException, ranks: Ranks | None, log: Log | None) -> int:
     if status == 1 and not isinstance(error, RuntimeError):
         traceback.print_exc()
     alone, first = ranks is None or ranks.world == 1, ranks is None or ranks.rank == 0
-    if not alone and isinstance(error, RuntimeError):  # a broken connection: the reason is another rank's
-        time.sleep(1.0)
-        text = next(iter(ranks.failures().values()), f"lost the other ranks: {text.splitlines()[0][:300]}")
+    lost = not alone and isinstance(error, RuntimeError) and re.search("(?i)gloo|nccl|connection", str(error))  # for a reason of another's
+    if lost:
+        silent = ", ".join(map(str, ranks.silent(4 * LOOK_SECONDS)))
+        reason = f"rank {silent} was killed, or its machine was" if silent else f"lost the other ranks: {text.splitlines()[0][:300]}"
+        text = next(iter(ranks.failures().values()), reason)
     if not alone:
         ranks.fail(text)
     if not first:
         time.sleep(2.0)  # until rank 0 has said it, if it can
         speaker = min(ranks.failures())
-        if log is not None and (speaker == ranks.rank or (speaker < 0 and ranks.rank % ranks.local_world == 0)):
+        if log is not None and (speaker == ranks.rank or (lost and speaker < 0 and ranks.rank % ranks.local_world == 0)):
             log.take_over()
     if log is not None:
         log(f"error: {text}")
