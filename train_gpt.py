@@ -122,7 +122,8 @@ def each(check: Check, most: int = 16) -> Check:
                  lambda value: len(value) <= most and all(map(check.accepts, value)))
 
 
-TEXT = Check("text without line breaks, up to 1000 characters", lambda v: len(v) <= 1000 and v.encode(errors="replace").decode().isprintable())
+TEXT = Check("text without line breaks, up to 1000 characters",
+             lambda v: len(v) <= 1000 and v.encode(errors="replace").decode().isprintable())
 FLAG = Check("0 or 1", lambda value: True)
 SECONDS, RATE = between(0, 1e7), between(0, 10)
 
@@ -327,7 +328,7 @@ class Config:
             if not holds:
                 raise ValueError(f"{message} (here: {self.named_in(message)})")
         if (weights := sum(math.prod(row.shape) for row in parameter_table(self))) > ARTIFACT_MAX_WEIGHTS:
-            message = f"{weights:,} weights are more than the {ARTIFACT_MAX_WEIGHTS:,} of an artifact: set NUM_LAYERS, MODEL_DIM or VOCAB_SIZE lower"
+            message = f"{weights:,} weights are more than an artifact's {ARTIFACT_MAX_WEIGHTS:,}: lower NUM_LAYERS, MODEL_DIM or VOCAB_SIZE"
             raise ValueError(f"{message} (here: {self.named_in(message)}, MLP_MULT={self.mlp_mult})")
 
     def named_in(self, message: str) -> str:
@@ -2031,8 +2032,8 @@ class Checkpoint:
         self.found = run.ranks.agree(self.found)
         there = run.ranks.gather(self.index.exists())
         if not self.found and any(there):
-            self.found = {"problem": f"{self.index} is on the machine of rank {there.index(True)} and not on that of rank 0: give the machines "
-                                     "their old places (--node_rank), or delete it to start again"}
+            self.found = {"problem": f"{self.index} is on the machine of rank {there.index(True)} and not on that of rank 0: give the "
+                                     "machines their old places (--node_rank), or delete it to start again"}
         if problem := self.found.get("problem"):
             raise ValueError(problem)
 
