@@ -75,7 +75,8 @@ def test_a_kill_within_a_line_of_the_log_spoils_that_line_alone(few_data: Path, 
 PLACES = {
     "initial evaluation": (tg, "evaluate", 1), "first step": (tg.Trainer, "train_step", 1), "last step": (tg.Trainer, "train_step", 3),
     "final evaluation": (tg, "evaluate", 2), "evaluation of the average": (tg, "evaluate", 3), "Hessians": (tg.Calibration, "add", 1),
-    "GPTQ": (tg, "gptq", 1), "last of GPTQ": (tg, "gptq", 7), "packing": (tg, "pack_artifact", 1), "artifact": (tg, "write_atomically", 4), "scoring": (tg, "model_from_tensors", 1),
+    "GPTQ": (tg, "gptq", 1), "last of GPTQ": (tg, "gptq", 7), "packing": (tg, "pack_artifact", 1),
+    "compression": (tg, "compress", 1), "artifact": (tg, "write_atomically", 4), "scoring": (tg, "model_from_tensors", 1),
 }
 
 
