@@ -1521,13 +1521,12 @@ class GPT(nn.Module):
         lanes = None
         for j, layer in enumerate(schedule.decoder):
             visit = len(schedule.encoder) + j
-            skip = skips.pop() if j < self.skip_weights.size(0) and skips else None
+            skip = (j, skips.pop()) if j < self.skip_weights.size(0) and skips else None
             if layer < cfg.parallel_start_layer:
-                x = x if skip is None else self._mix_skip(j, skip, x)
-                x = self._serial_block(context, layer, visit, x, x0)
+                x = self._serial_block(context, layer, visit, x, x0, skip)
             else:
                 lane0, lane1 = (x, x) if lanes is None else lanes
-                lane0 = lane0 if skip is None else self._mix_skip(j, skip, lane0)
+                lane0 = lane0 if skip is None else self._mix_skip(skip, lane0)
                 lanes = self._parallel_block(context, layer, visit, (lane0, lane1), x0)
         if lanes is not None:
             x = {"mean": 0.5 * (lanes[0] + lanes[1]), "attn": lanes[0], "mlp": lanes[1]}[cfg.parallel_final_lane]
@@ -1556,18 +1555,20 @@ class GPT(nn.Module):
         gate = torch.sigmoid(F.linear(embedded[:, : self.cfg.gate_window], self.smear_gate.weight))
         return self.smear_lambda * gate * (previous >= 0)[:, None] * F.embedding(previous.clamp_min(0), self.tok_emb.weight)
 
-    def _mix_skip(self, row: int, skip: Tensor, x: Tensor) -> Tensor:
-        weighted = self.skip_weights[row].to(self.dtype) * skip
-        if not self.cfg.skip_gates_enabled:
-            return x + weighted
-        return torch.lerp(weighted, x, torch.sigmoid(self.skip_gates[row]).to(self.dtype))
+    def _mix_skip(self, skip: tuple[int, Tensor], x: Tensor, scale: Tensor | float = 1.0) -> Tensor:
+        """`scale` times x (T, d) with a skip, (row, (T, d)), mixed in: one factor a channel for each, so that no sum between is kept."""
+        row, skipped = skip
+        gate = torch.sigmoid(self.skip_gates[row]) if self.cfg.skip_gates_enabled else torch.ones_like(self.skip_gates[row])
+        share = (1 - gate if self.cfg.skip_gates_enabled else 1.0) * self.skip_weights[row]
+        return (scale * gate).to(self.dtype) * x + (scale * share).to(self.dtype) * skipped
 
     def _normed(self, x: Tensor, layer: int) -> Tensor:
         return rms_norm(x) / math.sqrt(layer + 1) if self.cfg.ln_scale else rms_norm(x)
 
-    def _serial_block(self, context: Context, layer: int, visit: int, x: Tensor, x0: Tensor) -> Tensor:
+    def _serial_block(self, context: Context, layer: int, visit: int, x: Tensor, x0: Tensor,
+                      skip: tuple[int, Tensor] | None = None) -> Tensor:
         mix = context.layers[layer].resid_mix
-        x = mix[0] * x + mix[1] * x0
+        x = (mix[0] * x if skip is None else self._mix_skip(skip, x, mix[0])) + mix[1] * x0
         x = add(x, self._attention(context, layer, visit, self._normed(x, layer)))
         return add(x, self._mlp(context, layer, visit, x))
 
