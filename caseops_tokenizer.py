@@ -93,7 +93,8 @@ class Tokenizer:
         self.vocab_size = len(entries)
         self._check_operators()
         self.pieces = [self._piece_bytes(index) for index in range(self.vocab_size)]
-        self.charges = np.array([0 if name in OPERATORS else len(piece) for name, piece in zip(self.names, self.pieces)], dtype=np.uint16)
+        charges = [0 if name in OPERATORS else len(piece) for name, piece in zip(self.names, self.pieces)]
+        self.charges = np.array(charges, dtype=np.uint16)
         keeps_spaces = not normalizer.get(3, 1) and not normalizer.get(4, 1) and normalizer.get(5, 1)
         self.lossless = bool(not normalizer.get(2) and keeps_spaces and self.kinds.count(BYTE) == 256)
         self.by_word = bool(self.lossless and trainer.get(3, 1) == 2 and not trainer.get(24, 0)
@@ -217,9 +218,9 @@ class Encoder:
     def lossless_ids(self, transformed: str) -> np.ndarray:
         """The ids of a CaseOps text, which a lossless tokenizer may be given in parts."""
         spelled = [self.tokenizer.names.index(f"<0x{byte:02X}>") for byte in SPACE.encode()]
-        found = [np.zeros(0, dtype=np.uint16)]
+        spelled, found = np.array(spelled, dtype=np.uint16), [np.zeros(0, dtype=np.uint16)]
         for number, part in enumerate(transformed.split(SPACE)):  # in a piece it would come back as a space: spell it in bytes
-            found += [np.array(spelled, dtype=np.uint16)] if number else []
+            found += [spelled] if number else []
             found += [self.ids(piece) for piece in self._pieces_of(part)]
         return np.concatenate(found)
 
@@ -271,7 +272,7 @@ class FastEncoder:
     def encode(self, documents: list[bytes]) -> Encoded:
         """The UTF-8 of documents, all together; there is none that it cannot encode."""
         mark = bytes([DOCUMENT])
-        text = self._with_spaces(b"".join(mark + document for document in documents)) + mark + bytes(KEY_BYTES + 1)
+        text = self._with_spaces(b"".join(mark + document for document in documents) + mark) + bytes(KEY_BYTES + 1)
         tokens = np.concatenate([self.table.ids[:0], *map(self._tokens, self._slices(text))])
         charges = self.tokenizer.lossless_charges(tokens) if self.with_charges else tokens[:0]
         lengths = np.diff(np.flatnonzero(tokens == BOS), append=len(tokens))
@@ -280,10 +281,16 @@ class FastEncoder:
 
     def _with_spaces(self, text: bytes) -> bytes:
         """The documents with the spaces that the transform gives to words, and `MARK` before real ones there."""
-        if not self.tokenizer.transform.spaced_after:
+        after = [DOCUMENT, *self.tokenizer.transform.spaced_after.encode()]
+        if len(after) == 1:
             return text
-        after = b"([%s%c])" % (re.escape(self.tokenizer.transform.spaced_after.encode()), DOCUMENT)
-        return re.sub(after + b"(?=[A-Za-z])", rb"\1 ", re.sub(after + b"(?= )", rb"\1%c" % MARK, text))
+        between = np.zeros((256, 256), dtype=np.uint8)  # by the byte behind and the one before: what comes between
+        between[np.ix_([*range(65, 91), *range(97, 123)], after)] = ord(" ")
+        between[ord(" "), after] = MARK
+        pairs = np.ndarray((len(text) - 1,), dtype="<u2", buffer=text, strides=(1,))
+        at = np.concatenate([start + np.flatnonzero(between.reshape(-1)[pairs[start:start + SLICE_BYTES]])
+                             for start in range(0, len(text), SLICE_BYTES)])
+        return np.insert(np.frombuffer(text, dtype=np.uint8), at + 1, between.reshape(-1)[pairs[at]]).tobytes()
 
     def _cut_table(self) -> np.ndarray:
         """(65536,) bool for each pair of bytes (the second one high): may it be cut?"""

@@ -1469,7 +1469,8 @@ def run(options: argparse.Namespace) -> int:
         request = BuildRequest(tuple(options.docs or ()), options.verify, model, workers=options.workers)
         return verify(request, options.round_trips)
     if options.sample:
-        docs, out = [str(sample_documents(sample_folder))], options.out or options.data_dir / "datasets" / SAMPLE_NAME.format(options.transform)
+        docs = [str(sample_documents(sample_folder))]
+        out = options.out or options.data_dir / "datasets" / SAMPLE_NAME.format(options.transform)
     elif options.docs and options.out:
         docs, out = options.docs, options.out
     else:

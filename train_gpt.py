@@ -173,13 +173,13 @@ class Config:
     # the model
     vocab_size: int = model_setting(8192, "tokens in the alphabet", between(8, 65536))
     num_layers: int = model_setting(11, "physical layers", between(1, 256))
-    model_dim: int = model_setting(512, "width", between(2, 16384))
+    model_dim: int = model_setting(512, "width", between(2, 4096))
     num_heads: int = model_setting(8, "query heads", between(1, 1024))
     num_kv_heads: int = model_setting(4, "key and value heads", between(1, 1024))
     mlp_mult: int = model_setting(4, "hidden width of the MLP over MODEL_DIM", between(1, 64))
     xsa_last_n: int = model_setting(11, "layers, from the last, with exclusive self-attention", between(0, 256))
     rope_base: float = model_setting(10000.0, "base of the rotary frequencies", above(1, 1e9))
-    rope_dims: int = model_setting(16, "dimensions of a head that rotate", between(0, 16384))
+    rope_dims: int = model_setting(16, "dimensions of a head that rotate", between(0, 4096))
     qk_gain_init: float = setting(5.0, "initial gain of the queries", above(0, 1000))
     logit_softcap: float = model_setting(30.0, "logits are cap * tanh(logits / cap)", above(0, 1e4))
     ln_scale: bool = model_setting(True, "layer i reads its normalised input over sqrt(i + 1)", FLAG)
@@ -202,7 +202,7 @@ class Config:
     sparse_attn_gate_scale: float = model_setting(1.0, "factor inside the sigmoid of that gate", above(0, 100))
     mlp_gate_enabled: bool = model_setting(False, "one sigmoid gate on the MLP's output", FLAG)
     smear_gate_enabled: bool = model_setting(False, "each embedding takes a share of the one before it in its segment", FLAG)
-    gate_window: int = model_setting(12, "dimensions that a narrow gate reads", between(1, 16384))
+    gate_window: int = model_setting(12, "dimensions that a narrow gate reads", between(1, 4096))
     # the optimizers
     matrix_lr: float = setting(0.026, "learning rate of Muon, the four banks", RATE)
     tied_embed_lr: float = setting(0.03, "learning rate of AdamW on the embedding", RATE)
@@ -271,6 +271,9 @@ class Config:
     ngram_tilt_order: int = score_setting(16, "tokens of an n-gram, the predicted one included", between(2, 64))
     ngram_tilt_threshold: float = score_setting(0.8, "least share of the earlier occurrences that agree", between(0, 1))
     ngram_tilt_beta: float = score_setting(2.625, "nats by which the hint is raised before all is normalised again", between(0, 100))
+    ngram_tilt_betas: tuple[float, ...] = score_setting(
+        (), "instead of threshold and one beta: 25, for 1, 2, 4, 8, 16 occurrences and more by shares from 0, 1/4, 1/2, 3/4, 1 "
+        "(bench/tilt.py fits them on training documents)", each(between(0, 100), 25))
     phased_ttt_prefix_docs: int = score_setting(2000, "documents that the global SGD may learn from", between(0, 10**9))
     phased_ttt_num_phases: int = score_setting(3, "parts of the prefix, each followed by global SGD", between(1, 1000))
     phased_ttt_leave_out: int = score_setting(
@@ -287,7 +290,8 @@ class Config:
         """Read every setting from `environ`; ValueError names the variable, its value and what is allowed."""
         given = {f.name: parse_setting(f, environ[f.name.upper()]) for f in fields(cls) if f.name.upper() in environ}
         cfg = cls(**given)
-        cfg.check_together()
+        if not cfg.eval_only:  # else the artifact may replace what does not go together
+            cfg.check_together()
         return cfg
 
     def check_together(self) -> None:
@@ -310,6 +314,7 @@ class Config:
             (self.chunk_sizes[-1] <= self.ttt_eval_seq_len,
              "TTT_CHUNK_SIZE, doubled by TTT_CHUNK_DOUBLES_AT, must be at most TTT_EVAL_SEQ_LEN"),
             (not doubles or self.ttt_context == "cache", "TTT_CHUNK_DOUBLES_AT needs TTT_CONTEXT=cache"),
+            (len(self.ngram_tilt_betas) in (0, 25), "NGRAM_TILT_BETAS must be 25 numbers or none"),
             (not self.ttt_short_chunks or self.ttt_context == "window" and len(self.ttt_short_chunks) % 2 == 0
              and max(self.ttt_short_chunks[1::2]) <= self.ttt_eval_seq_len,
              "TTT_SHORT_CHUNKS must be pairs, with chunks of at most TTT_EVAL_SEQ_LEN, and TTT_CONTEXT=window"),
@@ -319,6 +324,9 @@ class Config:
         for holds, message in rules:
             if not holds:
                 raise ValueError(f"{message} (here: {self.named_in(message)})")
+        if (weights := sum(math.prod(row.shape) for row in parameter_table(self))) > ARTIFACT_MAX_WEIGHTS:
+            message = f"{weights:,} weights are more than the {ARTIFACT_MAX_WEIGHTS:,} of an artifact: set NUM_LAYERS, MODEL_DIM or VOCAB_SIZE lower"
+            raise ValueError(f"{message} (here: {self.named_in(message)}, MLP_MULT={self.mlp_mult})")
 
     def named_in(self, message: str) -> str:
         """The values of the settings that a message mentions."""
@@ -471,9 +479,13 @@ class Ranks:
             return cls(device=device)
         warnings.filterwarnings("ignore", ".*deprecated.*(reduce_scatter|all_gather)_single", FutureWarning)  # not in torch 2.11
         timeout = timedelta(seconds=timeout_seconds + 10)  # the watch speaks before that
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout,
-                                             device_id=device if device.type == "cuda" else None)
-        host_group = torch.distributed.new_group(backend="gloo", timeout=timeout)
+        try:
+            torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout,
+                                                 device_id=device if device.type == "cuda" else None)
+            host_group = torch.distributed.new_group(backend="gloo", timeout=timeout)
+        except RuntimeError as error:
+            raise ValueError(f"not all of the {world} ranks have come within {timeout.total_seconds():g} s ({str(error).splitlines()[0]}): "
+                             "look for what the others said, or for one that was not started") from None
         store = torch.distributed.TCPStore(environ["MASTER_ADDR"], int(environ["MASTER_PORT"]), is_master=False,
                                            timeout=timedelta(seconds=30))
         board = torch.distributed.PrefixStore(f"start {environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)  # torchrun's outlives us
@@ -855,8 +867,9 @@ def read_manifest(folder: Path) -> Manifest:
         record = json.loads(path.read_bytes())
         files = {entry["file"]: entry for split in ("val", "train") for entry in record["splits"][split]["files"]}
         manifest = Manifest(files, record.get("transform", ""), record.get("tokenizer", {}).get("sha256", ""))
-        if not files or type(manifest.transform) is not str or not all(
-                SHARD_NAME.fullmatch(name) and type(entry["entries"]) is int and type(entry["sha256"]) is str for name, entry in files.items()):
+        right = [SHARD_NAME.fullmatch(name) and type(entry["entries"]) is int and type(entry["sha256"]) is str
+                 for name, entry in files.items()]
+        if not right or not all(right) or type(manifest.transform) is not str:
             raise ValueError("its list of shards is not in the form of a build")
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is not the manifest of a data set ({type(error).__name__}: {error}); move it away if it "
@@ -2640,9 +2653,9 @@ def model_from_tensors(run: Run, tensors: Tensors) -> GPT:
 
 ARTIFACT_MAGIC = b"\x89CAPSGP2"
 ARTIFACT_PREFIX = struct.Struct("<8sI32s")
-ARTIFACT_MAX_FILE_BYTES = 1 << 26
+ARTIFACT_MAX_FILE_BYTES = 1 << 27
 ARTIFACT_MAX_PLAIN_BYTES = 1 << 28
-ARTIFACT_MAX_WEIGHTS = 1 << 27
+ARTIFACT_MAX_WEIGHTS = 1 << 26  # whatever their bits, the bounds above hold
 ARTIFACT_MAX_CODES_PER_BYTE = 128  # a sixteenth of a bit each: bounds the work that a small file can ask for
 
 
@@ -2675,8 +2688,10 @@ def pack_artifact(tensors: Tensors, cfg: Config) -> bytes:
             banks.append(as_bank(tensor))
         else:
             plain[row.name + ".codes"] = tensor.codes.mT.contiguous()
-    packed = brotli.compress(safetensors.torch.save(plain), quality=11, lgwin=24)
     coded = join_streams(encode_codes(banks)) if banks else b""
+    if sum(bank.codes.size for bank in banks) > ARTIFACT_MAX_CODES_PER_BYTE * len(coded):  # hardly anything but zeros, in banks of any size
+        return pack_artifact(tensors, replace(cfg, compressor="brotli"))
+    packed = brotli.compress(safetensors.torch.save(plain), quality=11, lgwin=24)
     start = struct.pack("<8sI", ARTIFACT_MAGIC, len(packed))
     return start + hashlib.sha256(start + packed + coded).digest() + packed + coded
 
@@ -2736,10 +2751,9 @@ def stored_config(stored: Tensor) -> tuple[Config, str]:
 def take_tensors(cfg: Config, compressor: str, plain: dict[str, Tensor], coded: bytes) -> Tensors:
     """The tensors of the parameter table out of an artifact's two parts, which they use up."""
     table = parameter_table(cfg)
-    weights = sum(math.prod(row.shape) for row in table)
     codes = sum(math.prod(row.shape) for row in table if uses_coder(row, compressor))
-    if weights > ARTIFACT_MAX_WEIGHTS or codes > ARTIFACT_MAX_CODES_PER_BYTE * len(coded):
-        raise ArtifactError(f"the artifact's settings ask for {weights} weights, which cannot be in it")
+    if codes > ARTIFACT_MAX_CODES_PER_BYTE * len(coded):
+        raise ArtifactError(f"the artifact's settings ask for {codes} codes, which cannot be in {len(coded)} bytes")
 
     def take(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
         tensor = plain.pop(name, None)
@@ -3609,7 +3623,7 @@ class Documents:
         order = np.argsort(-(ends - starts), kind="stable")
         self.starts, self.lengths = starts[order], (ends - starts)[order]
         self.byte_sums = np.add.reduceat(np.append(val.byte_counts[1:], 0).astype(np.int64), starts)[order]
-        self.hints: np.ndarray | None = None  # (N,) by entry, -1 where there is none
+        self.hints: tuple[np.ndarray, np.ndarray] | None = None  # (N,) by entry: a token, -1 where there is none, and its beta, then 0
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -3628,9 +3642,12 @@ class NgramHints(NamedTuple):
     count: np.ndarray  # (n,) how often it did
     total: np.ndarray  # (n,) occurrences
 
-    def gated(self, threshold: float) -> NgramHints:
-        """Those whose top token has at least this share, compared in float32."""
-        return NgramHints(*(a[self.count.astype(np.float32) / self.total.astype(np.float32) >= np.float32(threshold)] for a in self))
+    def betas(self, cfg: Config) -> np.ndarray:
+        """(n,) float32 nats by which the hints are raised: by bin, or one where the share, in float32, is at least the threshold."""
+        share = self.count.astype(np.float32) / self.total.astype(np.float32)
+        if not cfg.ngram_tilt_betas:
+            return np.where(share >= np.float32(cfg.ngram_tilt_threshold), np.float32(cfg.ngram_tilt_beta), np.float32(0))
+        return np.array(cfg.ngram_tilt_betas, np.float32)[5 * np.minimum(np.log2(self.total).astype(int), 4) + (4 * share).astype(int)]
 
 
 def ngram_hints(documents: Documents, order: int) -> NgramHints:
@@ -3639,41 +3656,47 @@ def ngram_hints(documents: Documents, order: int) -> NgramHints:
     Contexts lie within a document, its BOS included. Nothing at or behind a target, in that order, has a part in its hint. Contexts
     that occur once, nearly all, are told by their hashes; the others are compared token by token.
     """
-    width, lengths, tokens = order - 1, documents.lengths, documents.tokens
-    place = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    at = (np.repeat(documents.starts + 1, lengths) + place)[place + 1 >= width]  # entries of targets with a whole context
-    rng, hashes = np.random.default_rng(0), np.zeros(len(tokens), np.uint64)
-    for back in range(1, width + 1):
-        hashes[width:] += tokens[width - back: -back] * (rng.integers(2**63, dtype=np.uint64) * np.uint64(2) + np.uint64(1))
-    keys = hashes[at]
-    keys ^= keys >> np.uint64(29)
-    keys *= np.uint64(0x9E3779B97F4A7C15)
-    bucket = (keys >> np.uint64(38)).astype(np.int64)
-    repeated = np.flatnonzero(np.bincount(bucket, minlength=1 << 26)[bucket] > 1)
-    repeated = repeated[np.argsort(keys[repeated], kind="stable")]  # occurrences of one context side by side, in scoring order
-    same = keys[repeated[1:]] == keys[repeated[:-1]] if len(repeated) else np.zeros(0, bool)
-    repeated = repeated[np.append(same, False) | np.insert(same, 0, False)[: len(repeated)]]
-    at, keys = at[repeated], keys[repeated].tolist()
-    found, counts, state = [], {}, [0, 0, 0]
-    contexts = np.lib.stride_tricks.sliding_window_view(tokens, width)[at - width] if len(at) else np.zeros((0, width), np.uint16)
-    targets, before = tokens[at].tolist(), None
-    differs = np.append(False, (contexts[1:] != contexts[:-1]).any(1)).tolist()  # a hash that two contexts share would show here
-    for i, (key, target) in enumerate(zip(keys, targets)):
-        if key != before or differs[i]:
-            counts, state, before = {}, [0, 0, 0], key
-        if state[2]:
-            found.append((int(at[i]), *state))
-        counts[target] = count = counts.get(target, 0) + 1
-        state[2] += 1
-        if count > state[1]:
-            state[0], state[1] = target, count
-    return NgramHints(*np.array(sorted(found), dtype=np.int64).reshape(-1, 4).T)
+    width, tokens, by_start = order - 1, documents.tokens, np.argsort(documents.starts)
+    rng, keys = np.random.default_rng(0), np.zeros(len(tokens), np.uint64)  # a target's entry: hash of the tokens before it
+    factors = rng.integers(2**63, size=width, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
+    for begin in range(width, len(tokens), 1 << 18):  # what a processor's cache holds
+        part = keys[begin: begin + (1 << 18)]
+        for back, factor in enumerate(factors, 1):
+            part += tokens[begin - back: begin - back + len(part)] * factor
+        part ^= part >> np.uint64(29)
+        part *= np.uint64(0x9E3779B97F4A7C15)
+    seen, repeats = np.sort(keys), np.zeros(1 << 24, bool)
+    repeats[seen[1:][seen[1:] == seen[:-1]] >> np.uint64(40)] = True
+    crosses = (documents.starts[:, None] + np.arange(1, width)).ravel()  # contexts that begin before their document
+    whole = repeats[keys >> np.uint64(40)]
+    whole[:width], whole[crosses[crosses < len(tokens)]] = False, False
+    at = np.flatnonzero(whole)
+    document = by_start[np.searchsorted(documents.starts[by_start], at) - 1]
+    at = at[np.lexsort((at, document, keys[at]))]  # occurrences of one context side by side, in scoring order
+    return count_followers(at, keys[at], tokens[at[:, None] + np.arange(-width, 0)], tokens[at].astype(np.int64))
 
 
-def tilted(losses: Tensor, hint_losses: Tensor, hit: Tensor, known: Tensor, beta: float) -> Tensor:
-    """Losses under p'(a) ~ p(a) e^(beta [a = hint]), normalised in closed form; untouched where no hint is known. All (T,)."""
-    normaliser = torch.log1p(torch.exp(-hint_losses) * math.expm1(beta))
-    return torch.where(known, losses - beta * hit + normaliser, losses)
+def count_followers(at: np.ndarray, keys: np.ndarray, contexts: np.ndarray, targets: np.ndarray) -> NgramHints:
+    """Hints at the entries `at`, (n,), from those of the same key and context (n, width) that stand before them."""
+    place = np.arange(len(at))
+    fresh = np.append(True, (keys[1:] != keys[:-1]) | (contexts[1:] != contexts[:-1]).any(1))[: len(at)]  # a hash may serve two contexts
+    group = np.cumsum(fresh)
+    order = np.lexsort((targets, group))  # one target after one context, in order
+    pair = group[order] << 16 | targets[order]
+    first = np.maximum.accumulate(np.where(np.append(True, pair[1:] != pair[:-1])[: len(at)], place, 0))
+    count = np.empty_like(place)
+    count[order] = place - first + 1  # how often this target has come, now included
+    most = np.maximum.accumulate(group * (len(at) + 1) + count) - group * (len(at) + 1)
+    better = np.maximum.accumulate(np.where(fresh | (most > np.roll(most, 1)), place, 0))  # where the present top token got ahead
+    known = np.flatnonzero(~fresh)
+    known = known[np.argsort(at[known])]
+    total = known - np.maximum.accumulate(np.where(fresh, place, 0))[known]
+    return NgramHints(at[known], targets[better[known - 1]], most[known - 1], total)
+
+
+def tilted(losses: Tensor, hint_losses: Tensor, hit: Tensor, betas: Tensor) -> Tensor:
+    """Losses under p'(a) ~ p(a) e^(beta [a = hint]), normalised in closed form; untouched where beta is 0. All (T,)."""
+    return losses - betas * hit + torch.log1p(torch.exp(-hint_losses) * torch.expm1(betas))
 
 
 class Chunk(NamedTuple):
@@ -3683,10 +3706,11 @@ class Chunk(NamedTuple):
     rows: Tensor | None  # (documents * chunk size,) the tokens of the batch that are scored; None: all of them
     weights: Tensor  # (documents * chunk size,) shares in the training loss; 0 in a document's last chunk
     hints: Tensor | None = None  # (documents * chunk size,) tokens that n-grams point to, -1 where none does
+    betas: Tensor | None = None  # by how much they are raised
 
     def tensors(self) -> list[Tensor]:
         """All that a captured step reads."""
-        return [t for t in (*self.batch[:5], self.rows, self.weights, self.hints) if t is not None]
+        return [t for t in (*self.batch[:5], self.rows, self.weights, self.hints, self.betas) if t is not None]
 
 
 def make_chunk(run: Run, documents: Documents, members: range, begin: int, end: int) -> Chunk:
@@ -3705,12 +3729,12 @@ def make_chunk(run: Run, documents: Documents, members: range, begin: int, end: 
     batch = make_batch(tokens, targets, np.arange(count) * width, width, run.device, begin if cached else 0, before)
     weights = ((chunk < stops[:, None]) & (end < lengths)[:, None]) / np.float32(end - begin)
     rows = np.arange(count)[:, None] * width + np.clip(chunk - firsts[:, None], 0, width - 1)
-    hints = None
+    hints = []
     if documents.hints is not None:
-        entries = np.where(chunk < stops[:, None], starts[:, None] + 1 + chunk, 0)
-        hints = to_device(np.where(chunk < stops[:, None], documents.hints[entries], -1).astype(np.int64).ravel(), run.device)
+        entries = np.where(chunk < stops[:, None], starts[:, None] + 1 + chunk, 0).ravel()  # the first entry is nobody's target
+        hints = [to_device(values[entries], run.device) for values in documents.hints]
     scored = None if cached else to_device(rows.ravel(), run.device)
-    return Chunk(batch, scored, to_device(weights.astype(np.float32).ravel(), run.device), hints)
+    return Chunk(batch, scored, to_device(weights.astype(np.float32).ravel(), run.device), *hints)
 
 
 class KVCache:
@@ -3859,7 +3883,7 @@ class TTTScorer:
                 self.adapters.learn(((losses if hints is None else losses[0]) * chunk.weights).sum(), leaves)
         if hints is not None:
             targets = chunk.batch.targets if chunk.rows is None else chunk.batch.targets[chunk.rows]
-            scored = tilted(*scored, (hints == targets).float(), hints >= 0, self.run.cfg.ngram_tilt_beta)
+            scored = tilted(*scored, (hints == targets).float(), chunk.betas)
         if self.cache is not None:
             self.cache.store(made)
         return scored
@@ -3891,7 +3915,7 @@ class TTTScorer:
         tokens = np.random.default_rng(cfg.seed).integers(4, cfg.vocab_size, lengths.sum()).astype(np.uint16)
         tokens[np.cumsum(lengths) - lengths] = BOS_ID
         documents = Documents(ValData(tokens, np.ones_like(tokens), len(lengths)))
-        documents.hints = tokens.astype(np.int32) if cfg.ngram_tilt_enabled else None
+        documents.hints = (tokens.astype(np.int64), np.ones(len(tokens), np.float32)) if cfg.ngram_tilt_enabled else None
         return documents
 
     def _run_widest_step(self) -> None:
@@ -4056,13 +4080,15 @@ class TTTProgress:
 
 def take_hints(run: Run, documents: Documents) -> None:
     """Find the n-gram hints on rank 0 and give them to all; a collective."""
-    began, hints = time.perf_counter(), None
+    began, found = time.perf_counter(), None
     if run.ranks.rank == 0:
-        hints = ngram_hints(documents, run.cfg.ngram_tilt_order).gated(run.cfg.ngram_tilt_threshold)
-    hints = NgramHints(*run.ranks.agree(hints))
-    documents.hints = np.full(len(documents.tokens), -1, np.int32)
-    documents.hints[hints.at] = hints.top
-    run.log.record("tilt", hints=len(hints.at), targets=int(documents.lengths.sum()), time_ms=int(since_ms(began)))
+        hints = ngram_hints(documents, run.cfg.ngram_tilt_order)
+        betas = hints.betas(run.cfg)
+        found = [values[betas > 0] for values in (hints.at, hints.top, betas)]
+    at, top, betas = run.ranks.agree(found)
+    documents.hints = np.full(len(documents.tokens), -1), np.zeros(len(documents.tokens), np.float32)
+    documents.hints[0][at], documents.hints[1][at] = top, betas
+    run.log.record("tilt", hints=len(at), targets=int(documents.lengths.sum()), time_ms=int(since_ms(began)))
 
 
 def score_with_ttt(run: Run, model: GPT, val: ValData) -> Score:
@@ -4627,6 +4653,8 @@ def adopt_settings(cfg: Config, stored: Config, environ: Collection[str]) -> tup
         if differs:
             words.append(f"{f.name.upper()}={format_setting(given)} differs from the artifact's {format_setting(value)}: "
                          + ("it is scored with yours" if f.metadata["score"] else "the artifact's is used"))
+    if "VAL_BATCH_TOKENS" not in environ:
+        taken["val_batch_tokens"] = max(cfg.val_batch_tokens, 8 * taken["eval_seq_len"])
     cfg = replace(cfg, **taken)
     cfg.check_together()
     return cfg, words

@@ -158,10 +158,12 @@ def tilt(golden: Arrays, order: int, log_probs: Tensor) -> dict[str, np.ndarray]
     found = {name: np.zeros(len(tokens) - 1, np.int64) for name in ("hint", "total", "top_count", "gate")}
     for name, values in (("hint", hints.top), ("total", hints.total), ("top_count", hints.count)):
         found[name][hints.at - 1] = values
-    found["gate"][hints.gated(config["threshold"]).at - 1] = 1
+    betas = np.zeros(len(tokens) - 1, np.float32)
+    betas[hints.at - 1] = hints.betas(tg.Config(ngram_tilt_threshold=config["threshold"], ngram_tilt_beta=config["beta"]))
+    found["gate"] = betas > 0
     targets, top = torch.from_numpy(tokens[1:].astype(np.int64)), torch.from_numpy(found["hint"])
     losses = -log_probs.gather(1, torch.stack([targets, top], 1)).T
-    found["nll"] = tg.tilted(*losses, (targets == top).float(), torch.from_numpy(found["gate"]) > 0, config["beta"]).numpy()
+    found["nll"] = tg.tilted(*losses, (targets == top).float(), torch.from_numpy(betas)).numpy()
     return found
 
 
