@@ -1411,8 +1411,8 @@ def rms_norm(x: Tensor) -> Tensor:
 
 
 def add(x: Tensor, y: Tensor) -> Tensor:
-    """x + y, of one dtype. Added in float32 it joins the norm behind it; else the product before it, for which x is copied first."""
-    return (x.float() + y.float()).to(x.dtype)
+    """x + y, of one dtype. A plain sum the compiler would join to the product before it, copying x for that; this joins the norm behind."""
+    return (x.float() + y.float()).to(x.dtype) if torch.compiler.is_compiling() else x + y
 
 
 @torch.library.custom_op(f"{OPERATORS}::rotary_tables", mutates_args=())
