@@ -144,10 +144,7 @@ def _text(line: bytes, replace_surrogates: bool) -> bytes:
 
 
 class HashedFile(io.RawIOBase):
-    """A binary file that keeps the SHA-256 and the count of what was read from it (compressed bytes, as on disk).
-
-    A read returns as much as was asked for, but at the end, also from a pipe: what is read when is always the same.
-    """
+    """A binary file that keeps the SHA-256 and the count of what was read from it (compressed bytes, as on disk)."""
 
     def __init__(self, raw: BinaryIO) -> None:
         self.raw, self.sha256, self.count = raw, hashlib.sha256(), 0
@@ -156,10 +153,8 @@ class HashedFile(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        view, count = memoryview(buffer), 0
-        while count < len(view) and (got := self.raw.readinto(view[count:])):
-            count += got
-        self.sha256.update(view[:count])
+        count = self.raw.readinto(buffer)
+        self.sha256.update(memoryview(buffer)[:count])
         self.count += count
         return count
 
@@ -917,9 +912,9 @@ def build(request: BuildRequest) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------------------------------------------------ download
-PUBLISHED = "fineweb10B_sp8192_lossless_caps_caseops_v1_reserved"
+PUBLISHED = "fineweb10B_sp8192_{}_reserved"  # of its CaseOps version
 PUBLISHED_FOLDER = "fineweb10B_sp8192_caseops"
-PUBLISHED_TOKENIZER = "fineweb_8192_bpe_lossless_caps_caseops_v1_reserved.model"
+PUBLISHED_TOKENIZER = "fineweb_8192_bpe_{}_reserved.model"
 DATA_REPO, DOCS_REPO = "romeerp/parameter-golf-caseops-v1", "willdepueoai/parameter-golf"
 DOCS_FILES = ("docs_selected.jsonl", "docs_selected.source_manifest.json")
 HUB_FORM = {"datasets": [{"name": str, "tokenizer_name": str, "stats": {"files_train": int, "files_val": int}}],
@@ -1057,29 +1052,29 @@ def download_progress(folder: Path, total: int) -> Iterator[None]:
         thread.join()
 
 
-def download_published(data_dir: Path, train_shards: int | None) -> Path:
+def download_published(data_dir: Path, train_shards: int | None, transform: str = V1.name) -> Path:
     """The published shards, all or the first `train_shards` for training, and their tokenizer; returns their folder."""
-    hub, base = Hub(DATA_REPO), data_dir / "datasets" / PUBLISHED_FOLDER / "datasets"
+    hub, base, name = Hub(DATA_REPO), data_dir / "datasets" / PUBLISHED_FOLDER / "datasets", PUBLISHED.format(transform)
     with folder_lock(base):
         hub.fetch(base, [MANIFEST])
         manifest = read_json(base / MANIFEST, HUB_FORM)
-        data_set = next((entry for entry in manifest["datasets"] if entry["name"] == PUBLISHED), None)
+        data_set = next((entry for entry in manifest["datasets"] if entry["name"] == name), None)
         tokenizer = next((entry for entry in manifest["tokenizers"]
                           if data_set and entry["name"] == data_set["tokenizer_name"]), None)
         if tokenizer is None:
-            raise ValueError(f"{MANIFEST} of {hub.repo} lists no data set {PUBLISHED} with its tokenizer: check"
+            raise ValueError(f"{MANIFEST} of {hub.repo} lists no data set {name} with its tokenizer: check"
                              " MATCHED_FINEWEB_REPO_ID")
         there = data_set["stats"]["files_train"]
         if train_shards is not None and train_shards > there:
             raise ValueError(f"--train-shards {train_shards}: {hub.repo} has {there}")
         counts = {"train": there if train_shards is None else train_shards, "val": data_set["stats"]["files_val"]}
         counts["val_bytes"] = counts["val"]
-        names = [f"datasets/{PUBLISHED}/fineweb_{kind}_{number:06d}.bin" for kind, count in counts.items()
+        names = [f"datasets/{name}/fineweb_{kind}_{number:06d}.bin" for kind, count in counts.items()
                  for number in range(count)]
         hub.fetch(base, [*names, tokenizer["model_path"], *filter(None, [tokenizer.get("vocab_path")])])
-        for name in names:
-            read_shard(base / name)
-    return base / "datasets" / PUBLISHED
+        for file in names:
+            read_shard(base / file)
+    return base / "datasets" / name
 
 
 def download_documents(data_dir: Path) -> Path:
@@ -1374,8 +1369,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
                         help="where data sets are kept (default: the variable DATA_DIR, or ./data)")
     parser.add_argument("--vocab-size", type=whole_number(1, 1 << 16), default=8192, help="pieces of a new tokenizer")
     parser.add_argument("--sample-bytes", type=whole_number(0), default=0, help="text to train a tokenizer on (default: all)")
-    parser.add_argument("--transform", choices=VERSIONS, default=V1.name, help="version of CaseOps of a new tokenizer and of the sample"
-                        " (default: %(default)s); elsewhere that of the tokenizer")
+    parser.add_argument("--transform", choices=VERSIONS, default=V1.name, help="version of CaseOps of a new tokenizer, of the"
+                        " sample and of what is downloaded (default: %(default)s); elsewhere that of the tokenizer")
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--lossless", action="store_true", default=True,
                       help="a new tokenizer keeps every byte (default)")
@@ -1395,14 +1390,15 @@ def run(options: argparse.Namespace) -> int:
                                          options.sample_bytes, not options.nfkc, options.transform))
         return 0
     if options.download:
-        print(f"data path:{download_published(options.data_dir, options.train_shards)}")
+        print(f"data path:{download_published(options.data_dir, options.train_shards, options.transform)}")
         return 0
     if options.download_docs:
         print(f"docs path:{download_documents(options.data_dir)}")
         return 0
     if options.verify:
-        if options.verify.name == PUBLISHED and not options.sp:
-            model = options.verify.parent.parent / "tokenizers" / PUBLISHED_TOKENIZER
+        published = [version for version in VERSIONS if options.verify.name == PUBLISHED.format(version)]
+        if published and not options.sp:
+            model = options.verify.parent.parent / "tokenizers" / PUBLISHED_TOKENIZER.format(*published)
         request = BuildRequest(tuple(options.docs or ()), options.verify, model, workers=options.workers)
         return verify(request, options.round_trips)
     if options.sample:
