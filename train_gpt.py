@@ -51,8 +51,9 @@ import tokenize
 import traceback
 import typing
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import Field, dataclass, field, fields, replace
 from datetime import datetime, timedelta, timezone
 from functools import lru_cache, partial
@@ -147,14 +148,14 @@ class Config:
     run_id: str = setting("", "name of the run's files; empty: time, seed and a random part", Check(
         "up to 100 of the letters a-z A-Z, digits, '.', '_' and '-'", lambda v: re.fullmatch(r"[A-Za-z0-9_.-]{0,100}", v) is not None))
     artifact_path: str = setting("", "with EVAL_ONLY: the artifact to score; empty: that of RUN_ID", TEXT)
-    losses_path: str = setting("", "with EVAL_ONLY: .npz file for the nats of every target, as a referee wants them; empty: none", TEXT)
+    losses_path: str = setting("", ".npz file for the nats of every target, an array a score; empty: none", TEXT)
     eval_only: bool = setting(False, "score an existing artifact, no training data needed", FLAG)
     # the run
     seed: int = score_setting(1337, "seed of initialisation and adapters", between(0, 2**31 - 1))
     iterations: int = setting(20000, "steps at most; with no time cap, exactly", between(1, 10**9))
     max_wallclock_seconds: float = setting(600.0, "training time, Hessians included; 0: no cap", SECONDS)
     eval_budget_seconds: float = setting(600.0, "time that the final scoring may take; 0: no cap", SECONDS)
-    rank_timeout_seconds: float = setting(1800.0, "longest that a rank waits for the others before the run ends", between(10, 1e7))
+    rank_timeout_seconds: float = setting(1800.0, "longest that a rank waits for the others before the run ends", between(1, 1e7))
     warmup_steps: int = setting(20, "steps at each depth before the clock, all undone", between(0, 10**6))
     warmdown_frac: float = setting(0.75, "last share of the run, in which the learning rate falls", between(0, 1))
     min_lr: float = setting(0.0, "floor of the learning rate, as a share", between(0, 1))
@@ -172,13 +173,13 @@ class Config:
     # the model
     vocab_size: int = model_setting(8192, "tokens in the alphabet", between(8, 65536))
     num_layers: int = model_setting(11, "physical layers", between(1, 256))
-    model_dim: int = model_setting(512, "width", between(2, 16384))
+    model_dim: int = model_setting(512, "width", between(2, 4096))
     num_heads: int = model_setting(8, "query heads", between(1, 1024))
     num_kv_heads: int = model_setting(4, "key and value heads", between(1, 1024))
     mlp_mult: int = model_setting(4, "hidden width of the MLP over MODEL_DIM", between(1, 64))
     xsa_last_n: int = model_setting(11, "layers, from the last, with exclusive self-attention", between(0, 256))
     rope_base: float = model_setting(10000.0, "base of the rotary frequencies", above(1, 1e9))
-    rope_dims: int = model_setting(16, "dimensions of a head that rotate", between(0, 16384))
+    rope_dims: int = model_setting(16, "dimensions of a head that rotate", between(0, 4096))
     qk_gain_init: float = setting(5.0, "initial gain of the queries", above(0, 1000))
     logit_softcap: float = model_setting(30.0, "logits are cap * tanh(logits / cap)", above(0, 1e4))
     ln_scale: bool = model_setting(True, "layer i reads its normalised input over sqrt(i + 1)", FLAG)
@@ -201,7 +202,7 @@ class Config:
     sparse_attn_gate_scale: float = model_setting(1.0, "factor inside the sigmoid of that gate", above(0, 100))
     mlp_gate_enabled: bool = model_setting(False, "one sigmoid gate on the MLP's output", FLAG)
     smear_gate_enabled: bool = model_setting(False, "each embedding takes a share of the one before it in its segment", FLAG)
-    gate_window: int = model_setting(12, "dimensions that a narrow gate reads", between(1, 16384))
+    gate_window: int = model_setting(12, "dimensions that a narrow gate reads", between(1, 4096))
     # the optimizers
     matrix_lr: float = setting(0.026, "learning rate of Muon, the four banks", RATE)
     tied_embed_lr: float = setting(0.03, "learning rate of AdamW on the embedding", RATE)
@@ -252,6 +253,11 @@ class Config:
     ttt_batch_size: int = score_setting(64, "documents adapted side by side, at most", between(1, 4096))
     ttt_grad_steps: int = score_setting(1, "updates a chunk", between(1, 100))
     ttt_weight_decay: float = score_setting(0.5, "decoupled weight decay of the adapters", between(0, 1000))
+    ttt_warm_start_a: bool = score_setting(
+        False, "A goes on from one batch of documents to the next of its lane (eight, whatever the ranks); B begins at 0", FLAG)
+    ttt_short_chunks: tuple[int, ...] = score_setting(
+        (), "pairs LIMIT,CHUNK: a batch whose longest document, both BOS counted, is no longer than LIMIT has this chunk",
+        each(between(1, 2**20)))
     ttt_beta1: float = score_setting(0.0, "AdamW on the adapters", below(0, 1))
     ttt_beta2: float = score_setting(0.999, "AdamW on the adapters", below(0, 1))
     ttt_q_lora: bool = score_setting(True, "adapters on the queries", FLAG)
@@ -265,6 +271,9 @@ class Config:
     ngram_tilt_order: int = score_setting(16, "tokens of an n-gram, the predicted one included", between(2, 64))
     ngram_tilt_threshold: float = score_setting(0.8, "least share of the earlier occurrences that agree", between(0, 1))
     ngram_tilt_beta: float = score_setting(2.625, "nats by which the hint is raised before all is normalised again", between(0, 100))
+    ngram_tilt_betas: tuple[float, ...] = score_setting(
+        (), "instead of threshold and one beta: 25, for 1, 2, 4, 8, 16 occurrences and more by shares from 0, 1/4, 1/2, 3/4, 1 "
+        "(bench/tilt.py fits them on training documents)", each(between(0, 100), 25))
     phased_ttt_prefix_docs: int = score_setting(2000, "documents that the global SGD may learn from", between(0, 10**9))
     phased_ttt_num_phases: int = score_setting(3, "parts of the prefix, each followed by global SGD", between(1, 1000))
     phased_ttt_leave_out: int = score_setting(
@@ -281,7 +290,8 @@ class Config:
         """Read every setting from `environ`; ValueError names the variable, its value and what is allowed."""
         given = {f.name: parse_setting(f, environ[f.name.upper()]) for f in fields(cls) if f.name.upper() in environ}
         cfg = cls(**given)
-        cfg.check_together()
+        if not cfg.eval_only:  # else the artifact may replace what does not go together
+            cfg.check_together()
         return cfg
 
     def check_together(self) -> None:
@@ -304,12 +314,19 @@ class Config:
             (self.chunk_sizes[-1] <= self.ttt_eval_seq_len,
              "TTT_CHUNK_SIZE, doubled by TTT_CHUNK_DOUBLES_AT, must be at most TTT_EVAL_SEQ_LEN"),
             (not doubles or self.ttt_context == "cache", "TTT_CHUNK_DOUBLES_AT needs TTT_CONTEXT=cache"),
+            (len(self.ngram_tilt_betas) in (0, 25), "NGRAM_TILT_BETAS must be 25 numbers or none"),
+            (not self.ttt_short_chunks or self.ttt_context == "window" and len(self.ttt_short_chunks) % 2 == 0
+             and max(self.ttt_short_chunks[1::2]) <= self.ttt_eval_seq_len,
+             "TTT_SHORT_CHUNKS must be pairs, with chunks of at most TTT_EVAL_SEQ_LEN, and TTT_CONTEXT=window"),
             (all(a < b for a, b in zip(doubles, doubles[1:])) and all(at % size == 0 for at, size in zip(doubles, self.chunk_sizes[1:])),
              "TTT_CHUNK_DOUBLES_AT must ascend, each a multiple of the chunks that begin there (TTT_CHUNK_SIZE times 2, 4, ...)"),
         ]
         for holds, message in rules:
             if not holds:
                 raise ValueError(f"{message} (here: {self.named_in(message)})")
+        if (weights := sum(math.prod(row.shape) for row in parameter_table(self))) > ARTIFACT_MAX_WEIGHTS:
+            message = f"{weights:,} weights are more than the {ARTIFACT_MAX_WEIGHTS:,} of an artifact: set NUM_LAYERS, MODEL_DIM or VOCAB_SIZE lower"
+            raise ValueError(f"{message} (here: {self.named_in(message)}, MLP_MULT={self.mlp_mult})")
 
     def named_in(self, message: str) -> str:
         """The values of the settings that a message mentions."""
@@ -357,6 +374,7 @@ class Config:
 
 
 SETTING_TYPES = typing.get_type_hints(Config)
+PLACES = {f.name for f in fields(Config) if f.metadata["check"] is TEXT}  # what may differ between machines
 STORED_SETTINGS = [f for f in fields(Config) if f.metadata["model"] or f.metadata["score"]]  # what an artifact carries
 NUMBER = {int: r"[+-]?[0-9]+", float: r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?"}  # ASCII, no underscores
 
@@ -428,6 +446,7 @@ def settings_help() -> str:
 # ======================================================================================================================
 
 EXIT_USER_ERROR, EXIT_OVER_LIMIT = 2, 3
+LOOK_SECONDS = 0.5  # between two looks at the other ranks
 SIGNAL_GRACE_SECONDS = 25.0  # torchrun kills 30 s after it asked; a rank that waits for a dead one says so before that
 
 
@@ -442,6 +461,7 @@ class Ranks:
     local_world: int = 1  # processes on this machine
     board: Any = None  # a store that any rank may write to and read from without waiting for another
     notes: dict[str, str] = field(default_factory=dict)  # the same on one process
+    calls: int = 0  # collectives that this rank has come to: one that hangs has come to fewer than the others
 
     @classmethod
     def start(cls, environ: Mapping[str, str], timeout_seconds: float = 1800.0) -> Ranks:
@@ -458,12 +478,17 @@ class Ranks:
         if world == 1:
             return cls(device=device)
         warnings.filterwarnings("ignore", ".*deprecated.*(reduce_scatter|all_gather)_single", FutureWarning)  # not in torch 2.11
-        timeout = timedelta(seconds=timeout_seconds)
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout,
-                                             device_id=device if device.type == "cuda" else None)
-        host_group = torch.distributed.new_group(backend="gloo", timeout=timeout)
-        board = torch.distributed.TCPStore(environ["MASTER_ADDR"], int(environ["MASTER_PORT"]), is_master=False,
+        timeout = timedelta(seconds=timeout_seconds + 10)  # the watch speaks before that
+        try:
+            torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout,
+                                                 device_id=device if device.type == "cuda" else None)
+            host_group = torch.distributed.new_group(backend="gloo", timeout=timeout)
+        except RuntimeError as error:
+            raise ValueError(f"not all of the {world} ranks have come within {timeout.total_seconds():g} s ({str(error).splitlines()[0]}): "
+                             "look for what the others said, or for one that was not started") from None
+        store = torch.distributed.TCPStore(environ["MASTER_ADDR"], int(environ["MASTER_PORT"]), is_master=False,
                                            timeout=timedelta(seconds=30))
+        board = torch.distributed.PrefixStore(f"start {environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)  # torchrun's outlives us
         return cls(int(environ["RANK"]), world, device, host_group, int(environ.get("LOCAL_WORLD_SIZE", world)), board)
 
     def stop(self) -> None:
@@ -472,6 +497,7 @@ class Ranks:
 
     def sum(self, tensor: Tensor) -> Tensor:
         """`tensor` summed over the ranks, in place."""
+        self.calls += 1
         if self.world > 1:
             torch.distributed.all_reduce(tensor)
         return tensor
@@ -480,6 +506,7 @@ class Ranks:
         """The objects of all ranks, in rank order, on every rank."""
         if self.world == 1:
             return [value]
+        self.calls += 1
         values: list[Any] = [None] * self.world
         torch.distributed.all_gather_object(values, value, group=self.host_group)
         return values
@@ -490,9 +517,17 @@ class Ranks:
 
     def share(self, tensors: list[Tensor]) -> None:
         """Rank 0's values into the host tensors of every rank."""
+        self.calls += 1
         if self.world > 1:
             for tensor in tensors:
                 torch.distributed.broadcast(tensor, src=0, group=self.host_group)
+
+    def check_same(self, values: dict[str, Any]) -> None:
+        """ValueError, on every rank, that names a rank for which not all these values are rank 0's, and which are not."""
+        first, *others = self.gather(values)
+        for rank, theirs in enumerate(others, 1):
+            if differing := sorted({name for name, _ in first.items() ^ theirs.items()}):
+                raise ValueError(f"rank {rank} has another {', '.join(differing[:5])} than rank 0: every machine needs the same")
 
     def post(self, topic: str, text: str) -> None:
         """Leave a note of this rank, in place of its last one on the topic; waits for nobody."""
@@ -509,6 +544,19 @@ class Ranks:
         return {r: self.board.get(key).decode() for r, key in keys.items() if self.board.check([key])}
 
 
+    def fail(self, text: str) -> None:
+        """Tell the others that this rank ends, and why."""
+        with suppress(RuntimeError, OSError):
+            self.post("failed", text)
+
+    def failures(self) -> dict[int, str]:
+        """Words on every rank that has ended with an error; under -1 if the board went with the process that held it."""
+        try:
+            return {rank: text if text.startswith("rank ") else f"rank {rank}: {text}" for rank, text in self.posted("failed").items()}
+        except (RuntimeError, OSError):
+            return {-1: "the process that held the ranks together has ended"}
+
+
 class Log:
     """Writes lines to standard output and appends them to a file, which it locks; silent on other ranks than 0.
 
@@ -516,15 +564,25 @@ class Log:
     """
 
     def __init__(self, path: Path | None, enabled: bool = True) -> None:
-        self.enabled, self.path, self.file = enabled, path if enabled else None, None
-        if self.path is None:
-            return
+        self.enabled, self.path, self.file = enabled, path, None
+        if enabled and path is not None:
+            self.open()
+
+    def open(self) -> None:
+        """Append to the file from now on; ValueError if another process does."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.file = self.path.open("a", encoding="utf-8", errors="backslashreplace")
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"another process is writing {self.path}: wait for it to end, or choose another RUN_ID") from None
+
+    def take_over(self) -> None:
+        """Speak from this rank, because rank 0 cannot, even where a stopped rank 0 still holds the file."""
+        self.enabled = True
+        with suppress(OSError, ValueError):
+            if self.path is not None and self.file is None:
+                self.open()
 
     def __call__(self, text: str) -> None:
         """One line of prose."""
@@ -560,8 +618,10 @@ class Watch:
     Between `with` and its end SIGTERM and SIGINT are kept, and `check` raises Stopped in all ranks at the same place.
     """
 
-    def __init__(self, ranks: Ranks, log: Log) -> None:
+    def __init__(self, ranks: Ranks, log: Log, timeout_seconds: float) -> None:
         self.ranks, self.log, self.number, self.since, self.over = ranks, log, 0, 0.0, threading.Event()
+        self.limit, self.looks, self.came = timeout_seconds / LOOK_SECONDS, 0, (0, 0)  # collectives, and the look that first saw so many
+        self.heard = {rank: ("0 0", 0) for rank in range(ranks.world)}  # the last note of each, and the look that first saw it
         self._pipe: tuple[int, int] | None = None
         if ranks.world > 1:
             threading.Thread(target=self._look, daemon=True).start()
@@ -590,15 +650,18 @@ class Watch:
             raise Stopped(number)
 
     def _look(self) -> None:
-        """In a thread: end this process when another rank has failed, or when a signal finds the main thread stuck."""
-        while not self.over.wait(0.5):
-            try:
-                failed = self.ranks.posted("failed")
-            except (RuntimeError, OSError):  # the store went with the process that held it
-                failed = {-1: "the process that held the ranks together has ended"}
+        """In a thread: end this process when another rank has failed or hangs, or when a signal finds the main thread stuck."""
+        while not self.over.wait(LOOK_SECONDS):
+            hanging = self._hanging()
+            if hanging and self.ranks.rank == min(self.heard.keys() - hanging):
+                self.log.take_over()
+                self.end(f"rank {', '.join(map(str, hanging))} hangs: the others have waited for it for "
+                         f"{self.limit * LOOK_SECONDS:g} s (RANK_TIMEOUT_SECONDS)", EXIT_USER_ERROR)
+            failed = self.ranks.failures()
             if failed and self.ranks.rank not in failed and not self.over.is_set():
-                rank, text = next(iter(failed.items()))
-                self.end(f"rank {rank}: {text}" if rank >= 0 else text, EXIT_USER_ERROR)
+                if min(failed) < 0 and self.ranks.rank % self.ranks.local_world == 0:
+                    self.log.take_over()
+                self.end(next(iter(failed.values())), EXIT_USER_ERROR)
             if self._pipe is not None and not self.since:
                 try:
                     self.since = time.monotonic() if os.read(self._pipe[0], 64) else 0.0
@@ -607,9 +670,28 @@ class Watch:
             elif self.since and time.monotonic() - self.since > SIGNAL_GRACE_SECONDS:
                 self.end("asked to end while waiting for the other ranks: one of them has ended or hangs", 128 + signal.SIGTERM)
 
+    def _hanging(self) -> list[int]:
+        """The ranks that have come to fewer collectives than this one waits in, or that give no sign of life, for too long.
+
+        Time is counted in looks of this thread: a job that was suspended as a whole does not count its sleep.
+        """
+        calls, self.looks = self.ranks.calls, self.looks + 1
+        self.came = self.came if calls == self.came[0] else (calls, self.looks)
+        try:
+            self.ranks.post("at", f"{calls} {self.looks}")
+            notes = self.ranks.posted("at")
+        except (RuntimeError, OSError):
+            return []
+        for rank, note in notes.items():
+            self.heard[rank] = self.heard[rank] if note == self.heard[rank][0] else (note, self.looks)
+        waiting = self.looks - self.came[1] > self.limit
+        return [rank for rank, (note, look) in self.heard.items()
+                if self.looks - look > self.limit or (waiting and int(note.split()[0]) < calls)]
+
     def end(self, text: str, status: int) -> typing.NoReturn:
         """Say why and leave at once, without any collective."""
         self.log(f"error: {text}")
+        self.ranks.fail(text)
         sys.stdout.flush()
         os._exit(status)
 
@@ -1328,6 +1410,11 @@ def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),))
 
 
+def add(x: Tensor, y: Tensor) -> Tensor:
+    """x + y, of one dtype. Added in float32 it joins the norm behind it; else the product before it, for which x is copied first."""
+    return (x.float() + y.float()).to(x.dtype)
+
+
 @torch.library.custom_op(f"{OPERATORS}::rotary_tables", mutates_args=())
 def rotary_tables(positions: Tensor, dims: int, base: float) -> tuple[Tensor, Tensor]:
     """Cosines and sines, float32 (T, 1, dims / 2), of rotary embeddings (Su et al. 2021).
@@ -1494,23 +1581,16 @@ class GPT(nn.Module):
     def _serial_block(self, context: Context, layer: int, visit: int, x: Tensor, x0: Tensor) -> Tensor:
         mix = context.layers[layer].resid_mix
         x = mix[0] * x + mix[1] * x0
-        x = x + self._attention(context, layer, visit, self._normed(x, layer))
-        return x + self._mlp_gate(layer, x) * self._mlp(context, layer, visit, self._normed(x, layer))
+        x = add(x, self._attention(context, layer, visit, self._normed(x, layer)))
+        return add(x, self._mlp(context, layer, visit, x))
 
     def _parallel_block(self, context: Context, layer: int, visit: int, lanes: tuple[Tensor, Tensor], x0: Tensor) -> tuple[Tensor, Tensor]:
         """Attention reads lane 0, the MLP lane 1; both write to both."""
         weights = context.layers[layer]
         mix, resid, post = weights.resid_mix, weights.resid, weights.post
         a = self._attention(context, layer, visit, self._normed(mix[0] * lanes[0] + mix[1] * x0, layer))
-        m = self._mlp_gate(layer, lanes[1]) * self._mlp(context, layer, visit, self._normed(lanes[1], layer))
+        m = self._mlp(context, layer, visit, lanes[1])
         return (resid[0] * lanes[0] + post[0, 0] * a + post[1, 0] * m, resid[1] * lanes[1] + post[0, 1] * a + post[1, 1] * m)
-
-    def _mlp_gate(self, layer: int, x: Tensor) -> Tensor | float:
-        """The MLP's gate, (T, 1), from what its norm reads, un-normed."""
-        if not self.cfg.mlp_gate_enabled:
-            return 1.0
-        weight, bias = (self.get_parameter(f"blocks.{layer}.mlp_gate_out.{name}").to(self.dtype) for name in ("weight", "bias"))
-        return torch.sigmoid(F.linear(x[:, : self.cfg.gate_window], weight, bias))
 
     def _attention(self, context: Context, layer: int, visit: int, n: Tensor) -> Tensor:
         """What attention of the normalised input n (T, d) adds: gate, output projection and scale included."""
@@ -1519,7 +1599,6 @@ class GPT(nn.Module):
         q, k, v = (t.unflatten(-1, (-1, cfg.head_dim)) for t in (q, k, v))
         q = rotate(head_norm(q, weights.q_gain), context.cos, context.sin).to(self.dtype)
         k = rotate(head_norm(k), context.cos, context.sin).to(self.dtype)
-        v = v.contiguous()  # attention and XSA both want it so: one copy serves them, forward and backward
         y = context.attend(visit, q, k, v)
         gate = torch.sigmoid(gate) if gate.size(-1) else torch.ones_like(y[..., 0])
         y = exclude_self(y, v, gate) if layer >= cfg.num_layers - cfg.xsa_last_n else y * gate.unsqueeze(-1)
@@ -1527,15 +1606,20 @@ class GPT(nn.Module):
         bypass = linear((layer, visit, "attn_bypass"), n, None)
         return y if bypass is None else y + weights.attn_scale * bypass
 
-    def _mlp(self, context: Context, layer: int, visit: int, n: Tensor) -> Tensor:
-        """What the MLP of the normalised input n (T, d) adds, its scale included."""
-        weights, linear = context.layers[layer], context.linear
+    def _mlp(self, context: Context, layer: int, visit: int, x: Tensor) -> Tensor:
+        """What the MLP of x (T, d), which it normalises itself, adds: scale and gate included."""
+        weights, linear, n = context.layers[layer], context.linear, self._normed(x, layer)
         if linear is plain_linear:
-            return fused_mlp(n, weights.up, weights.down)
-        h = F.leaky_relu(linear((layer, visit, "up"), n, weights.up), 0.5).square()
-        y = linear((layer, visit, "down"), h, weights.down)
-        bypass = linear((layer, visit, "mlp_bypass"), n, None)
-        return y if bypass is None else y + weights.mlp_scale * bypass
+            y = fused_mlp(n, weights.up, weights.down)
+        else:
+            h = F.leaky_relu(linear((layer, visit, "up"), n, weights.up), 0.5).square()
+            y = linear((layer, visit, "down"), h, weights.down)
+            bypass = linear((layer, visit, "mlp_bypass"), n, None)
+            y = y if bypass is None else y + weights.mlp_scale * bypass
+        if not self.cfg.mlp_gate_enabled:
+            return y
+        weight, bias = (self.get_parameter(f"blocks.{layer}.mlp_gate_out.{name}").to(self.dtype) for name in ("weight", "bias"))
+        return torch.sigmoid(F.linear(x[:, : self.cfg.gate_window], weight, bias)) * y
 
 
 # ======================================================================================================================
@@ -1608,11 +1692,13 @@ class ShardedTensor:
 
     def start_reduce(self) -> None:
         """Begin to sum the gradient's rows over the ranks into `shard.grad`."""
+        self.ranks.calls += 1
         if self.ranks.world > 1:
             self._pending = torch.distributed.reduce_scatter_tensor(self.shard.grad, self.full_grad, async_op=True)
 
     def start_gather(self) -> None:
         """Begin to hand the updated rows to all ranks."""
+        self.ranks.calls += 1
         if self.ranks.world > 1:
             self._pending = torch.distributed.all_gather_into_tensor(self.storage, self.shard.data, async_op=True)
 
@@ -1781,8 +1867,11 @@ def compiled(run: Run, function: Callable[..., Any], dynamic: bool = False) -> C
     if not run.compile:
         return function
     torch._dynamo.config.cache_size_limit = 64  # one entry a depth and use; a full cache would be an error
+    from torch._functorch import config as functorch
     from torch._inductor import config as inductor
 
+    functorch.ban_recompute_long_fusible_chains = False  # keep no float32 input of a norm where the bfloat16 one gives it again
+    inductor.comprehensive_padding = False  # rows of other strides than the operators were traced with: v would be copied for each
     if hasattr(inductor.triton, "mix_order_reduction"):  # torch 2.13 has it
         inductor.triton.mix_order_reduction = False  # it spills registers in the norms' backwards and saves 0.2 % of the bytes
     graph = torch.compile(function, fullgraph=True, dynamic=dynamic)
@@ -1914,6 +2003,10 @@ class Checkpoint:
         self.last = time.perf_counter()
         self.found = self._read() if run.ranks.rank == 0 else {}
         self.found = run.ranks.agree(self.found)
+        there = run.ranks.gather(self.index.exists())
+        if not self.found and any(there):
+            self.found = {"problem": f"{self.index} is on the machine of rank {there.index(True)} and not on that of rank 0: give the machines "
+                                     "their old places (--node_rank), or delete it to start again"}
         if problem := self.found.get("problem"):
             raise ValueError(problem)
 
@@ -1967,7 +2060,7 @@ class Checkpoint:
             self._set("done")
 
     def _set(self, stage: str, **values: Any) -> None:
-        self.found = {"stage": stage, "settings": fingerprint(self.run.cfg), **values}
+        self.found = {"stage": stage, "settings": checksum(identity(self.run.cfg, but={"checkpoint_every"})), **values}
         write_atomically(self.index, json.dumps({**self.found, "check": checksum(self.found)}).encode())
 
     def _sweep(self, keep: str) -> None:
@@ -1991,7 +2084,7 @@ class Checkpoint:
         if found["stage"] == "done":
             return {"problem": f"run {self.run.cfg.run_id} is complete: its log ends with the score; choose another RUN_ID, or score its "
                                "artifact again with EVAL_ONLY=1"}
-        if found.get("settings") != fingerprint(self.run.cfg):
+        if found.get("settings") != checksum(identity(self.run.cfg, but={"checkpoint_every"})):
             return {"problem": f"{self.index} is of a run with settings or code that differ from this one's; start it as it was started, "
                                "or choose another RUN_ID"}
         path = output_path(self.run.cfg, ".artifact")
@@ -2006,10 +2099,10 @@ def checksum(values: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
-def fingerprint(cfg: Config) -> str:
-    """Changes with the code and with every setting but the checkpoints' own."""
-    settings = {f.name: format_setting(getattr(cfg, f.name)) for f in fields(Config) if f.name != "checkpoint_every"}
-    return checksum({**settings, "code": hashlib.sha256(packed_code()).hexdigest()})
+def identity(cfg: Config, but: set[str]) -> dict[str, str]:
+    """The code's hash and all settings but some, by the names that people know."""
+    settings = {f.name.upper(): format_setting(getattr(cfg, f.name)) for f in fields(Config) if f.name not in but}
+    return {**settings, "code": hashlib.sha256(counted_code()).hexdigest()}
 
 
 def train(run: Run, trainer: Trainer, val: ValData, checkpoint: Checkpoint) -> None:
@@ -2559,9 +2652,9 @@ def model_from_tensors(run: Run, tensors: Tensors) -> GPT:
 
 ARTIFACT_MAGIC = b"\x89CAPSGP2"
 ARTIFACT_PREFIX = struct.Struct("<8sI32s")
-ARTIFACT_MAX_FILE_BYTES = 1 << 26
+ARTIFACT_MAX_FILE_BYTES = 1 << 27
 ARTIFACT_MAX_PLAIN_BYTES = 1 << 28
-ARTIFACT_MAX_WEIGHTS = 1 << 27
+ARTIFACT_MAX_WEIGHTS = 1 << 26  # whatever their bits, the bounds above hold
 ARTIFACT_MAX_CODES_PER_BYTE = 128  # a sixteenth of a bit each: bounds the work that a small file can ask for
 
 
@@ -2594,8 +2687,10 @@ def pack_artifact(tensors: Tensors, cfg: Config) -> bytes:
             banks.append(as_bank(tensor))
         else:
             plain[row.name + ".codes"] = tensor.codes.mT.contiguous()
-    packed = brotli.compress(safetensors.torch.save(plain), quality=11, lgwin=24)
     coded = join_streams(encode_codes(banks)) if banks else b""
+    if sum(bank.codes.size for bank in banks) > ARTIFACT_MAX_CODES_PER_BYTE * len(coded):  # hardly anything but zeros, in banks of any size
+        return pack_artifact(tensors, replace(cfg, compressor="brotli"))
+    packed = brotli.compress(safetensors.torch.save(plain), quality=11, lgwin=24)
     start = struct.pack("<8sI", ARTIFACT_MAGIC, len(packed))
     return start + hashlib.sha256(start + packed + coded).digest() + packed + coded
 
@@ -2655,10 +2750,9 @@ def stored_config(stored: Tensor) -> tuple[Config, str]:
 def take_tensors(cfg: Config, compressor: str, plain: dict[str, Tensor], coded: bytes) -> Tensors:
     """The tensors of the parameter table out of an artifact's two parts, which they use up."""
     table = parameter_table(cfg)
-    weights = sum(math.prod(row.shape) for row in table)
     codes = sum(math.prod(row.shape) for row in table if uses_coder(row, compressor))
-    if weights > ARTIFACT_MAX_WEIGHTS or codes > ARTIFACT_MAX_CODES_PER_BYTE * len(coded):
-        raise ArtifactError(f"the artifact's settings ask for {weights} weights, which cannot be in it")
+    if codes > ARTIFACT_MAX_CODES_PER_BYTE * len(coded):
+        raise ArtifactError(f"the artifact's settings ask for {codes} codes, which cannot be in {len(coded)} bytes")
 
     def take(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
         tensor = plain.pop(name, None)
@@ -2750,36 +2844,75 @@ def table_entropy(quantized: Quantized) -> float:
 
 
 # ---- code ----
-# The rules count the code with the model: the file that runs. `python train_gpt.py --pack` writes one that counts a fifth: this
-# source without comments and docstrings as a brotli payload that a few readable lines run.
+# The rules count the code with the model. What a record folder ships as its train_gpt.py, and what therefore counts, is the
+# packed file (`python train_gpt.py --pack`): a few readable lines that run a brotli payload, which is this source less what it
+# runs without. The readable source lies beside it in source/; a run from either makes the same artifact.
 
-PACKED_HEAD = b'''# -*- coding: latin-1 -*-
-"""train_gpt.py, packed to count few bytes: it runs as the readable source does, which lies beside it in source/."""
-import linecache, brotli
-PACKED_SOURCE = brotli.decompress("'''
-PACKED_TAIL = b'''".encode("latin-1"))
-linecache.cache["packed_source.py"] = (len(PACKED_SOURCE), None, PACKED_SOURCE.decode().splitlines(True), "packed_source.py")
-exec(compile(PACKED_SOURCE, "packed_source.py", "exec"))
+PACKED_HEAD = b'''# coding: latin-1
+"""train_gpt.py, packed to count few bytes; source/train_gpt.py beside it is what it runs, to be read."""
+import brotli, linecache
+PACKED_SOURCE = brotli.decompress("""'''
+PACKED_TAIL = b'''""".encode("latin-1"))
+linecache.cache["packed.py"] = len(PACKED_SOURCE), None, PACKED_SOURCE.decode().splitlines(True), "packed.py"
+exec(compile(PACKED_SOURCE, "packed.py", "exec"))
 '''
-PACKED_ESCAPES = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r", "\0": "\\x00"}
+PACKED_ESCAPES = (r"\\", r"\\\\"), ("\r", r"\\r"), ("\0(?=[0-7])", r"\\x00"), ("\0", r"\\0"), (r'"(?="|\Z)', r'\\"')
+Place = tuple[int, int]  # row, column
+
+
+def source_tokens(source: str) -> Iterator[tuple[str, Place, str]]:
+    """Kind, place and text of every token; an f-string, which Python 3.12 takes apart, is one."""
+    lines, opened = source.splitlines(True), []
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        kind, start, text = tokenize.tok_name[token.type], token.start, token.string
+        if kind == "FSTRING_START":
+            opened.append(start)
+        elif kind == "FSTRING_END":
+            (row, column), (last, end) = start, _ = opened.pop(), token.end
+            text = "".join([*lines[row - 1: last - 1], lines[last - 1][:end]])[column:]
+        if not opened:
+            yield kind, start, text
+
+
+def needless_spans(source: str) -> Iterator[tuple[Place, Place]]:
+    """The places, from and up to, of docstrings and of the annotations of functions that no decorator reads."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) and len(node.body) > 1:
+            yield (node.body[0].lineno, node.body[0].col_offset), (node.body[0].end_lineno, node.body[0].end_col_offset)
+        if isinstance(node, ast.FunctionDef) and not node.decorator_list:
+            for arg in ast.walk(node.args):
+                if isinstance(arg, ast.arg) and arg.annotation:
+                    yield (arg.lineno, arg.col_offset + len(arg.arg)), (arg.end_lineno, arg.end_col_offset)
+            if node.returns:
+                yield (node.returns.lineno, node.returns.col_offset - len("-> ")), (node.returns.end_lineno, node.returns.end_col_offset)
 
 
 def shipped_source(source: str) -> str:
-    """`source` without comments, docstrings and empty lines: what the packed file runs."""
-    dropped: set[int] = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) and len(node.body) > 1:
-            dropped |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    comments = {token.start[0]: token.start[1] for token in tokens if token.type == tokenize.COMMENT}
-    lines = [line[: comments.get(n)].rstrip() for n, line in enumerate(source.splitlines(), 1) if n not in dropped]
-    return "\n".join(line for line in lines if line) + "\n"
+    """`source` without comments, docstrings, needless annotations and blanks: what the packed file runs."""
+    spans, pieces, depth, before = sorted(needless_spans(source)), [], 0, "\n"
+    for kind, place, text in source_tokens(source):
+        while spans and spans[0][1] <= place:
+            spans.pop(0)
+        depth += (kind == "INDENT") - (kind == "DEDENT")
+        if kind == "NEWLINE":
+            text = "\n" if before != "\n" else ""
+        elif kind in ("COMMENT", "NL", "INDENT", "DEDENT", "ENDMARKER") or spans and spans[0][0] <= place:
+            continue
+        elif before == "\n":
+            pieces.append(" " * depth)
+        elif re.fullmatch(r"\w\w|['\"]{2}", before[-1] + text[0]):
+            pieces.append(" ")
+        pieces.append(text)
+        before = text or before
+    return "".join(pieces)
 
 
 def pack_code(source: str) -> bytes:
-    """The packed file that runs `source`; the same bytes every time."""
+    """The packed file that runs `source`; of itself, unpacked, it is made again to the byte."""
     payload = brotli.compress(shipped_source(source).encode(), quality=11, lgwin=24).decode("latin-1")
-    return PACKED_HEAD + payload.translate(str.maketrans(PACKED_ESCAPES)).encode("latin-1") + PACKED_TAIL
+    for pattern, escape in PACKED_ESCAPES:
+        payload = re.sub(pattern, escape, payload)
+    return PACKED_HEAD + payload.encode("latin-1") + PACKED_TAIL
 
 
 def own_source() -> str:
@@ -2789,14 +2922,9 @@ def own_source() -> str:
 
 
 @lru_cache(maxsize=1)
-def packed_code() -> bytes:
-    """This program packed."""
-    return pack_code(own_source())
-
-
 def counted_code() -> bytes:
-    """The file that runs, readable or packed: what a record folder ships, and what counts."""
-    return Path(__file__).read_bytes()
+    """The packed file, whichever runs: what a record folder ships, and what counts."""
+    return Path(__file__).read_bytes() if "PACKED_SOURCE" in globals() else pack_code(own_source())
 
 
 # ---- entropy coder ("rans") ----
@@ -3254,6 +3382,10 @@ def evaluate(run: Run, model: GPT, val: ValData, name: str, depth: int) -> Score
 # itself learn from documents already scored. A document's score does not depend on which others are scored beside it, so
 # the plan that deals documents to batches and batches to ranks is free: it is made, alike on every rank, to end soonest.
 #
+# With TTT_WARM_START_A a score does depend on others, though never on later text: a document's A is what the document in its
+# row of the lane's batch before has made of it, decayed until the longest of that batch ended. So batches, the lanes that they
+# are dealt to and the order in a lane are then fixed by the lengths alone; ranks take whole lanes.
+#
 # What a chunk sees of the earlier ones is computed again with the adapters of the moment (TTT_CONTEXT=window, the record:
 # many forwards a token), or is the keys and values as they were when those chunks were scored (cache: one).
 # ======================================================================================================================
@@ -3264,6 +3396,7 @@ TTT_TOKENS_PER_SECOND = 411_000  # forwarded and learned
 TTT_STEP_SECONDS = 0.012  # beside its tokens
 TTT_CAPTURED_STEP_SECONDS = 0.003
 TTT_SECONDS_PER_ADAPTER_VALUE = 40 / (0.85 * 3.35e12)
+TTT_LANES = 8
 
 
 class PhasePlan(NamedTuple):
@@ -3274,13 +3407,15 @@ class PhasePlan(NamedTuple):
     ranks: tuple[tuple[int, ...], ...]  # for each rank, its batches in the order it runs them
     seconds: tuple[float, ...]  # reckoned, for each rank, with the constants above
     learns: range  # whose text the global SGD learns from then, shortest first; empty after the last part
+    warm: frozenset[int] = frozenset()  # batches that take over A from the one that their rank ran before
 
 
 def chunk_bounds(cfg: Config, length: int) -> list[int]:
-    """Where the chunks of a document begin, and where the last one ends: at or behind `length`."""
-    bounds = [0]
+    """Where the chunks of a batch begin whose longest document has `length` targets; the last one ends there or behind."""
+    short = zip(cfg.ttt_short_chunks[::2], cfg.ttt_short_chunks[1::2])
+    bounds, size = [0], next((chunk for limit, chunk in short if length < limit), cfg.ttt_chunk_size)
     while bounds[-1] < length:
-        bounds.append(bounds[-1] + (cfg.ttt_chunk_size << sum(bounds[-1] >= at for at in cfg.ttt_chunk_doubles_at)))
+        bounds.append(bounds[-1] + (size << sum(bounds[-1] >= at for at in cfg.ttt_chunk_doubles_at)))
     return bounds
 
 
@@ -3335,47 +3470,72 @@ def phase_ends(cfg: Config, count: int) -> list[tuple[int, int]]:
 
 def plan_ttt(cfg: Config, lengths: np.ndarray, world: int) -> list[PhasePlan]:
     """The plan of test-time training for documents of `lengths`, descending, on `world` ranks: the same on every rank."""
-    bounds = np.array(chunk_bounds(cfg, int(lengths[0])))
-    alone = np.cumsum(chunk_seconds(cfg, bounds, np.ones(len(bounds) - 1)))
-    beside = np.cumsum(chunk_seconds(cfg, bounds, np.zeros(len(bounds) - 1)))
-    last_chunk = np.searchsorted(bounds, lengths) - 1
-    work = np.append(0.0, np.cumsum((alone - beside)[last_chunk])).tolist()  # of the documents before each place
-    beside = beside[last_chunk].tolist()
     ends, plans, begin = [*phase_ends(cfg, len(lengths)), (len(lengths), 0)], [], 0
+    if cfg.ttt_warm_start_a or cfg.ttt_short_chunks:
+        plan_part = partial(plan_lanes, cfg, lengths=lengths, world=world)
+    else:
+        plan_part = partial(plan_phase, cfg, **document_costs(cfg, lengths), world=world)
     for end, learned in ends:
-        plans.append(plan_phase(cfg, range(begin, end), work, beside, world)._replace(
-            learns=range(end - 1, end - 1 - learned, -1)))
+        plans.append(plan_part(range(begin, end))._replace(learns=range(end - 1, end - 1 - learned, -1)))
         begin = end
     return plans
 
 
+def plan_lanes(cfg: Config, part: range, lengths: np.ndarray, world: int) -> PhasePlan:
+    """Whole batches, cut from the short end, dealt to TTT_LANES lanes, and the lanes to the ranks."""
+    cuts = [part.start, *range(part.stop, part.start, -cfg.ttt_batch_size)[::-1]]
+    batches = [range(a, b) for a, b in itertools.pairwise(cuts)]
+    costs = []
+    for batch in batches:
+        bounds, members = np.array(chunk_bounds(cfg, int(lengths[batch.start]))), lengths[batch.start: batch.stop]
+        costs.append(chunk_seconds(cfg, bounds, (members[:, None] > bounds[:-1]).sum(0)).sum())
+    lanes = deal(np.array(costs), TTT_LANES)
+    ranks = deal(np.array([sum(costs[i] for i in lane) for lane in lanes]), world)
+    warm = [b for lane in lanes for a, b in itertools.pairwise(lane) if len(batches[a]) == len(batches[b])]
+    dealt = [[i for lane in hand for i in lanes[lane]] for hand in ranks]
+    return PhasePlan(part, tuple(batches), tuple(map(tuple, dealt)), tuple(float(sum(costs[i] for i in hand)) for hand in dealt),
+                     range(0), frozenset(warm if cfg.ttt_warm_start_a else ()))
+
+
+def document_costs(cfg: Config, lengths: np.ndarray) -> dict[str, list[float]]:
+    """What plan_phase needs of documents of `lengths`, descending."""
+    bounds = np.array(chunk_bounds(cfg, int(lengths[0])))
+    alone = np.cumsum(chunk_seconds(cfg, bounds, np.ones(len(bounds) - 1)))
+    beside = np.cumsum(chunk_seconds(cfg, bounds, np.zeros(len(bounds) - 1)))
+    last_chunk = np.searchsorted(bounds, lengths) - 1
+    return {"work": np.append(0.0, np.cumsum((alone - beside)[last_chunk])).tolist(), "beside": beside[last_chunk].tolist()}
+
+
 def plan_phase(cfg: Config, part: range, work: list[float], beside: list[float], world: int) -> PhasePlan:
-    """The best of several numbers of batches: few share the steps' fixed costs, many can be dealt evenly.
+    """The soonest end of several ways to cut: few batches share the steps' fixed costs, many take the longest documents apart.
 
     work[i] is what the documents before place i cost by their tokens, beside[i] what the steps of a batch cost whose longest is i.
     """
 
-    def cut(limit: float) -> list[range]:
-        """Batches that cost at most `limit` each, but for single documents that cost more."""
-        batches, first = [], part.start
+    def fill(end: float, pieces: int) -> PhasePlan | None:
+        """Batches of at most a piece of the time until `end`, each to the rank that is free first, the last ones cut to the room left."""
+        batches, held, seconds, first = [], [[] for _ in range(world)], [0.0] * world, part.start
         while first < part.stop:
-            last = bisect.bisect_right(work, work[first] + limit - beside[first]) - 1
-            batches.append(range(first, min(max(last, first + 1), first + cfg.ttt_batch_size, part.stop)))
-            first = batches[-1].stop
-        return batches
+            rank = seconds.index(min(seconds))
+            room = end - seconds[rank]
+            last = max(bisect.bisect_right(work, work[first] + min(room, end / pieces) - beside[first]) - 1, first + 1)
+            last = min(last, first + cfg.ttt_batch_size, part.stop)
+            cost = work[last] - work[first] + beside[first]
+            if cost > room:
+                return None
+            held[rank].append(len(batches))
+            batches.append(range(first, last))
+            seconds[rank], first = seconds[rank] + cost, last
+        return PhasePlan(part, tuple(batches), tuple(map(tuple, held)), tuple(seconds), range(0))
 
-    plans, whole = [], work[part.stop] - work[part.start] + sum(beside[part.start: part.stop])
-    fewest = len(cut(whole))
-    for count in sorted({*range(fewest, fewest + 2 * world), *(world * n for n in (1, 2, 3, 4, 5, 6, 8, 12, 16))}):
-        low, high = 0.0, whole
-        for _ in range(24 if count > fewest else 0):  # the lowest limit that needs no more batches
-            middle = (low + high) / 2
-            low, high = (low, middle) if len(cut(middle)) <= count else (middle, high)
-        batches = cut(high)
-        costs = np.array([work[b.stop] - work[b.start] + beside[b.start] for b in batches])
-        ranks = deal(costs, world)
-        plans.append(PhasePlan(part, tuple(batches), tuple(map(tuple, ranks)), tuple(float(costs[r].sum()) for r in ranks), range(0)))
-    return min(plans, key=lambda plan: max(plan.seconds))
+    best = fill(math.inf, 1)
+    for pieces in (1, 2, 3, 4, 6, 8, 12, 16):
+        early, late = 0.0, max(best.seconds)
+        while late - early > 1e-3 * late:
+            middle = (early + late) / 2
+            found = fill(middle, pieces)
+            best, early, late = (best, middle, late) if found is None else (found, early, max(found.seconds))
+    return best
 
 
 class Adapters:
@@ -3403,10 +3563,11 @@ class Adapters:
         self.capturable = run.device.type == "cuda"
 
     @torch.no_grad()
-    def reset(self) -> None:
-        """As before the first chunk: fresh adapters, no optimizer state."""
+    def reset(self, warm: bool = False) -> None:
+        """As before the first chunk: fresh adapters, but for A if `warm`, no optimizer state."""
         for name, initial in self.initial.items():
-            self.values[f"a.{name}"].copy_(initial.expand_as(self.values[f"a.{name}"]))
+            if not warm:
+                self.values[f"a.{name}"].copy_(initial.expand_as(self.values[f"a.{name}"]))
             self.values[f"b.{name}"].zero_()
         for tensor in (*self.first.values(), *self.second.values(), *self.steps.values(), self.updates):
             tensor.zero_()
@@ -3447,6 +3608,8 @@ class Adapters:
             [t.detach() for t in live.values()], grads, [self.first[n][:count] for n in live], [self.second[n][:count] for n in live], [],
             [self.steps[n] for n in live], fused=True, capturable=self.capturable, amsgrad=False, maximize=False, beta1=cfg.ttt_beta1,
             beta2=cfg.ttt_beta2, lr=self.lr if cfg.ttt_lora_lr_power else cfg.ttt_lora_lr, weight_decay=cfg.ttt_weight_decay, eps=1e-10)
+        if cfg.ttt_warm_start_a and count < self.documents:  # an A that will be taken over decays until its whole batch has ended
+            torch._foreach_mul_([self.values[f"a.{name}"][count:] for name in self.shapes], 1 - self.lr * cfg.ttt_weight_decay)
 
 
 class Documents:
@@ -3459,7 +3622,7 @@ class Documents:
         order = np.argsort(-(ends - starts), kind="stable")
         self.starts, self.lengths = starts[order], (ends - starts)[order]
         self.byte_sums = np.add.reduceat(np.append(val.byte_counts[1:], 0).astype(np.int64), starts)[order]
-        self.hints: np.ndarray | None = None  # (N,) by entry, -1 where there is none
+        self.hints: tuple[np.ndarray, np.ndarray] | None = None  # (N,) by entry: a token, -1 where there is none, and its beta, then 0
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -3478,9 +3641,12 @@ class NgramHints(NamedTuple):
     count: np.ndarray  # (n,) how often it did
     total: np.ndarray  # (n,) occurrences
 
-    def gated(self, threshold: float) -> NgramHints:
-        """Those whose top token has at least this share, compared in float32."""
-        return NgramHints(*(a[self.count.astype(np.float32) / self.total.astype(np.float32) >= np.float32(threshold)] for a in self))
+    def betas(self, cfg: Config) -> np.ndarray:
+        """(n,) float32 nats by which the hints are raised: by bin, or one where the share, in float32, is at least the threshold."""
+        share = self.count.astype(np.float32) / self.total.astype(np.float32)
+        if not cfg.ngram_tilt_betas:
+            return np.where(share >= np.float32(cfg.ngram_tilt_threshold), np.float32(cfg.ngram_tilt_beta), np.float32(0))
+        return np.array(cfg.ngram_tilt_betas, np.float32)[5 * np.minimum(np.log2(self.total).astype(int), 4) + (4 * share).astype(int)]
 
 
 def ngram_hints(documents: Documents, order: int) -> NgramHints:
@@ -3489,41 +3655,47 @@ def ngram_hints(documents: Documents, order: int) -> NgramHints:
     Contexts lie within a document, its BOS included. Nothing at or behind a target, in that order, has a part in its hint. Contexts
     that occur once, nearly all, are told by their hashes; the others are compared token by token.
     """
-    width, lengths, tokens = order - 1, documents.lengths, documents.tokens
-    place = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    at = (np.repeat(documents.starts + 1, lengths) + place)[place + 1 >= width]  # entries of targets with a whole context
-    rng, hashes = np.random.default_rng(0), np.zeros(len(tokens), np.uint64)
-    for back in range(1, width + 1):
-        hashes[width:] += tokens[width - back: -back] * (rng.integers(2**63, dtype=np.uint64) * np.uint64(2) + np.uint64(1))
-    keys = hashes[at]
-    keys ^= keys >> np.uint64(29)
-    keys *= np.uint64(0x9E3779B97F4A7C15)
-    bucket = (keys >> np.uint64(38)).astype(np.int64)
-    repeated = np.flatnonzero(np.bincount(bucket, minlength=1 << 26)[bucket] > 1)
-    repeated = repeated[np.argsort(keys[repeated], kind="stable")]  # occurrences of one context side by side, in scoring order
-    same = keys[repeated[1:]] == keys[repeated[:-1]] if len(repeated) else np.zeros(0, bool)
-    repeated = repeated[np.append(same, False) | np.insert(same, 0, False)[: len(repeated)]]
-    at, keys = at[repeated], keys[repeated].tolist()
-    found, counts, state = [], {}, [0, 0, 0]
-    contexts = np.lib.stride_tricks.sliding_window_view(tokens, width)[at - width] if len(at) else np.zeros((0, width), np.uint16)
-    targets, before = tokens[at].tolist(), None
-    differs = np.append(False, (contexts[1:] != contexts[:-1]).any(1)).tolist()  # a hash that two contexts share would show here
-    for i, (key, target) in enumerate(zip(keys, targets)):
-        if key != before or differs[i]:
-            counts, state, before = {}, [0, 0, 0], key
-        if state[2]:
-            found.append((int(at[i]), *state))
-        counts[target] = count = counts.get(target, 0) + 1
-        state[2] += 1
-        if count > state[1]:
-            state[0], state[1] = target, count
-    return NgramHints(*np.array(sorted(found), dtype=np.int64).reshape(-1, 4).T)
+    width, tokens, by_start = order - 1, documents.tokens, np.argsort(documents.starts)
+    rng, keys = np.random.default_rng(0), np.zeros(len(tokens), np.uint64)  # a target's entry: hash of the tokens before it
+    factors = rng.integers(2**63, size=width, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
+    for begin in range(width, len(tokens), 1 << 18):  # what a processor's cache holds
+        part = keys[begin: begin + (1 << 18)]
+        for back, factor in enumerate(factors, 1):
+            part += tokens[begin - back: begin - back + len(part)] * factor
+        part ^= part >> np.uint64(29)
+        part *= np.uint64(0x9E3779B97F4A7C15)
+    seen, repeats = np.sort(keys), np.zeros(1 << 24, bool)
+    repeats[seen[1:][seen[1:] == seen[:-1]] >> np.uint64(40)] = True
+    crosses = (documents.starts[:, None] + np.arange(1, width)).ravel()  # contexts that begin before their document
+    whole = repeats[keys >> np.uint64(40)]
+    whole[:width], whole[crosses[crosses < len(tokens)]] = False, False
+    at = np.flatnonzero(whole)
+    document = by_start[np.searchsorted(documents.starts[by_start], at) - 1]
+    at = at[np.lexsort((at, document, keys[at]))]  # occurrences of one context side by side, in scoring order
+    return count_followers(at, keys[at], tokens[at[:, None] + np.arange(-width, 0)], tokens[at].astype(np.int64))
 
 
-def tilted(losses: Tensor, hint_losses: Tensor, hit: Tensor, known: Tensor, beta: float) -> Tensor:
-    """Losses under p'(a) ~ p(a) e^(beta [a = hint]), normalised in closed form; untouched where no hint is known. All (T,)."""
-    normaliser = torch.log1p(torch.exp(-hint_losses) * math.expm1(beta))
-    return torch.where(known, losses - beta * hit + normaliser, losses)
+def count_followers(at: np.ndarray, keys: np.ndarray, contexts: np.ndarray, targets: np.ndarray) -> NgramHints:
+    """Hints at the entries `at`, (n,), from those of the same key and context (n, width) that stand before them."""
+    place = np.arange(len(at))
+    fresh = np.append(True, (keys[1:] != keys[:-1]) | (contexts[1:] != contexts[:-1]).any(1))[: len(at)]  # a hash may serve two contexts
+    group = np.cumsum(fresh)
+    order = np.lexsort((targets, group))  # one target after one context, in order
+    pair = group[order] << 16 | targets[order]
+    first = np.maximum.accumulate(np.where(np.append(True, pair[1:] != pair[:-1])[: len(at)], place, 0))
+    count = np.empty_like(place)
+    count[order] = place - first + 1  # how often this target has come, now included
+    most = np.maximum.accumulate(group * (len(at) + 1) + count) - group * (len(at) + 1)
+    better = np.maximum.accumulate(np.where(fresh | (most > np.roll(most, 1)), place, 0))  # where the present top token got ahead
+    known = np.flatnonzero(~fresh)
+    known = known[np.argsort(at[known])]
+    total = known - np.maximum.accumulate(np.where(fresh, place, 0))[known]
+    return NgramHints(at[known], targets[better[known - 1]], most[known - 1], total)
+
+
+def tilted(losses: Tensor, hint_losses: Tensor, hit: Tensor, betas: Tensor) -> Tensor:
+    """Losses under p'(a) ~ p(a) e^(beta [a = hint]), normalised in closed form; untouched where beta is 0. All (T,)."""
+    return losses - betas * hit + torch.log1p(torch.exp(-hint_losses) * torch.expm1(betas))
 
 
 class Chunk(NamedTuple):
@@ -3533,10 +3705,11 @@ class Chunk(NamedTuple):
     rows: Tensor | None  # (documents * chunk size,) the tokens of the batch that are scored; None: all of them
     weights: Tensor  # (documents * chunk size,) shares in the training loss; 0 in a document's last chunk
     hints: Tensor | None = None  # (documents * chunk size,) tokens that n-grams point to, -1 where none does
+    betas: Tensor | None = None  # by how much they are raised
 
     def tensors(self) -> list[Tensor]:
         """All that a captured step reads."""
-        return [t for t in (*self.batch[:5], self.rows, self.weights, self.hints) if t is not None]
+        return [t for t in (*self.batch[:5], self.rows, self.weights, self.hints, self.betas) if t is not None]
 
 
 def make_chunk(run: Run, documents: Documents, members: range, begin: int, end: int) -> Chunk:
@@ -3555,12 +3728,12 @@ def make_chunk(run: Run, documents: Documents, members: range, begin: int, end: 
     batch = make_batch(tokens, targets, np.arange(count) * width, width, run.device, begin if cached else 0, before)
     weights = ((chunk < stops[:, None]) & (end < lengths)[:, None]) / np.float32(end - begin)
     rows = np.arange(count)[:, None] * width + np.clip(chunk - firsts[:, None], 0, width - 1)
-    hints = None
+    hints = []
     if documents.hints is not None:
-        entries = np.where(chunk < stops[:, None], starts[:, None] + 1 + chunk, 0)
-        hints = to_device(np.where(chunk < stops[:, None], documents.hints[entries], -1).astype(np.int64).ravel(), run.device)
+        entries = np.where(chunk < stops[:, None], starts[:, None] + 1 + chunk, 0).ravel()  # the first entry is nobody's target
+        hints = [to_device(values[entries], run.device) for values in documents.hints]
     scored = None if cached else to_device(rows.ravel(), run.device)
-    return Chunk(batch, scored, to_device(weights.astype(np.float32).ravel(), run.device), hints)
+    return Chunk(batch, scored, to_device(weights.astype(np.float32).ravel(), run.device), *hints)
 
 
 class KVCache:
@@ -3636,13 +3809,16 @@ class TTTScorer:
 
         self.losses_of = compiled(run, losses_of, dynamic=True)
 
-    def score(self, documents: Documents, members: range) -> list[np.ndarray]:
-        """The losses of each document, (length,) float32, every one computed before anything learned from its token."""
+    def score(self, documents: Documents, members: range, warm: bool = False) -> list[np.ndarray]:
+        """The losses of each document, (length,) float32, every one computed before anything learned from its token.
+
+        warm: A begins where the batch before, one of the same size, left it.
+        """
         lengths = documents.lengths[members.start: members.stop]
         longest = int(lengths[0])
         bounds = chunk_bounds(self.run.cfg, longest)
         self._make_room(len(members), longest)
-        self.adapters.reset()
+        self.adapters.reset(warm)
         if self.cache is not None:
             self.cache.begin.zero_()
         result = torch.zeros(self.adapters.documents, bounds[-1], device=self.run.device)
@@ -3706,7 +3882,7 @@ class TTTScorer:
                 self.adapters.learn(((losses if hints is None else losses[0]) * chunk.weights).sum(), leaves)
         if hints is not None:
             targets = chunk.batch.targets if chunk.rows is None else chunk.batch.targets[chunk.rows]
-            scored = tilted(*scored, (hints == targets).float(), hints >= 0, self.run.cfg.ngram_tilt_beta)
+            scored = tilted(*scored, (hints == targets).float(), chunk.betas)
         if self.cache is not None:
             self.cache.store(made)
         return scored
@@ -3738,7 +3914,7 @@ class TTTScorer:
         tokens = np.random.default_rng(cfg.seed).integers(4, cfg.vocab_size, lengths.sum()).astype(np.uint16)
         tokens[np.cumsum(lengths) - lengths] = BOS_ID
         documents = Documents(ValData(tokens, np.ones_like(tokens), len(lengths)))
-        documents.hints = tokens.astype(np.int32) if cfg.ngram_tilt_enabled else None
+        documents.hints = (tokens.astype(np.int64), np.ones(len(tokens), np.float32)) if cfg.ngram_tilt_enabled else None
         return documents
 
     def _run_widest_step(self) -> None:
@@ -3903,13 +4079,15 @@ class TTTProgress:
 
 def take_hints(run: Run, documents: Documents) -> None:
     """Find the n-gram hints on rank 0 and give them to all; a collective."""
-    began, hints = time.perf_counter(), None
+    began, found = time.perf_counter(), None
     if run.ranks.rank == 0:
-        hints = ngram_hints(documents, run.cfg.ngram_tilt_order).gated(run.cfg.ngram_tilt_threshold)
-    hints = NgramHints(*run.ranks.agree(hints))
-    documents.hints = np.full(len(documents.tokens), -1, np.int32)
-    documents.hints[hints.at] = hints.top
-    run.log.record("tilt", hints=len(hints.at), targets=int(documents.lengths.sum()), time_ms=int(since_ms(began)))
+        hints = ngram_hints(documents, run.cfg.ngram_tilt_order)
+        betas = hints.betas(run.cfg)
+        found = [values[betas > 0] for values in (hints.at, hints.top, betas)]
+    at, top, betas = run.ranks.agree(found)
+    documents.hints = np.full(len(documents.tokens), -1), np.zeros(len(documents.tokens), np.float32)
+    documents.hints[0][at], documents.hints[1][at] = top, betas
+    run.log.record("tilt", hints=len(at), targets=int(documents.lengths.sum()), time_ms=int(since_ms(began)))
 
 
 def score_with_ttt(run: Run, model: GPT, val: ValData) -> Score:
@@ -3933,7 +4111,7 @@ def score_with_ttt(run: Run, model: GPT, val: ValData) -> Score:
     for phase, plan in enumerate(plans):
         for index in plan.ranks[ranks.rank]:
             members = plan.batches[index]
-            for document, part in zip(members, scorer.score(documents, members)):
+            for document, part in zip(members, scorer.score(documents, members, index in plan.warm)):
                 nats[document] = part.sum(dtype=np.float64)
                 losses[documents.starts[document]:][: len(part)] = part
             progress.add(phase, members, float(nats[members.start: members.stop].sum()))
@@ -4314,8 +4492,9 @@ def log_start(run: Run, environ: Mapping[str, str]) -> None:
                compile=int(run.compile), date=f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ}")
     if attention_backend.skipped:
         log(f"faster attention was passed over: {attention_backend.skipped}")
-    log.record("code", file="train_gpt.py", packed_bytes=len(packed_code()), bytes=len(counted_code()),
-               sha256=hashlib.sha256(counted_code()).hexdigest())
+    code, source = counted_code(), own_source().encode()
+    log.record("code", file="train_gpt.py", bytes=len(code), sha256=hashlib.sha256(code).hexdigest(), source_bytes=len(source),
+               source_sha256=hashlib.sha256(source).hexdigest())
     for f in fields(cfg):
         value, starred = format_setting(getattr(cfg, f.name)), getattr(cfg, f.name) != f.default
         default = f" default:{format_setting(f.default)}" if starred else ""
@@ -4329,6 +4508,8 @@ def prepare(run: Run, environ: Mapping[str, str]) -> ValData:
     resolve_attention(run.cfg.attn_backend, run.device)
     log_start(run, environ)
     val = check_dataset(run.cfg, with_train=not run.cfg.eval_only)
+    sizes = {path.name: path.stat().st_size for path in shard_paths(run.cfg.shards_dir, "train")} if not run.cfg.eval_only else {}
+    run.ranks.check_same({**sizes, "validation set": hashlib.sha256(val.tokens.tobytes() + val.byte_counts.tobytes()).hexdigest()})
     run.log(check_tokenizer(run.cfg))
     if run.cfg.val_doc_fraction < 1:
         run.log(f"warning: VAL_DOC_FRACTION={run.cfg.val_doc_fraction:g}: only {val.documents} documents are scored, no full score")
@@ -4367,7 +4548,9 @@ def train_and_export(run: Run, val: ValData, checkpoint: Checkpoint, layout: Spa
             if not trainer.trained:
                 train(run, trainer, val, checkpoint)
                 trainer.load_averaged_weights()
-            evaluate(run, model, val, "ema", cfg.eval_loop_depth)
+            ema = evaluate(run, model, val, "ema", cfg.eval_loop_depth)
+            if cfg.losses_path:
+                write_losses(run, {"ema": ema})
             trainer.clock.start()
             hessians = collect_hessians(run, model, trainer.loader)
             train_ms = trainer.clock.stop()
@@ -4393,12 +4576,16 @@ def export(run: Run, model: GPT, hessians: dict[str, Tensor], checkpoint: Checkp
 
 
 def write_losses(run: Run, scores: dict[str, Score]) -> None:
-    """LOSSES_PATH gets an array a score, (targets,) float32 nats in data order, whatever rank scored them. A collective."""
+    """LOSSES_PATH gets an array a score, (targets,) float32 nats in data order, whatever rank scored them. A collective.
+
+    A training run adds to what the file holds: its first score is there before the artifact is.
+    """
     joined = {name: np.fmax.reduce(run.ranks.gather(score.losses)) for name, score in scores.items()}  # fmax passes over NaN
     if run.ranks.rank == 0:
-        buffer = io.BytesIO()
-        np.savez(buffer, **joined)
-        write_atomically(run.cfg.losses_path, buffer.getvalue())
+        path, buffer = Path(run.cfg.losses_path), io.BytesIO()
+        before = dict(np.load(path)) if "ema" not in joined and not run.cfg.eval_only and path.exists() else {}
+        np.savez(buffer, **before | joined)
+        write_atomically(path, buffer.getvalue())
 
 
 def score_and_finish(run: Run, val: ValData, artifact: Exported) -> int:
@@ -4413,7 +4600,7 @@ def score_and_finish(run: Run, val: ValData, artifact: Exported) -> int:
     plain = score = evaluate(run, model, val, "quantized", cfg.eval_loop_depth)
     if cfg.ttt_enabled:
         score = score_with_ttt(run, model, val)
-    if cfg.eval_only and cfg.losses_path:
+    if cfg.losses_path:
         write_losses(run, {"quantized": plain} | ({"quantized_ttt": score} if cfg.ttt_enabled else {}))
     eval_ms, total_bytes = clock.total_ms + score.time_ms, len(artifact.data) + len(counted_code())
     problems = [f"{what} took {time_ms / 1e3:.1f} s, over the budget of {budget:g} s"
@@ -4452,8 +4639,8 @@ def read_artifact(cfg: Config, ranks: Ranks) -> tuple[bytes, Config]:
     return data, open_artifact(data)[0]
 
 
-def adopt_settings(cfg: Config, stored: Config, environ: Mapping[str, str]) -> tuple[Config, list[str]]:
-    """The settings to score an artifact with, and words about every one in the environment that is not the artifact's.
+def adopt_settings(cfg: Config, stored: Config, environ: Collection[str]) -> tuple[Config, list[str]]:
+    """The settings to score an artifact with, and words about every one named in the environment that is not the artifact's.
 
     What the weights mean is the artifact's business; how they are scored, the environment may change.
     """
@@ -4465,6 +4652,8 @@ def adopt_settings(cfg: Config, stored: Config, environ: Mapping[str, str]) -> t
         if differs:
             words.append(f"{f.name.upper()}={format_setting(given)} differs from the artifact's {format_setting(value)}: "
                          + ("it is scored with yours" if f.metadata["score"] else "the artifact's is used"))
+    if "VAL_BATCH_TOKENS" not in environ:
+        taken["val_batch_tokens"] = max(cfg.val_batch_tokens, 8 * taken["eval_seq_len"])
     cfg = replace(cfg, **taken)
     cfg.check_together()
     return cfg, words
@@ -4476,7 +4665,7 @@ def run_stages(cfg: Config, ranks: Ranks, environ: Mapping[str, str], log: Log, 
     run = Run(cfg, ranks, log, use_compile, watch)
     if cfg.eval_only:
         data, stored = read_artifact(cfg, ranks)
-        run.cfg, words = adopt_settings(cfg, stored, environ)
+        run.cfg, words = adopt_settings(cfg, stored, ranks.agree(list(environ)))
         val = prepare(run, environ)
         for text in words:
             log(f"warning: {text}")
@@ -4514,19 +4703,23 @@ def fail(error: BaseException, ranks: Ranks | None, log: Log | None) -> int:
     text, status = describe(error)
     if status == 1 and not isinstance(error, RuntimeError):
         traceback.print_exc()
-    alone = ranks is None or ranks.world == 1
+    alone, first = ranks is None or ranks.world == 1, ranks is None or ranks.rank == 0
     if not alone and isinstance(error, RuntimeError):  # a broken connection: the reason is another rank's
         time.sleep(1.0)
-        others = ranks.posted("failed")
-        text = next((f"rank {r}: {words}" for r, words in others.items()), f"lost the other ranks: {text.splitlines()[0][:300]}")
+        text = next(iter(ranks.failures().values()), f"lost the other ranks: {text.splitlines()[0][:300]}")
     if not alone:
-        ranks.post("failed", text)
-    if log is not None and log.enabled:
+        ranks.fail(text)
+    if not first:
+        time.sleep(2.0)  # until rank 0 has said it, if it can
+        speaker = min(ranks.failures())
+        if log is not None and (speaker == ranks.rank or (speaker < 0 and ranks.rank % ranks.local_world == 0)):
+            log.take_over()
+    if log is not None:
         log(f"error: {text}")
-    elif alone:
+    elif first:
         print(f"error: {text}", file=sys.stderr, flush=True)
     if not alone:
-        time.sleep(2.0 if ranks.rank else 1.0)  # until rank 0 has said it
+        time.sleep(1.0 if first else 0.0)
         sys.stdout.flush()
         os._exit(status)
     return status
@@ -4540,7 +4733,7 @@ def main(environ: Mapping[str, str] = os.environ, arguments: tuple[str, ...] = (
     """
     if arguments:
         if arguments[0] == "--pack":
-            sys.stdout.buffer.write(packed_code())
+            sys.stdout.buffer.write(counted_code())
             return 0
         known = {"--help": settings_help(), "--source": own_source()}
         print(known.get(arguments[0], f"{arguments[0]} is not known; settings are environment variables (--help lists them, --source "
@@ -4551,9 +4744,10 @@ def main(environ: Mapping[str, str] = os.environ, arguments: tuple[str, ...] = (
         cfg = Config.from_env(environ)
         ranks = Ranks.start(environ, cfg.rank_timeout_seconds)
         name = f"{datetime.now(timezone.utc):%Y%m%d_%H%M%S}_seed{cfg.seed}_{os.urandom(3).hex()}"
-        cfg = cfg if cfg.run_id else replace(cfg, run_id=ranks.agree(name))
+        cfg = replace(cfg, **ranks.agree({"run_id": cfg.run_id or name, "losses_path": cfg.losses_path}))
         log = open_log(cfg, ranks)
-        watch = Watch(ranks, log)
+        watch = Watch(ranks, log, cfg.rank_timeout_seconds)
+        ranks.check_same(identity(cfg, but=PLACES))  # a rank with other settings would wait in other places
         status = run_stages(cfg, ranks, environ, log, watch)
         watch.over.set()
         ranks.stop()

@@ -57,6 +57,7 @@ INSTRUCTIONS = 132 * 4 * 1.755e9 * 0.7 * 32  # a second: 4 warps of 32 issue on 
 COLLECTIVE_BYTES = 350e9  # a second over NVLink, of a tensor that is summed or gathered over 8 ranks
 APPLY_CHUNK = 65_536  # elements of a block of torch's multi-tensor kernels
 UNKNOWN_THREAD_BYTES = 16  # moved by a thread of an eager kernel of which only the grid is known: four float32
+SUMMING_THREAD_BYTES = 24  # of FlashAttention 2's sums over two grouped heads: four sums of two bfloat16
 SMALL_BYTES = 3_000_000  # a kernel that moves less is one of the small ones in the table
 
 
@@ -299,7 +300,7 @@ def eager_cost(line: str) -> tuple[str, float, float]:
     elif elements > 0:
         size = float(elements * width * (int(arrays[1]) if arrays else 3))
     else:
-        size = float(blocks * threads * UNKNOWN_THREAD_BYTES)
+        size = float(blocks * threads * (SUMMING_THREAD_BYTES if width == 2 and "reduce_kernel" in line else UNKNOWN_THREAD_BYTES))
     return "eager kernels" if size >= SMALL_BYTES else "small kernels", size, streamed(size)
 
 

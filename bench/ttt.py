@@ -6,7 +6,7 @@
 Every line of ROWS is a name and settings (`cache16 TTT_CONTEXT=cache TTT_CHUNK_SIZE=16`); settings for all rows come from
 the environment. A row is scored by train_gpt's own score_with_ttt; its losses, one a target, go to OUT/NAME.npz with the words
 of the row, and a row that is there already is only read. It may be one of more documents: documents do not depend on each other,
-and the first ones are compared (with global SGD and meta they do depend, and such a row is refused). `--jobs N` scores N rows at
+and the first ones are compared (with global SGD, meta, n-grams, a warm A and short chunks they do, and such a row is refused). `--jobs N` scores N rows at
 once, in a process with one thread each. Words in small letters are experiments that are no settings of the program:
 
     sites=k,attn,mlp,head  adapters on these sites only
@@ -84,13 +84,13 @@ class ExperimentalAdapters(g.Adapters):
         return super().live(documents)
 
     @torch.no_grad()
-    def reset(self) -> None:
+    def reset(self, warm: bool = False) -> None:
         share = float(self.options.get("meta", 0))
         if share and self.used:
             for kind, initial in (("a", self.initial), ("b", self.initial_b)):
                 for name, value in initial.items():
                     value.lerp_(self.values[f"{kind}.{name}"][: self.used].mean(0, keepdim=True), share)
-        super().reset()
+        super().reset(warm)
         for name, value in self.initial_b.items():
             self.values[f"b.{name}"].copy_(value.expand_as(self.values[f"b.{name}"]))
         self.used = 0
@@ -102,9 +102,9 @@ class ExperimentalScorer(g.TTTScorer):
     options: dict[str, str]
     before: g.Chunk | None = None  # the chunk before
 
-    def score(self, documents: g.Documents, members: range) -> list[np.ndarray]:
+    def score(self, documents: g.Documents, members: range, warm: bool = False) -> list[np.ndarray]:
         self.before = None
-        return super().score(documents, members)
+        return super().score(documents, members, warm)
 
     def forward(self, batch: g.Batch, leaves: dict[str, Tensor], seen: int) -> tuple[Tensor, list]:
         """Losses, and keys and values, of the chunk that begins at the cache's `begin`."""
@@ -292,8 +292,8 @@ def read_row(path: Path, name: str, words: list[str], targets: int, alone: bool)
     if count < targets:
         raise SystemExit(f"row {name}: {path} holds {count} targets, {targets} are asked for: use another --out")
     if count > targets and not alone:
-        raise SystemExit(f"row {name}: {path} holds {count} targets, {targets} are asked for, and with global SGD or meta= they depend "
-                         f"on documents further on: use another --out")
+        raise SystemExit(f"row {name}: {path} holds {count} targets, {targets} are asked for, and with global SGD, meta=, n-grams, a warm "
+                         f"A or chunks by a batch's longest they depend on documents further on: use another --out")
     return Row(name, saved["losses"][:targets], float(saved["seconds"]), float(saved["forwards"]))
 
 
@@ -356,8 +356,9 @@ def main(arguments: list[str] | None = None) -> None:
 
     def read(name: str) -> Row:
         words = words_of[name]
-        alone = not config_of(words, data).phased_ttt_enabled and not float(parse(words)[1].get("meta", 0))
-        return read_row(paths[name], name, words, targets, alone)
+        cfg = config_of(words, data)
+        together = cfg.phased_ttt_enabled or cfg.ttt_warm_start_a or cfg.ttt_short_chunks or cfg.ngram_tilt_enabled
+        return read_row(paths[name], name, words, targets, not together and not float(parse(words)[1].get("meta", 0)))
 
     rows = {name: read(name) for name, path in paths.items() if path.exists()}
     tasks = {name: (path, words_of[name], options.artifact, data, span) for name, path in paths.items() if name not in rows}

@@ -158,10 +158,12 @@ def tilt(golden: Arrays, order: int, log_probs: Tensor) -> dict[str, np.ndarray]
     found = {name: np.zeros(len(tokens) - 1, np.int64) for name in ("hint", "total", "top_count", "gate")}
     for name, values in (("hint", hints.top), ("total", hints.total), ("top_count", hints.count)):
         found[name][hints.at - 1] = values
-    found["gate"][hints.gated(config["threshold"]).at - 1] = 1
+    betas = np.zeros(len(tokens) - 1, np.float32)
+    betas[hints.at - 1] = hints.betas(tg.Config(ngram_tilt_threshold=config["threshold"], ngram_tilt_beta=config["beta"]))
+    found["gate"] = betas > 0
     targets, top = torch.from_numpy(tokens[1:].astype(np.int64)), torch.from_numpy(found["hint"])
     losses = -log_probs.gather(1, torch.stack([targets, top], 1)).T
-    found["nll"] = tg.tilted(*losses, (targets == top).float(), torch.from_numpy(found["gate"]) > 0, config["beta"]).numpy()
+    found["nll"] = tg.tilted(*losses, (targets == top).float(), torch.from_numpy(betas)).numpy()
     return found
 
 
@@ -177,6 +179,29 @@ def ttt_losses(run: tg.Run, model: tg.GPT, documents: list[np.ndarray], first_a:
     adapters.initial = {site: torch.from_numpy(first_a[site][:, order]).transpose(0, 1) for site in adapters.initial}
     found = scorer.score(tg.Documents(tg.ValData(tokens, np.ones_like(tokens), len(documents))), range(len(documents)))
     return [found[order.index(i)] for i in range(len(documents))]
+
+
+def ttt_by_plan(run: tg.Run, model: tg.GPT, batches: list[list[np.ndarray]], first_a: list[dict[str, np.ndarray]]) -> Iterator[
+        tuple[list[np.ndarray], dict[str, np.ndarray]]]:
+    """Losses of each document, batch by batch as the program plans them in one lane, and every `a.` and `b.` that the batch ends with.
+
+    `first_a` of each batch by site: A (visits, documents, rank, in) where it begins anew, else nothing.
+    """
+    documents = [d for batch in batches for d in batch]
+    tokens = np.concatenate([*(d[:-1] for d in documents), documents[-1][-1:]]).astype(np.uint16)
+    known = tg.Documents(tg.ValData(tokens, np.ones_like(tokens), len(documents)))
+    known.starts, known.lengths = known.starts[:-1], known.lengths[:-1]  # the last BOS begins an empty document
+    tg.TTT_LANES, lanes = 1, tg.TTT_LANES
+    plan, scorer = tg.plan_ttt(run.cfg, known.lengths, 1)[0], tg.TTTScorer(run, model)
+    tg.TTT_LANES = lanes
+    assert [len(b) for b in plan.batches] == list(map(len, batches)), "whole batches, cut from the short end"
+    for index, members in enumerate(plan.batches):
+        assert (index in plan.warm) == (not first_a[index]), "A begins anew where theirs does"
+        if index not in plan.warm:
+            adapters = scorer.adapters = tg.Adapters(run, scorer.schedule, len(members))
+            adapters.initial = {site: torch.from_numpy(a[:, ::-1].copy()).transpose(0, 1) for site, a in first_a[index].items()}
+        losses = scorer.score(known, members, index in plan.warm)[::-1]  # ours has the longest document first
+        yield losses, {name: t.flip(0).transpose(0, 1).numpy() for name, t in scorer.adapters.values.items()}
 
 
 # ---- comparing ----
@@ -377,6 +402,32 @@ def forward_variant(path: Path, settings: dict[str, object], variant: str, kind:
         yield largest("gradients", {name: (ours[name], grad) for name, grad in under(golden, f"{variant}/grad").items()}, 1e-5)
 
 
+def warm_ttt(path: Path, settings: dict[str, object]) -> Iterator[Difference]:
+    """Losses, and A and the head's B after each batch."""
+    golden, forward = read(path), read(path.with_name("lever_forward.npz"))
+    config = config_of(golden)
+    names = {"TTT_LORA_RANK": "rank", "TTT_LORA_ALPHA": "alpha", "TTT_WEIGHT_DECAY": "weight_decay", "TTT_BETA2": "beta2",
+             "TTT_EVAL_SEQ_LEN": "window", "TTT_CHUNK_SIZE": "chunk", "TTT_BATCH_SIZE": "batch", "EVAL_LOOP_DEPTH": "depth"}
+    for kind, case in config["runs"].items():
+        arrays, sites = under(golden, kind), {site.upper(): int(site in case["sites"]) for site in ("q", "k", "v", "o", "mlp")}
+        batches = [under(arrays, f"batch{i}") for i in range(len(case["steps"]))]
+        run = start(config_of(forward) | SMEAR | SPARSE | settings | {name: config[key] for name, key in names.items()} | {
+            "PHASED_TTT_ENABLED": 0, "TTT_LORA_LR": case["lr"], "TTT_SHORT_CHUNKS": case["short_steps"].replace(":", ","),
+            **{f"TTT_{site}_LORA": on for site, on in sites.items()}})
+        model = model_of(run, under(forward, "param") | under(forward, "sparse_smear/param"))
+        rows = [[under(batch, f"row{b}") for b in range(sum(name.endswith("/tokens") for name in batch))] for batch in batches]
+        first = [stacked_a(under(batch, "A_start"), "") if under(batch, "A_start") else {} for batch in batches]
+        found = list(ttt_by_plan(run, model, [[row["tokens"] for row in batch] for batch in rows], first))
+        yield largest(f"{kind}: losses", {f"batch {i} row {b}": (loss, rows[i][b]["loss"])
+                                          for i, (losses, _) in enumerate(found) for b, loss in enumerate(losses)}, 5e-4)
+        ends = [stacked_a(under(batch, "A_end"), "") if under(batch, "A_end") else {} for batch in batches]
+        if any(ends):
+            pairs = {f"batch {i} {site}": (found[i][1][f"a.{site}"], a) for i, end in enumerate(ends) for site, a in end.items()}
+            yield largest(f"{kind}: A", pairs, 1e-3)
+            heads = {f"batch {i}": (found[i][1]["b.head"][0], batch["B_end/lm_head_lora"]) for i, batch in enumerate(batches)}
+            yield largest(f"{kind}: B of the head", heads, 5e-3)
+
+
 def newton_schulz(path: Path, _: dict[str, object], coefficients: str) -> Iterator[Difference]:
     golden = read(path)
     pairs = {name: (orthogonalized(torch.from_numpy(golden["input/" + name.split("/")[0]]), int(name[-1]), coefficients), matrix)
@@ -424,7 +475,7 @@ LEVERS = (
     Lever("Muon's momentum", {}, "lever_muon.npz", momentum),
     Lever("LQER", {"LQER_ENABLED": 1}, "lever_lqer.npz"),
     Lever("AWQ-lite", {"AWQ_LITE_ENABLED": 1}, "lever_lqer.npz"),
-    Lever("warm A in TTT", {"TTT_WARM_START_A": 1}, "lever_ttt.npz"),
+    Lever("warm A in TTT", {"TTT_WARM_START_A": 1}, "lever_ttt.npz", warm_ttt),
     Lever("n-gram tilt", {"NGRAM_TILT_ENABLED": 1}, "lever_tilt.npz", ngram_tilt),
     Lever("fused marker pairs", {"FUSED_MARKER_PAIRS": 1}, "lever_fusion.npz"),
 )

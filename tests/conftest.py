@@ -27,7 +27,7 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def finished(data: Path, out: Path, ranks: int) -> TinyRun:
-    done = tiny.run(tiny.environment(data, out, RUN_ID="run"), ranks)
+    done = tiny.run(tiny.environment(data, out, RUN_ID="run", LOSSES_PATH=out / "losses.npz"), ranks)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return TinyRun(data, out, (out / "run.log").read_text())
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import os
-import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import tiny
+import torch
 
 import train_gpt as tg
 
@@ -22,7 +23,7 @@ Fault = Callable[[], object]
 
 def start(env: dict[str, str], fault: Fault | None = None, said: Path | None = None) -> int:
     """main(env) in a child; its process id. `fault` is called in the child first."""
-    tg.packed_code()  # kept, so that every child need not make it
+    tg.counted_code()  # kept, so that every child need not make it
     sys.stdout.flush()
     if child := os.fork():
         return child
@@ -56,16 +57,32 @@ def wait(child: int, seconds: float = 60.0) -> int:
     raise AssertionError(f"still running after {seconds:g} s")
 
 
-def run(env: dict[str, str], ranks: int = 1, fault: Fault | None = None, faulty: int = 0, said: Path | None = None) -> list[int]:
-    """Exit statuses of all ranks of a run; the fault is in rank `faulty`."""
+def wait_for_all(children: list[int], grace_seconds: float = 5.0) -> list[int]:
+    """Exit statuses; when one has failed the others are killed a little later, as torchrun does."""
+    statuses, end = {}, math.inf
+    while len(statuses) < len(children):
+        for child in set(children) - statuses.keys():
+            found, status = os.waitpid(child, os.WNOHANG)
+            if found:
+                statuses[child] = os.waitstatus_to_exitcode(status)
+                end = min(end, time.monotonic() + (grace_seconds if statuses[child] else 60.0))
+            elif time.monotonic() > end:
+                os.kill(child, 9)
+        time.sleep(0.01)
+    return [statuses[child] for child in children]
+
+
+def run(env: dict[str, str], ranks: int = 1, fault: Fault | None = None, faulty: int = 0, said: Path | None = None,
+        own: Mapping[int, dict[str, str]] | None = None) -> list[int]:
+    """Exit statuses of all ranks of a run; the fault is in rank `faulty`, and each rank has its `own` variables beside the common ones."""
     if ranks == 1:
         return [wait(start(env, fault, said))]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {**env, "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    children = [start({**shared, "RANK": str(r), "LOCAL_RANK": str(r)}, fault if r == faulty else None, said) for r in range(ranks)]
-    return [wait(child) for child in children]
+    agent = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun has one
+    shared = {**env, "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(agent.port),
+              "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    children = [start({**shared, "RANK": str(r), "LOCAL_RANK": str(r), **(own or {}).get(r, {})}, fault if r == faulty else None, said)
+                for r in range(ranks)]
+    return wait_for_all(children)
 
 
 def environment(data: Path, out: Path, **changes: object) -> dict[str, str]:

@@ -42,6 +42,8 @@ def test_every_number_of_the_folder_is_of_the_logs() -> None:
     assert "| validation documents score no better than others |" in text and "| the distribution adds up to 1 |" in text
     assert "**This is no record**" in text and "not scored on the published validation set" in text
     assert re.fullmatch(r"\d{4}-\d\d-\d\d_Tiny", folder.name)
+    assert (folder / "source" / "train_gpt.py").read_bytes() == (tiny.ROOT / "train_gpt.py").read_bytes()
+    assert 5 * (folder / "train_gpt.py").stat().st_size < (folder / "source" / "train_gpt.py").stat().st_size
     names = {path.name for path in folder.iterdir()}
     assert names >= {*make_record.CODE, "tokenizers", "run.sh", "README.md", "submission.json", "plot.png", "report.html"}
 
@@ -103,7 +105,7 @@ REFUSALS = {
     "mixed machines": ("train_seed4.log", r"ranks:1", "ranks:2", "ranks is 1 / 2"),
     "another Python": ("train_seed4.log", r"python:\S+", "python:3.1.4", "python is"),
     "other threads": ("train_seed4.log", r"threads:\d+", "threads:64", "threads is 1 / 64"),
-    "other code in a seed": ("train_seed5.log", r"sha256:\w+$", "sha256:" + "0" * 64, "is not the code of train_seed5.log"),
+    "other code in a seed": ("train_seed5.log", r" sha256:\w+ source", f" sha256:{'0' * 64} source", "is not the code of train_seed5.log"),
     "no end": ("train_seed5.log", r"^final .*\n", "", "did not end"),
     "over the cap": ("train_seed3.log", r"total_bytes:\d+", "total_bytes:16000001", "within the cap"),
     "an error": ("train_seed3.log", r"\Z", "error: training took 700.0 s, over the budget of 600 s\n", "over the budget"),

@@ -153,9 +153,9 @@ def test_what_a_kernel_moves_is_read_off_its_source() -> None:
     traffic = null_hopper.Traffic("triton_per_fused_0", KERNEL)
     moved = {role: traffic.moved(role, numel, traffic.sizes) for role, numel in (
         ("in_ptr0", 128_000), ("in_ptr1", 5000), ("in_ptr2", 777), ("out_ptr0", 10_000), ("ws_ptr", 333), ("xnumel", 1))}
-    assert moved == {"in_ptr0": 128_000, "in_ptr1": 250, "in_ptr2": 777, "out_ptr0": 128, "ws_ptr": 333, "xnumel": 0}
+    assert moved == {"in_ptr0": 72_000, "in_ptr1": 250, "in_ptr2": 777, "out_ptr0": 128, "ws_ptr": 333, "xnumel": 0}
     assert traffic.slow == 2
-    assert traffic.moved("in_ptr0", 10**9, traffic.sizes) == 2 * 64_000  # two columns' worth of a wider buffer
+    assert traffic.moved("in_ptr0", 10**9, traffic.sizes) == 1000 * (64 + 8)  # the columns that are read, of a wider buffer
 
 
 def test_a_product_is_bound_by_arithmetic_or_by_bytes() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import shutil
 import subprocess
@@ -32,6 +33,9 @@ def test_loss_falls_quantization_costs_little_and_ttt_gains(one_rank) -> None:
     assert losses[-1] < losses[0] - 1
     bpb = {name: float(e["val_bpb"]) for name, e in scores(one_rank.log).items()}
     assert abs(bpb["quantized"] - bpb["ema"]) < 0.05 and bpb["quantized_ttt"] < bpb["quantized"]
+    with np.load(one_rank.out / "losses.npz") as losses:
+        assert {name: float(nats.mean()) for name, nats in losses.items()} == {
+            name: pytest.approx(float(e["val_loss"]), abs=1e-6) for name, e in scores(one_rank.log).items()}
     final = tiny.records(one_rank.log, "final")[0]
     assert float(final["val_bpb"]) == bpb["quantized_ttt"] and float(final["pre_ttt_bpb"]) == bpb["quantized"]
 
@@ -67,17 +71,68 @@ def test_the_artifact_alone_carries_how_it_is_scored_and_the_environment_wins_on
 
 
 def test_the_packed_file_makes_the_same_artifact(tiny_data: Path, tmp_path: Path) -> None:
+    """And counts itself as the readable one counts it: all that differs is what is said of the source."""
     packed = tmp_path / "packed" / "train_gpt.py"
     packed.parent.mkdir()
-    packed.write_bytes(tg.packed_code())
+    packed.write_bytes(tg.counted_code())
     files = []
     for name, script in (("readable", tiny.ROOT / "train_gpt.py"), ("packed", packed)):
         env = forked.environment(tiny_data, tmp_path / name, ITERATIONS=2)
         done = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-2000:]
-        files.append(((tmp_path / name / "run.artifact").read_bytes(), scores(done.stdout)))
+        code, size = tiny.records(done.stdout, "code")[0], tiny.records(done.stdout, "artifact")[0]
+        files.append(((tmp_path / name / "run.artifact").read_bytes(), scores(done.stdout), code["sha256"], size["total_bytes"]))
+        source = tg.own_source() if name == "readable" else tg.shipped_source(tg.own_source())
+        assert (code["source_bytes"], code["source_sha256"]) == (str(len(source.encode())), tg.hashlib.sha256(source.encode()).hexdigest())
     assert files[0] == files[1]
-    assert tg.pack_code(tg.own_source()) == tg.pack_code(tg.own_source()) == packed.read_bytes()
+
+
+@pytest.mark.parametrize("piece", ['"""a""" """"b""" \'\' "" "c"', "f'{1 + 2 !r:>{9}} {{x}}' f\"y\"", "[1 if 2else 3, -  -5, not(6), 0x1f]"])
+def test_packing_leaves_out_what_changes_nothing(piece: str) -> None:
+    """Blanks, comments, docstrings, and the annotations that no decorator reads."""
+    source = f'''"""Words."""  # words
+
+@decorate(
+    1)  # words
+def first(a: int, *, b: "str" = {piece}, **c: T[1, 2]) -> None:
+    """Words
+    and words."""
+    def second(x: int = 1, /, *y: int) -> dict[int,
+                                               int]:
+        z: int = {piece}; return z  # words
+
+        "no docstring"
+
+
+class Third:
+    """Words."""
+    field: int = (1,   2)
+    def third(self: T) -> T: "words"
+'''
+    expected = f'''
+@decorate(1)
+def first(a: int, *, b: "str" = {piece}, **c: T[1, 2]) -> None:
+    def second(x = 1, /, *y):
+        z: int = {piece}; return z
+        "no docstring"
+class Third:
+    field: int = (1, 2)
+    def third(self): "words"
+'''
+    shipped = tg.shipped_source(source)
+    assert ast.dump(ast.parse(shipped)) == ast.dump(ast.parse(expected)) and "#" not in shipped and "  field" not in shipped
+    assert tg.shipped_source(shipped) == shipped
+
+
+def test_a_packed_file_holds_every_byte_of_its_payload(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the compressor gives, quotes and line ends and zeros before digits, comes back; packed twice it is the same file."""
+    for payload in (bytes(range(256)) * 2, b'"""', b'\0007\0a\\"\\\\', b"\r\n\n\r\r\n", b'a"', b'\0', b'\\'):
+        monkeypatch.setattr(tg.brotli, "compress", lambda data, payload=payload, **kinds: payload)
+        text = tg.pack_code("")
+        (literal,) = [node.value for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Attribute) and node.attr == "encode"]
+        assert literal.value.encode("latin-1") == payload
+    monkeypatch.undo()
+    assert tg.pack_code(tg.shipped_source(tg.own_source())) == tg.counted_code() and len(tg.counted_code()) < 46_000
 
 
 def test_two_ranks_score_the_same_artifact_the_same(one_rank, tmp_path: Path) -> None:
@@ -102,9 +157,9 @@ def test_same_seed_same_figures(one_rank, tmp_path: Path) -> None:
 
 
 def test_log_says_what_ran(one_rank) -> None:
-    code, logged = (tiny.ROOT / "train_gpt.py").read_bytes(), tiny.records(one_rank.log, "code")[0]
-    assert int(logged["bytes"]) == len(code) and logged["sha256"] == tg.hashlib.sha256(code).hexdigest()
-    assert int(logged["packed_bytes"]) == len(tg.packed_code()) < 50_000
+    code, source, logged = tg.counted_code(), (tiny.ROOT / "train_gpt.py").read_bytes(), tiny.records(one_rank.log, "code")[0]
+    for prefix, data in (("", code), ("source_", source)):
+        assert int(logged[f"{prefix}bytes"]) == len(data) and logged[f"{prefix}sha256"] == tg.hashlib.sha256(data).hexdigest()
     artifact = tiny.records(one_rank.log, "artifact")[0]
     assert int(artifact["model_bytes"]) == (one_rank.out / "run.artifact").stat().st_size
     assert int(artifact["total_bytes"]) == int(artifact["model_bytes"]) + len(code)

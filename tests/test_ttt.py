@@ -72,6 +72,9 @@ def test_chunks_double_where_they_are_told_to() -> None:
     ({"ttt_chunk_doubles_at": "16,40"}, "a multiple of the chunks that begin there"),
     ({"ttt_chunk_doubles_at": "16,32,64,128"}, "must be at most TTT_EVAL_SEQ_LEN"),
     ({"ttt_chunk_doubles_at": "16", "ttt_context": "window"}, "needs TTT_CONTEXT=cache"),
+    ({"ttt_short_chunks": "20,4"}, "TTT_CONTEXT=window"),
+    ({"ttt_short_chunks": "20,4,30", "ttt_context": "window"}, "must be pairs"),
+    ({"ttt_short_chunks": "20,101", "ttt_context": "window"}, "at most TTT_EVAL_SEQ_LEN"),
 ])
 def test_impossible_doublings_are_refused(changes: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -148,6 +151,60 @@ def test_chunks_of_one_token_learn() -> None:
     starts = val.document_starts()
     np.testing.assert_array_equal(learnt[starts], frozen[starts])
     assert learnt.mean() < frozen.mean()
+
+
+# ----------------------------------------------------------------------------------------------------------- warm A, lanes
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_a_goes_on_in_its_row_and_decays_until_its_batch_has_ended(context: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(g, "TTT_LANES", 1)
+    run = make_run(ttt_warm_start_a=1, ttt_batch_size=2, ttt_chunk_size=8, ttt_lora_lr=0.02, ttt_weight_decay=5, ttt_context=context)
+    model, val = make_model(run), make_val([np.append(1, np.random.default_rng(n).integers(4, tiny.VOCAB, n)) for n in (31, 47, 20, 38, 26)])
+    documents, losses = g.Documents(val), score_all(run, val)
+    assert len(set(documents.lengths)) == 5
+    kept: dict[int, Oracle] = {}
+    for batch in ((0,), (1, 2), (3, 4)):  # cut from the short end: the odd one has the longest and leaves no A to the next
+        steps = -(-int(documents.lengths[batch[0]]) // 8) - 1
+        for row, document in enumerate(batch):
+            oracle, start = Oracle(run, model), int(documents.starts[document])
+            if batch == (3, 4):
+                for key, (a, _) in kept[row].lora.items():
+                    oracle.lora[key][0].data.copy_(a.detach())
+            found = oracle.score(documents.text(document).astype(np.int64))
+            np.testing.assert_allclose(losses[start: start + len(found)], found, atol=5e-5)
+            for a, _ in oracle.lora.values():
+                a.data.mul_((1 - 0.02 * 5) ** (steps - oracle.updates))
+            kept[row] = oracle
+    cold = score_all(g.replace(run, cfg=g.replace(run.cfg, ttt_warm_start_a=False)), val)
+    first = slice(int(documents.starts[3]) + 8, int(documents.starts[3]) + int(documents.lengths[3]))
+    assert np.abs(cold[first] - losses[first]).max() > 1e-3, "the A of before matters"
+
+
+def test_with_a_warm_a_later_text_changes_no_earlier_score_to_the_last_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(g, "TTT_LANES", 2)
+    run = make_run(ttt_warm_start_a=1, ttt_batch_size=2, ttt_lora_lr=0.02, ttt_short_chunks="40,8", ttt_eval_seq_len=64)
+    val = make_val(tiny.documents(12, seed=12, longest=100))
+    documents, before = g.Documents(val), score_all(run, val)
+    plan = g.plan_ttt(run.cfg, documents.lengths, 1)[0]
+    lanes = [list(part) for part in np.split(np.array(plan.ranks[0]), [i for i, b in enumerate(plan.ranks[0]) if i and b not in plan.warm])]
+    assert len(lanes) == 2 and min(map(len, lanes)) > 1
+    changed = plan.batches[lanes[0][1]].start
+    start, length = int(documents.starts[changed]), int(documents.lengths[changed])
+    at = length // 2 + 3
+    tokens = val.tokens.copy()
+    tokens[start + at: start + length] = 4 + (tokens[start + at: start + length] + 9) % 60
+    differs = score_all(run, val._replace(tokens=tokens)) != before
+    for lane in lanes:
+        for place, batch in enumerate(lane):
+            for document in plan.batches[batch]:
+                own = differs[documents.starts[document]:][: documents.lengths[document]]
+                if document == changed:
+                    assert not own[: at - 1].any() and own[at - 1: length - 1].mean() > 0.9
+                else:  # those that come later in the lane, and in the row of the changed one, begin with another A
+                    row = document - plan.batches[batch].start == changed - plan.batches[lanes[0][1]].start
+                    later = lane is lanes[0] and place > 1 and row and len(own) > 16
+                    assert own.any() == later, (batch, document)
 
 
 # ---------------------------------------------------------------------------------------------------------- score first

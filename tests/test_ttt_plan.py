@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
 import torch
+from off_default import FEW_LAYERS
+from test_isolation import on_ranks
 from ttt_tools import CONTEXTS, make_model, make_run, make_val, quantized
 
 import train_gpt as g
@@ -82,9 +85,9 @@ def test_a_rank_forwards_the_tokens_that_the_plan_reckons(monkeypatch: pytest.Mo
     assert 1 <= scorer.forwarded / needed_tokens(lengths) < 1.02
 
 
-def test_the_longest_documents_are_in_small_batches_on_different_ranks() -> None:
+def test_the_longest_documents_are_in_a_small_batch_and_the_next_ones_on_other_ranks() -> None:
     plan = g.plan_ttt(RECORD, LENGTHS, 8)[0]
-    assert max(map(len, plan.batches[:4])) < 32
+    assert len(plan.batches[0]) < 64, "their steps are many, so they share them with few"
     assert len({rank for rank, batches in enumerate(plan.ranks) for b in batches if b < 4}) == 4
 
 
@@ -129,6 +132,59 @@ def test_the_global_sgd_is_given_those_documents_with_the_bos_behind_each(monkey
     g.score_with_ttt(run, make_model(run), make_val(docs))
     in_order = {n: [1, *[4 + n] * n, *([1] if n != 11 else [])] for n in range(3, 13)}  # the one of 11 is the last in the data
     assert learned == [(sum((in_order[n] for n in (9, 11, 10)), []), "1/2"), (sum((in_order[n] for n in (5, 6, 7, 8, 9, 11)), []), "2/2")]
+
+
+# ----------------------------------------------------------------------------------------------------------------- lanes
+
+
+def lanes_of(plan: g.PhasePlan) -> set[tuple[int, ...]]:
+    """The runs of batches, each with the A of the one before it."""
+    found: list[list[int]] = []
+    for index in itertools.chain(*plan.ranks):
+        if index in plan.warm:
+            found[-1].append(index)
+        else:
+            found.append([index])
+    return set(map(tuple, found))
+
+
+def test_lanes_of_whole_batches_do_not_depend_on_the_ranks() -> None:
+    cfg = g.replace(RECORD, ttt_warm_start_a=True, ttt_short_chunks=(256, 8, 2000, 24))
+    plans = {world: g.plan_ttt(cfg, LENGTHS, world) for world in (*WORLDS, 11)}
+    for world, phases in plans.items():
+        assert len(phases) == 4
+        for plan, alone in zip(phases, plans[1]):
+            assert (plan.documents, plan.learns, plan.batches, plan.warm) == (alone.documents, alone.learns, alone.batches, alone.warm)
+            assert lanes_of(plan) == lanes_of(alone) and all(list(lane) == sorted(lane) for lane in lanes_of(plan))
+            assert sorted(itertools.chain(*plan.ranks)) == list(range(len(plan.batches))) and len(plan.ranks) == world
+    sizes = [len(batch) for plan in plans[1] for batch in plan.batches]
+    assert sizes == [50_000 % 64] + [64] * (50_000 // 64), "the odd batch is the one of the longest"
+    assert len(lanes_of(plans[1][0])) == 9 and len(lanes_of(plans[1][3])) == 8, "the odd batch leaves no A to the next in its lane"
+    assert max(plans[8][3].seconds) / np.mean(plans[8][3].seconds) < 1.01
+
+
+def test_a_batch_has_the_chunk_of_its_longest_document_with_both_bos() -> None:
+    cfg = g.replace(RECORD, ttt_short_chunks=(13, 2, 27, 3))
+    assert g.chunk_bounds(cfg, 12) == list(range(0, 13, 2)) and g.chunk_bounds(cfg, 13) == [0, 3, 6, 9, 12, 15]
+    assert g.chunk_bounds(cfg, 26)[1] == 3 and g.chunk_bounds(cfg, 27) == [0, 48]
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_a_warm_a_gives_one_score_on_one_two_three_and_eight_ranks(context: str) -> None:
+    short = {"ttt_short_chunks": "24,4"} if context == "window" else {}
+    run = make_run(ttt_context=context, ttt_warm_start_a=1, ttt_batch_size=2, ttt_chunk_size=8, ttt_eval_seq_len=24, ttt_lora_lr=0.01,
+                   phased_ttt_enabled=1, phased_ttt_prefix_docs=5, phased_ttt_num_phases=1, phased_ttt_leave_out=2, global_ttt_lr=0.02,
+                   global_ttt_chunk_tokens=64, eval_loop_depth=1, **FEW_LAYERS, **short)
+    val = make_val(tiny.documents(41, seed=19, shortest=8, longest=32))
+
+    def score(ranks: g.Ranks) -> g.Score:
+        return g.score_with_ttt(g.replace(run, ranks=ranks), make_model(run), val)
+
+    one = score(g.Ranks())
+    for world in WORLDS[1:] if context == "window" else (3,):
+        by_rank = on_ranks(world, score)
+        np.testing.assert_allclose(np.nanmax([s.losses for s in by_rank], 0), one.losses, atol=1e-5)
+        assert [s.nats for s in by_rank] == pytest.approx([one.nats] * world, rel=1e-6)
 
 
 # ----------------------------------------------------------------------------------------------------------------- ranks

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 import random
@@ -17,6 +16,9 @@ import pytest
 import tiny
 import tiny_record
 from tiny_record import made, verify
+
+import train_gpt as tg
+
 
 def status_of(results: list[verify.Result], rule: str) -> str:
     """The status of the one row whose rule starts with `rule`."""
@@ -62,17 +64,18 @@ def suspect_of(folder: Path) -> verify.Suspect:
 def test_train_gpt_that_sees_the_future_is_found(tmp_path: Path) -> None:
     """The real program through its own entry point, with text replaced in every document."""
     folder = one_seed(tmp_path / "record")
+    shutil.copy(folder / "source" / "train_gpt.py", folder)
     tiny_record.rewrite(folder / "train_gpt.py", "is_causal=True", "is_causal=False")
     val, suspect = verify.ValSet.load(made().data), suspect_of(folder)
-    change = verify.referee.cut_everywhere(val, np.random.default_rng(0))
+    change = verify.referee.cut_each(val, np.ones(len(val.starts), bool), np.random.default_rng(0))
     before, after = suspect.score(val)["quantized"], suspect.score(change.val)["quantized"]
-    assert (before != after)[change.stays["quantized"]].any()
+    assert (before != after)[change.before].any()
 
 
 def test_code_from_before_losses_path_is_scored_all_the_same(tmp_path: Path) -> None:
     folder = one_seed(tmp_path / "record")
     code = folder / "train_gpt.py"
-    code.write_text(re.sub("losses_path", "nothing", code.read_text(), flags=re.IGNORECASE))
+    code.write_text(re.sub("losses_path", "nothing", (folder / "source" / "train_gpt.py").read_text(), flags=re.IGNORECASE))
     tiny_record.rewrite(folder / "train_seed3.log", "setting LOSSES_PATH value:\n", "")
     suspect, val = suspect_of(folder), verify.ValSet.load(made().data)
     assert suspect.older
@@ -108,7 +111,7 @@ def test_an_artifact_without_a_log_is_scored() -> None:
 
 
 def spoil_code(folder: Path) -> None:
-    (folder / "train_gpt.py").write_text((folder / "train_gpt.py").read_text() + "\n# one more line\n")
+    (folder / "train_gpt.py").write_bytes((folder / "train_gpt.py").read_bytes() + b"\n# one more line\n")
 
 
 def spoil_artifact(folder: Path) -> None:
@@ -165,15 +168,20 @@ def better(name: str, stage: str, share: float) -> Callable[[Path], None]:
     return spoil
 
 
-def pack(text: str) -> str:
-    return f"PACKED = {base64.b85encode(brotli.compress(text.encode())).decode()!r}\nexec(PACKED)\n"
-
-
 def spoil_packed(folder: Path) -> None:
     """A packed file that carries other code than what stands beside it to be read."""
-    (folder / "source").mkdir()
-    (folder / "source" / "train_gpt.py").write_text("print('honest')\n")
-    (folder / "train_gpt.py").write_text(pack("print('something else')\n"))
+    (folder / "train_gpt.py").write_bytes(tg.pack_code("print('something else')\n"))
+
+
+def spoil_source(folder: Path) -> None:
+    """One number of the code to be read."""
+    tiny_record.rewrite(folder / "source" / "train_gpt.py", "RANS_BITS = 14", "RANS_BITS = 13")
+
+
+def spoil_loader(folder: Path) -> None:
+    """The source that is to be read, and behind it something else that runs."""
+    code = folder / "train_gpt.py"
+    code.write_bytes(code.read_bytes().replace(b'""".encode("latin-1"))', b'""".encode("latin-1") + print("more") or b"")'))
 
 
 LOG = "train_seed3.log"
@@ -183,6 +191,9 @@ FOLDER_CASES: list[tuple[str, Callable[[Path], None], str]] = [
     ("a better claim", spoil_claim, "submission.json"), ("fewer targets", spoil_targets, "every target counted once"),
     ("no end", spoil_end, "every seed's run is complete"), ("a log twice", spoil_seed, "every seed's run is complete"),
     ("packed code that is not the source", spoil_packed, "the code that runs can be read"),
+    ("a source that is not the packed code", spoil_source, "the code that runs can be read"),
+    ("packed code with more beside it", spoil_loader, "the code that runs can be read"),
+    ("another source in one seed", edit(LOG, r"source_sha256:\w{9}", "source_sha256:123456789"), "the code that runs can be read"),
     ("another Python in one seed", edit(LOG, r"python:\S+", "python:3.12.1"), "one configuration"),
     ("other threads in one seed", edit(LOG, r"threads:\d+", "threads:2"), "one configuration"),
     ("quantized far better than averaged", better(LOG, "quantized", 0.6), "the figures of each log"),
@@ -216,14 +227,20 @@ def test_a_spoilt_folder_is_found(name: str, spoil: Callable[[Path], None], rule
 
 
 def test_a_packed_file_is_read_as_its_source(tmp_path: Path) -> None:
-    source = "# readable\nprint('caf\u00e9')\n"
-    assert verify.packed_source(pack(source)) == source
-    assert verify.packed_source(source) is None and verify.packed_source("x = (") is None
+    source = '"""Words."""\ndef f(x: int) -> int:\n    return x  # caf\u00e9\n'
+    packed = tg.pack_code(source)
+    assert verify.packed_source(packed) == "def f(x):\n return x\n" and verify.packed_source(source.encode()) is None
+    for cut in (packed.replace(b'decompress("""', b'decompress("""x'), packed.replace(b'""".encode', b'" """, """".encode'),
+                tg.PACKED_HEAD + brotli.compress(bytes(1 << 23)).decode("latin-1").replace("\0", "\\0").encode("latin-1") + tg.PACKED_TAIL):
+        with pytest.raises(ValueError, match="payload is"):
+            verify.packed_source(cut)
     (tmp_path / "source").mkdir()
     (tmp_path / "source" / "train_gpt.py").write_text(source, encoding="utf-8")
-    (tmp_path / "train_gpt.py").write_text(pack(source))
+    (tmp_path / "train_gpt.py").write_bytes(packed)
     record = verify.Record(tmp_path, [])
     assert verify.check_packed(record).status == verify.PASS and verify.readable_code(record) == source
+    (tmp_path / "source" / "train_gpt.py").write_text(source.replace("return x", "return -x"), encoding="utf-8")
+    assert verify.check_packed(record).status == verify.FAIL and verify.readable_code(record) == verify.packed_source(packed)
     shutil.rmtree(tmp_path / "source")
     assert verify.check_packed(record).status == verify.UNKNOWN
 

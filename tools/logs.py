@@ -210,7 +210,7 @@ def read_ttt(run: RunLog, values: Pairs) -> None:
 
 
 def read_code(run: RunLog, values: Pairs) -> None:
-    run.code[values["file"]] = {"bytes": values["bytes"], "sha256": values["sha256"]}
+    run.code[values["file"]] = {key: values[key] for key in ("bytes", "sha256", *sorted(values.keys() & {"source_sha256"}))}
 
 
 def read_final(run: RunLog, values: Pairs) -> None:

@@ -17,6 +17,7 @@ lifts the limits of time, which its README then says; never the others. The fold
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -238,7 +239,8 @@ def where_words(run: RunLog) -> list[str]:
     which = "the published validation set" if data.get("published") == "1" else \
         "**not the published validation set**, so these scores compare with no record"
     count = {name: f"{int(data.get(name, 0)):,}" for name in ("val_docs", "val_tokens", "val_bytes", "train_tokens")}
-    code = ", ".join(f"`{file}` sha256 `{row['sha256']}` ({int(row['bytes']):,} bytes)" for file, row in run.code.items())
+    code = ", ".join(f"`{file}`{f', packed (to be read: `source/{file}`),' if 'source_sha256' in row else ''} sha256 `{row['sha256']}` "
+                     f"({int(row['bytes']):,} bytes)" for file, row in run.code.items())
     with_versions = ", ".join(f"{word} {value}" for word, value in versions(run).items())
     transform = run.settings.get("CASEOPS_VERSION", "lossless_caps_caseops_v1")  # older logs lack it
     return [f"{count['val_docs']} documents, {count['val_tokens']} entries, {count['val_bytes']} bytes, CaseOps `{transform}`: {which}. "
@@ -295,16 +297,25 @@ def launch_words(options: argparse.Namespace) -> str:
 # ======================================================================================================================
 
 
-def check_code_here(runs: Sequence[RunLog], code: Path) -> None:
-    """Refused unless the code that goes into the folder is the code that ran."""
+def counted_code(runs: Sequence[RunLog], code: Path) -> dict[str, bytes]:
+    """The files that the runs counted, train_gpt.py packed by its own --pack where it ran readable, and then that source too.
+
+    Refused unless they are, to the byte, what every log says.
+    """
+    files = {name: (code / name).read_bytes() for name in {name for run in runs for name in run.code} if (code / name).is_file()}
+    source, rows = files.get(verify.CODE_FILE), [run.code.get(verify.CODE_FILE, {}) for run in runs]
+    if source is not None and {row.get("source_sha256") for row in rows} == {hashlib.sha256(source).hexdigest()}:
+        pack = subprocess.run([sys.executable, verify.CODE_FILE, "--pack"], cwd=code, capture_output=True, check=True)
+        files |= {verify.CODE_FILE: pack.stdout, f"source/{verify.CODE_FILE}": source}
+    elif (code / "source" / verify.CODE_FILE).is_file():
+        files[f"source/{verify.CODE_FILE}"] = (code / "source" / verify.CODE_FILE).read_bytes()
     for run in runs:
-        for file, row in run.code.items():
-            path = code / file
-            have = verify.sha256_of(path) if path.is_file() else "missing"
+        for name, row in run.code.items():
+            have = hashlib.sha256(files[name]).hexdigest() if name in files else "missing"
             if have != row["sha256"]:
-                hashes = f"sha256 {have[:12]}, in the log {row['sha256'][:12]}"
-                raise Refused(f"{path} is not the code of {run.path.name} ({hashes}): name the folder that has it with --code, or "
-                              "run the seeds again")
+                raise Refused(f"{code / name} is not the code of {run.path.name} (sha256 {have[:12]}, in the log {row['sha256'][:12]}): name "
+                              "the folder that has it with --code, or run the seeds again")
+    return files
 
 
 def fill(folder: Path, group: Group, environment: dict[str, str], options: argparse.Namespace) -> None:
@@ -320,6 +331,9 @@ def fill(folder: Path, group: Group, environment: dict[str, str], options: argpa
             shutil.copy2(options.code / file, folder)
     if (options.code / "tokenizers").is_dir():
         shutil.copytree(options.code / "tokenizers", folder / "tokenizers")
+    for name, data in counted_code(group.runs, options.code).items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(data)
     script = folder / "run.sh"
     script.write_text(run_script(group, environment, options), encoding="utf-8")
     script.chmod(0o755)
@@ -354,7 +368,6 @@ def make_record(options: argparse.Namespace) -> Path:
     if options.env is not None:
         run_seeds(seeds, environment, options)
     group = Group(options.slug, collect(seeds, options.runs))
-    check_code_here(group.runs, options.code)
     track = options.records / track_of(options)
     target = track / f"{date_of(group)}_{options.slug}"
     if target.exists():

@@ -13,7 +13,6 @@ but the nats of every target, which it writes to LOSSES_PATH. Which validation s
 from __future__ import annotations
 
 import ctypes
-import itertools
 import math
 import os
 import re
@@ -40,7 +39,9 @@ MAGIC, VERSION, HEADER_BYTES, BOS = 20240520, 1, 1024, 1
 NOISE_NATS = logs.BAR_NATS / 10  # a score may differ by so much from machine to machine; a record is ten times as much
 SUM_NOISE = 1e-5  # of the probabilities of all tokens, from float32 losses
 TTT_SHIFT = 0.03  # share by which test-time training may score a document otherwise in other company
-CUT_SECONDS = 40  # for all cuts together, if their number is not asked for
+SMALL_TOKENS = 4096  # a validation set that is always scored whole
+PROBES = (2, 8)  # documents that are scored first, to learn what a score takes
+FEW = 10  # documents or pairs of which nothing is concluded
 MEMORY_Z = 4.0  # standard errors by which validation documents may score better than training documents
 
 
@@ -124,6 +125,11 @@ class ValSet:
         """The document of each entry."""
         return np.cumsum(self.tokens == BOS) - 1
 
+    @cached_property
+    def offset(self) -> np.ndarray:
+        """The place of each entry in its document; BOS is 0."""
+        return np.arange(len(self.tokens)) - self.starts[self.document]
+
     @property
     def num_bytes(self) -> int:
         return int(self.byte_counts.sum(dtype=np.int64))
@@ -134,6 +140,9 @@ class ValSet:
         end = begin + int(self.lengths[number]) + (number == len(self.starts) - 1)
         end = min(end, begin + targets + 1) if targets is not None else end
         return self.tokens[begin:end], self.byte_counts[begin:end]
+
+    def of_documents(self, numbers: np.ndarray) -> ValSet:
+        return ValSet.of([self.piece(int(number)) for number in np.sort(numbers)])
 
     def write(self, folder: Path, name: str) -> None:
         write_shard(folder / f"{name}_val_000000.bin", self.tokens)
@@ -191,7 +200,7 @@ class Suspect:
     hidden: list[Path]
     limit_seconds: float
     older: bool = False  # its code knows no LOSSES_PATH
-    seconds: list[float] = field(default_factory=list)  # that its scores took
+    took: list[tuple[int, float]] = field(default_factory=list)  # (tokens, seconds) of each score
 
     def setting(self, name: str, default: int) -> int:
         return int(float(self.settings.get(name, default)))
@@ -215,8 +224,25 @@ class Suspect:
                 (case / "score.py").write_text(OLDER)
             self.run(case)
             losses = {stage: self.read(case / "losses.npz", stage, len(val.tokens) - 1) for stage in self.stages}
-        self.seconds.append(time.monotonic() - began)
+        self.took.append((len(val.tokens), time.monotonic() - began))
         return losses
+
+    def seconds_of(self, tokens: int) -> float:
+        """What a score of so many tokens takes, by the smallest and the largest so far."""
+        (few, least), (many, most) = min(self.took), max(self.took)
+        rate = max(most - least, 0.0) / (many - few) if many > few else most / many
+        return least + rate * (tokens - few)
+
+    def that_fits(self, val: ValSet, scores: int, rng: np.random.Generator) -> tuple[ValSet, float]:
+        """The set, or documents drawn from it at random, of which `scores` scores take no longer than the limit; seconds for all of it."""
+        order = rng.permutation(len(val.starts))
+        for count in PROBES if len(val.tokens) > SMALL_TOKENS else ():
+            self.score(val.of_documents(order[:count]))
+        if not self.took or scores * (whole := self.seconds_of(len(val.tokens))) <= self.limit_seconds:
+            return val, 0.0
+        sizes = np.cumsum(val.lengths[order])
+        count = sum(scores * self.seconds_of(int(size)) <= self.limit_seconds for size in sizes)
+        return val.of_documents(order[: max(count, PROBES[0])]), scores * whole
 
     def run(self, case: Path) -> None:
         """Run the code in the folder `case`; whatever it started is ended with it."""
@@ -289,59 +315,89 @@ def check_score(run: logs.RunLog, losses: dict[str, np.ndarray], val: ValSet, ex
     return judged(rule, problems, ", ".join(said))
 
 
+def check_part(run: logs.RunLog, losses: dict[str, np.ndarray], part: ValSet, val: ValSet) -> Result:
+    """Documents drawn at random score, within five standard errors, what the log says of all. That proves no digit of it."""
+    rule, problems, said = f"the artifact scores what the log says: {run.name}", [], []
+    for stage, nats in losses.items():
+        if (told := run.evals.get(stage)) is not None:
+            shift = float(nats.mean(dtype=np.float64)) - told.val_loss
+            apart = np.bincount(part.document[:-1], nats - told.val_loss - shift, len(part.starts))
+            error = math.sqrt(float((apart ** 2).sum())) / len(nats)
+            said.append(f"{stage} {told.val_loss:.4f} in the log, here {shift:+.4f} with a standard error of {error:.4f}")
+            if len(part.starts) >= FEW and abs(shift) > 5 * error + (TTT_SHIFT * told.val_loss if stage == "quantized_ttt" else NOISE_NATS):
+                problems.append(said[-1])
+    words = f"{len(part.starts)} of {len(val.starts)} documents, nats a token: {'; '.join(said)}"
+    return Result(FAIL, rule, words) if problems else Result(UNKNOWN, rule, words)
+
+
 # ======================================================================================================================
 # What depends on what
 # ======================================================================================================================
 
 
-class Change(NamedTuple):
-    """A set with replaced tokens, the targets (N - 1,) whose losses must stay by stage, those of untouched documents."""
-
-    val: ValSet
-    stays: dict[str, np.ndarray]
-    untouched: np.ndarray
-
-
-def replace_tokens(val: ValSet, where: np.ndarray, rng: np.random.Generator) -> Change:
-    """Other text of the same set at every place of the mask `where`; BOS stays, and with it every length.
+class Change:
+    """A set with the tokens at `where` (N,) replaced by those at `source` (N,); BOS stays, and with it every length.
 
     In the evaluation nothing before the first replaced entry may change. Test-time training goes from the longest
     document to the shortest; documents of one length have no order among them.
     """
-    where = where & (val.tokens != BOS)
-    text = np.flatnonzero(val.tokens != BOS)
-    other = np.arange(len(val.tokens))
-    other[text] = np.roll(text, int(rng.integers(1, len(text))))
-    source = np.where(where, other, np.arange(len(val.tokens)))
-    document, targets = val.document[:-1], np.arange(len(val.tokens) - 1)
-    touched = np.unique(val.document[where])
-    first = touched[val.lengths[touched] == val.lengths[touched].max()]
-    longer = val.lengths[document] > val.lengths[first[0]]
-    begin = int(np.flatnonzero(where & (val.document == first[0]))[0])
-    stays = {"quantized": targets + 1 < int(np.flatnonzero(where)[0]),
-             "quantized_ttt": longer | ((document == first[0]) & (targets + 1 < begin) if len(first) == 1 else False)}
-    return Change(ValSet(val.tokens[source], val.byte_counts[source]), stays, ~np.isin(document, touched))
+
+    def __init__(self, val: ValSet, where: np.ndarray, source: np.ndarray) -> None:
+        self.real, self.source, self.where = val, source, where & (val.tokens != BOS)
+        place = np.where(self.where, source, np.arange(len(val.tokens)))
+        self.val = ValSet(val.tokens[place], val.byte_counts[place])
+        self.touched = np.unique(val.document[self.where])
+        first = np.full(len(val.starts), len(val.tokens))
+        np.minimum.at(first, val.document[self.where], np.flatnonzero(self.where))
+        self.before = np.arange(1, len(val.tokens)) < first[val.document[:-1]]  # targets in front of all that is replaced in their document
+
+    def stays(self, stage: str, apart: bool) -> np.ndarray:
+        """(N - 1,): the targets whose losses must be the real ones; `apart`: documents are known not to see each other."""
+        if stage == "quantized":
+            return self.before if apart else np.arange(1, len(self.where)) < np.flatnonzero(self.where)[0]
+        document, lengths = self.real.document[:-1], self.real.lengths
+        first = self.touched[lengths[self.touched] == lengths[self.touched].max()]
+        return (lengths[document] > lengths[first[0]]) | (self.before & (document == first[0]) if len(first) == 1 else False)
+
+    def suspicious(self, changed: np.ndarray) -> list[int]:
+        """Documents whose losses in front of what was replaced changed, though those of shorter ones, scored later, did not."""
+        document, lengths = self.real.document[:-1], self.real.lengths
+        moved = np.intersect1d(self.touched, document[changed & self.before])
+        still = np.setdiff1d(document[self.before], document[changed & self.before])
+        return [int(one) for one in moved[np.argsort(-lengths[moved])] if len(still) and lengths[one] > lengths[still].min()]
+
+    def only(self, document: int) -> Change:
+        return Change(self.real, self.where & (self.real.document == document), self.source)
 
 
 def cuts(val: ValSet, count: int, rng: np.random.Generator) -> Iterator[Change]:
     """`count` places in the order of the data and `count` in that of test-time training, everything behind replaced."""
     order = np.argsort(-val.lengths, kind="stable")
-    offset = np.arange(len(val.tokens)) - val.starts[val.document]
     for share in (np.arange(count) + rng.random(count)) / count:
-        yield replace_tokens(val, np.arange(len(val.tokens)) >= 2 + int(share * (len(val.tokens) - 4)), rng)
+        yield Change(val, np.arange(len(val.tokens)) >= 2 + int(share * (len(val.tokens) - 4)), other_text(val, rng))
         document = order[min(int(share * len(order)), len(order) - 1)]
         inside = int(rng.integers(1, max(2, val.lengths[document] - 1)))
-        later = (val.lengths < val.lengths[document])[val.document] | ((val.document == document) & (offset > inside))
+        later = (val.lengths < val.lengths[document])[val.document] | ((val.document == document) & (val.offset > inside))
         if (later & (val.tokens != BOS)).any():
-            yield replace_tokens(val, later, rng)
+            yield Change(val, later, other_text(val, rng))
 
 
-def cut_everywhere(val: ValSet, rng: np.random.Generator) -> Change:
-    """Every document has other text behind a place of its own. Where documents are scored apart, what is before stays."""
-    offset = np.arange(len(val.tokens)) - val.starts[val.document]
+def other_text(val: ValSet, rng: np.random.Generator) -> np.ndarray:
+    """(N,): places of other text of the same set."""
+    text, other = np.flatnonzero(val.tokens != BOS), np.arange(len(val.tokens))
+    other[text] = np.roll(text, int(rng.integers(1, len(text))))
+    return other
+
+
+def cut_each(val: ValSet, documents: np.ndarray, rng: np.random.Generator) -> Change:
+    """Each of the documents (mask) goes on otherwise behind a place of its own: half of them with other text, half repeating themselves.
+
+    So a choice that is made by a whole document's score is made otherwise in many.
+    """
     inside = rng.integers(1, np.maximum(2, val.lengths))[val.document]
-    change = replace_tokens(val, offset > inside, rng)
-    return change._replace(stays={"quantized": (offset < inside)[:-1], "quantized_ttt": np.zeros(len(val.tokens) - 1, bool)})
+    again = val.starts[val.document] + 1 + (val.offset - 1) % inside
+    source = np.where((rng.random(len(val.starts)) < 0.5)[val.document], again, other_text(val, rng))
+    return Change(val, (val.offset > inside) & documents[val.document], source)
 
 
 def same_bits(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -354,13 +410,14 @@ class Examination:
     def __init__(self, suspect: Suspect, val: ValSet, real: dict[str, np.ndarray], rng: np.random.Generator) -> None:
         self.suspect, self.val, self.real, self.rng = suspect, val, real, rng
         self.vocab = suspect.setting("VOCAB_SIZE", 8192)
+        # Documents, longest first, behind which no phase of test-time training begins.
+        self.lead = suspect.setting("PHASED_TTT_PREFIX_DOCS", 2000) + 2 * suspect.setting("TTT_BATCH_SIZE", 64)
         self.apart = True  # whether its documents are scored apart, as far as was seen
         if int(val.tokens.max()) >= self.vocab:
             raise ValueError(f"the validation set has token {val.tokens.max()}, and VOCAB_SIZE is {self.vocab}")
 
     def rows(self, train: Callable[[], Iterator[np.ndarray]] | None, count: int) -> Iterator[Result]:
-        """Every check; `train` gives the training documents, `count` is the number of cuts in each order, 0: what CUT_SECONDS allow."""
-        count = count or int(np.clip(CUT_SECONDS / self.suspect.seconds[0] / 2, 2, 8))
+        """Every check; `train` gives the training documents, `count` is the number of cuts in each order."""
         for name, check in (("causal", partial(self.causal, count)), ("the distribution adds up to 1", self.normalised),
                             ("the same score in another order and name", self.reordered),
                             ("validation documents score no better than others", partial(self.memorised, train))):
@@ -369,23 +426,39 @@ class Examination:
             except Broken as error:
                 yield Result(FAIL, name, f"another validation set than the real one was not scored: {error}")
 
+    def changes(self, count: int) -> Iterator[tuple[Change, dict[str, np.ndarray]]]:
+        """Changed sets and their losses; where some documents alone look as if they saw their own end, each of two by itself."""
+        ranks = np.argsort(np.argsort(-self.val.lengths, kind="stable"))
+        for change in cuts(self.val, count, self.rng):
+            yield change, self.suspect.score(change.val)
+        for which in (ranks >= 0, ranks >= (self.lead if self.lead < len(ranks) else 0)):
+            change = cut_each(self.val, which, self.rng)
+            if not self.apart or not change.where.any():
+                return
+            after = self.suspect.score(change.val)
+            yield change, after
+            last = self.suspect.stages[-1]
+            for document in change.suspicious(~same_bits(self.real[last], after[last]))[:2]:
+                alone = change.only(document)
+                yield alone, self.suspect.score(alone.val)
+
     def causal(self, count: int) -> Iterator[Result]:
         """Everything behind a place replaced: what was scored before it stays, to the last bit."""
         stages = self.suspect.stages
         problems: dict[str, list[str]] = {stage: [] for stage in stages}
         kept, moved, worst, number = dict.fromkeys(stages, 0), dict.fromkeys(stages, 0), dict.fromkeys(stages, 0.0), 0
-        for number, change in enumerate(itertools.chain(cuts(self.val, count, self.rng), self.cut_documents()), 1):
-            after = self.suspect.score(change.val)
+        for number, (change, after) in enumerate(self.changes(count), 1):
+            untouched = ~np.isin(self.val.document[:-1], change.touched)
+            self.apart &= not (~same_bits(self.real["quantized"], after["quantized"]) & untouched).any()
             for stage in stages:
-                changed, stays = ~same_bits(self.real[stage], after[stage]), change.stays[stage]
+                changed, stays = ~same_bits(self.real[stage], after[stage]), change.stays(stage, self.apart)
                 kept[stage] += int(stays.sum())
                 moved[stage] += int(changed[~stays].sum())
                 if len(wrong := np.flatnonzero(changed & stays)):
                     apart = np.abs(self.real[stage][wrong].astype(np.float64) - after[stage][wrong])
                     worst[stage] = max(worst[stage], float(apart.max()))
-                    problems[stage].append(f"cut {number}: {len(wrong)} of {int(stays.sum())} earlier losses changed, "
+                    problems[stage].append(f"set {number}: {len(wrong)} of {int(stays.sum())} earlier losses changed, "
                                            f"by {apart.max():.2g} at most")
-            self.apart &= not (~same_bits(self.real["quantized"], after["quantized"]) & change.untouched).any()
         again = self.suspect.score(self.val) if any(problems.values()) else self.real
         for stage in stages:
             rule, noise = f"causal: {STAGE_WORDS[stage]}", float(np.abs(again[stage].astype(np.float64) - self.real[stage]).max())
@@ -394,34 +467,27 @@ class Examination:
             if problems[stage] and noise and worst[stage] <= 10 * noise:
                 yield Result(UNKNOWN, rule, f"scores of one text differ by {noise:.2g} on this device; try a CPU ({problems[stage][0]})")
             else:
-                yield judged(rule, problems[stage], f"{number} cuts at full size: {kept[stage]:,} earlier losses bit-identical")
+                yield judged(rule, problems[stage], f"{number} changed sets: {kept[stage]:,} earlier losses bit-identical")
         yield Result(PASS if self.apart else UNKNOWN, "documents are scored apart", "in the evaluation, bit-identical" if self.apart else
                      "a document's losses depend on others; this is allowed, but scores in other sets say less")
 
-    def cut_documents(self) -> Iterator[Change]:
-        """After the cuts in order, one in every document, unless documents were seen to know of each other."""
-        if self.apart:
-            yield cut_everywhere(self.val, self.rng)
-
     def normalised(self) -> Iterator[Result]:
         """One text with every token behind it, a document each: their probabilities add up to 1."""
-        lead = self.suspect.setting("PHASED_TTT_PREFIX_DOCS", 2000) + 2 * self.suspect.setting("TTT_BATCH_SIZE", 64)
         chunk = self.suspect.setting("TTT_CHUNK_SIZE", 48)
         prefix = self.rng.permutation(self.val.tokens[self.val.tokens != BOS])[: chunk + 3]
         one = np.array([BOS, *np.resize(prefix, chunk + 3)])
         longest = np.argsort(-self.val.lengths)[: max(1, int((self.val.lengths > len(one) + 1).sum()))]
         ends = [np.append(one, token) for token in range(self.vocab) if token != BOS] + [one, one[:2]]  # one, then the BOS that follows
-        documents = [self.val.piece(number) for number in np.resize(longest, lead)]  # the phases end before the texts begin
+        documents = [self.val.piece(number) for number in np.resize(longest, self.lead)]  # the phases end before the texts begin
         documents += [(text, (text != BOS) & (text > 7)) for text in ends]
         made = ValSet.of(documents)
-        estimate = self.suspect.seconds[0] * max(1.0, len(made.tokens) / len(self.val.tokens))
-        if estimate > self.suspect.limit_seconds:
-            yield Result(UNKNOWN, "the distribution adds up to 1", f"it would take about {estimate / 60:.0f} minutes; --minutes allows it")
+        if (estimate := self.suspect.seconds_of(len(made.tokens))) > 0.5 * self.suspect.limit_seconds:
+            yield Result(UNKNOWN, "the distribution adds up to 1", f"left out, it takes about {estimate / 60:.0f} minutes; --minutes makes room")
             return
         losses = self.suspect.score(made)
-        places = made.starts[lead: lead + self.vocab] + len(one) - 1
+        places = made.starts[self.lead: self.lead + self.vocab] + len(one) - 1
         on_gpu = Path("/dev/nvidia0").exists()
-        again = self.suspect.score(ValSet.of(documents[:lead] + documents[lead:-2][::-1] + documents[-2:])) if on_gpu else losses
+        again = self.suspect.score(ValSet.of(documents[: self.lead] + documents[self.lead:-2][::-1] + documents[-2:])) if on_gpu else losses
         for stage in self.suspect.stages:
             total, other = (float(np.exp(-found[stage][places].astype(np.float64)).sum()) for found in (losses, again))
             allowed = max(SUM_NOISE, 3 * abs(total - other))
@@ -486,6 +552,9 @@ class Examination:
             gaps = np.array([other - own for own, other in means])
             z = float(gaps.mean() / max(gaps.std(ddof=1) / math.sqrt(len(gaps)), 1e-9)) if len(gaps) > 1 else 0.0
             words = f"{len(gaps)} pairs of one length: {gaps.mean():+.4f} nats a token, z = {z:.1f}"
+            if len(gaps) < FEW:
+                yield Result(UNKNOWN, f"{rule}: {STAGE_WORDS[stage]}", f"too few: {words}")
+                continue
             yield judged(f"{rule}: {STAGE_WORDS[stage]}", [words] if z > MEMORY_Z else [], words)
         slack = {"quantized": NOISE_NATS, "quantized_ttt": TTT_SHIFT * float(self.real[self.suspect.stages[-1]].mean())}
         yield from self.compare_documents("the same score in other company", found, made,

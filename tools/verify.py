@@ -14,7 +14,7 @@ is computed here from the losses it writes. What no tool can see is said in the 
 from __future__ import annotations
 
 import argparse
-import base64
+import ast
 import difflib
 import hashlib
 import json
@@ -23,6 +23,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,8 @@ SEEDS_OF_A_RECORD = 3
 RECORD_TRACK, OTHER_TRACK = "track_10min_16mb", "track_non_record_16mb"
 PUBLISHED_VAL = {"documents": 50_000, "tokens": 47_853_344, "bytes": 151_080_645}
 MACHINE_WORDS = ("device", "ranks", "threads", "torch", "python", "attention", "compile")
-MOST_LOG_BYTES = 1 << 28
+MOST_CODE_BYTES = 1 << 22
+SCORES_BESIDE_CUTS = 5  # two sets cut in each document, another order, and other company, which is twice as long
 
 
 # ======================================================================================================================
@@ -58,6 +60,7 @@ class Record:
     track: str = OTHER_TRACK
     submission: Any = None
     unread: list[str] = field(default_factory=list)  # files that cannot be read, and why
+    loose: bool = False  # an artifact and a log beside the repository: its code may be readable where it was counted packed
 
     @property
     def is_record(self) -> bool:
@@ -131,8 +134,8 @@ def check_code(record: Record) -> Result:
             return Result(UNKNOWN, CODE_RULE, f"{run.path.name} names no code")
         for file, row in run.code.items():
             path = record.folder / file
-            have = sha256_of(path) if path.is_file() else "missing"
-            if Path(file).name != file or have != row["sha256"]:
+            have, told = sha256_of(path) if path.is_file() else "missing", [row["sha256"], *([row.get("source_sha256")] if record.loose else [])]
+            if Path(file).name != file or have not in told:
                 problems.append(f"{file} is {have[:12]} here and {row['sha256'][:12]} in {run.path.name}")
     files = ", ".join(f"{file} {row['sha256'][:12]}" for file, row in record.runs[0].code.items())
     return judged(CODE_RULE, problems, files)
@@ -143,35 +146,77 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def packed_source(text: str) -> str | None:
-    """The source that a packed file carries: brotli in base85, its longest string literal. None if it carries none."""
+@lru_cache(maxsize=1)
+def packed_frame() -> tuple[bytes, bytes]:
+    """The readable lines around the payload of a packed file, as the repository's train_gpt.py has them."""
+    tree = ast.parse((ROOT / CODE_FILE).read_text(encoding="utf-8"))
+    named = {ast.unparse(node.targets[0]): node.value for node in tree.body if isinstance(node, ast.Assign)}
+    return ast.literal_eval(named["PACKED_HEAD"]), ast.literal_eval(named["PACKED_TAIL"])
+
+
+@lru_cache(maxsize=4)
+def packed_source(code: bytes) -> str | None:
+    """The source that a packed file runs, None if it is none; ValueError if there is more than a payload between its lines."""
     import brotli
 
-    literals = re.findall(r"""["']([0-9A-Za-z!#$%&()*+\-;<=>?@^_`{|}~\s]{20,})["']""", text)
-    try:
-        return brotli.decompress(base64.b85decode("".join(max(literals, key=len, default="").split()))).decode("utf-8")
-    except (ValueError, brotli.error):
+    head, tail = packed_frame()
+    if not (code.startswith(head) and code.endswith(tail)):
         return None
+    try:
+        payload = ast.literal_eval('"""' + code[len(head): len(code) - len(tail)].decode("latin-1") + '"""').encode("latin-1")
+        decoder = brotli.Decompressor()
+        source = decoder.process(payload, output_buffer_limit=MOST_CODE_BYTES).decode()
+    except (SyntaxError, ValueError, AttributeError, brotli.error) as error:
+        raise ValueError(f"{CODE_FILE} is packed, and its payload is not one piece of text: {error}") from None
+    if not decoder.is_finished():
+        raise ValueError(f"{CODE_FILE} is packed, and its payload is cut off or over {MOST_CODE_BYTES} bytes")
+    return source
+
+
+def bare(source: str) -> str:
+    """A program without comments, docstrings, and annotations that no decorator reads, in one way of writing."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None and len(node.body) > 1:
+            del node.body[0]
+        if isinstance(node, ast.FunctionDef) and not node.decorator_list:
+            node.returns = None
+            for arg in (found for found in ast.walk(node.args) if isinstance(found, ast.arg)):
+                arg.annotation = None
+    return ast.unparse(tree)
 
 
 def readable_code(record: Record) -> str:
-    """The source of the code that runs, unpacked; empty if there is none."""
+    """The source of the code that runs, in its readable form where it is the same program; empty if there is none."""
+    path, source = record.folder / CODE_FILE, record.text_of(f"source/{CODE_FILE}")
     text = record.text_of(CODE_FILE) or ""
-    return packed_source(text) or text
+    packed = packed_source(path.read_bytes()) if text else None
+    if packed is None:
+        return text
+    return source if source is not None and same_program(packed, source) else packed
+
+
+@lru_cache(maxsize=4)
+def same_program(packed: str, source: str) -> bool:
+    return ast.unparse(ast.parse(packed)) == bare(source)
 
 
 def check_packed(record: Record) -> Result:
-    """What is counted and run is what can be read."""
+    """What is counted and run is what can be read, and what the logs say was packed."""
     rule, source = "the code that runs can be read", record.text_of(f"source/{CODE_FILE}")
-    if (text := record.text_of(CODE_FILE)) is None:
+    if not (record.folder / CODE_FILE).is_file():
         return Result(UNKNOWN, rule, f"there is no {CODE_FILE} here")
-    if (unpacked := packed_source(text)) is None:
-        problems = [f"source/{CODE_FILE} is here, but {CODE_FILE} carries no source"] if source is not None else []
+    packed = packed_source((record.folder / CODE_FILE).read_bytes())
+    if packed is None:
+        problems = [f"source/{CODE_FILE} is here, and {CODE_FILE} is not packed as the repository packs"] if source is not None else []
         return judged(rule, problems, "it is not packed")
     if source is None:
         return Result(UNKNOWN, rule, f"{CODE_FILE} is packed, and source/{CODE_FILE} is not here to compare with")
-    return judged(rule, [f"what {CODE_FILE} carries is not source/{CODE_FILE}"] if unpacked != source else [],
-                  f"it is packed, and carries source/{CODE_FILE} to the byte")
+    problems = [f"what {CODE_FILE} runs is not source/{CODE_FILE}"] if readable_code(record) != source else []
+    here = {hashlib.sha256(text.encode()).hexdigest() for text in (source, packed)}
+    problems += [f"{run.path.name} ran another source, {row['source_sha256'][:12]}" for run in record.runs
+                 for file, row in run.code.items() if file == CODE_FILE and row.get("source_sha256") not in (None, *here)]
+    return judged(rule, problems, f"it is packed, and runs source/{CODE_FILE} less comments, docstrings and annotations")
 
 
 def check_size(record: Record) -> Result:
@@ -199,7 +244,8 @@ def check_size(record: Record) -> Result:
 
 def counted_bytes(record: Record, run: RunLog, artifact: Path | None) -> tuple[int, list[str]]:
     """Bytes of code and model, and where the artifact is not that of the log."""
-    code_bytes = sum((record.folder / file).stat().st_size for file in run.code if (record.folder / file).is_file())
+    files = {file: record.folder / file for file in run.code if (record.folder / file).is_file()}
+    code_bytes = sum(int(run.code[file]["bytes"]) if record.loose else path.stat().st_size for file, path in files.items())
     model_bytes, problems = int(run.artifact["model_bytes"]), []
     if artifact is not None:
         size = artifact.stat().st_size
@@ -567,21 +613,27 @@ def check_with_code(record: Record, runs: list[RunLog], val: ValSet, shards: Pat
     closed = referee.can_close_off()
     yield Result(PASS if closed else UNKNOWN, "the code runs with no network and without these folders",
                  "in namespaces of its own" if closed else "this system does not let a process give them up")
-    examined, scored = int(rng.integers(len(runs))), {}
-    for number, run in enumerate(runs):
-        suspect = suspect_of(record, run, shards, options)
+    suspects = [suspect_of(record, run, shards, options) for run in runs]
+    examined, scores = int(rng.integers(len(runs))), len(runs) + 2 * options.cuts + SCORES_BESIDE_CUTS
+    part, whole_seconds, losses = val, 0.0, None
+    for number in np.roll(np.arange(len(runs)), -examined):
+        run, suspect = runs[number], suspects[number]
         try:
-            scored[number] = suspect, suspect.score(val)
-            yield referee.check_score(run, scored[number][1], val, options.same_machine)
+            if number == examined:
+                part, whole_seconds = suspect.that_fits(val, scores, rng)
+            found = suspect.score(part)
+            losses = found if number == examined else losses
+            yield referee.check_score(run, found, val, options.same_machine) if part is val else referee.check_part(run, found, part, val)
         except referee.Broken as error:
-            status = UNKNOWN if suspect.older else FAIL
             older = "this code is older than LOSSES_PATH; " if suspect.older else ""
-            yield Result(status, f"the artifact scores what the log says: {run.name}", f"{older}{error}")
-    if examined in scored:
+            yield Result(UNKNOWN if suspect.older else FAIL, f"the artifact scores what the log says: {run.name}", f"{older}{error}")
+    if part is not val:
+        yield Result(UNKNOWN, "all documents", f"{len(part.starts)} of {len(val.starts)} were drawn at random for the rows above and below, as "
+                     f"--minutes {options.minutes:g} allows; all of them take about {whole_seconds / 60:.0f} minutes")
+    if losses is not None:
         train = (lambda: (text for block in training_blocks(shards) for text in documents_of(block))) \
             if shard_paths(shards, "train") else None
-        suspect, losses = scored[examined]
-        yield from referee.Examination(suspect, val, losses, rng).rows(train, options.cuts)
+        yield from referee.Examination(suspects[examined], part, losses, rng).rows(train, options.cuts)
 
 
 def suspect_of(record: Record, run: RunLog, shards: Path, options: argparse.Namespace) -> Suspect:
@@ -595,7 +647,6 @@ def suspect_of(record: Record, run: RunLog, shards: Path, options: argparse.Name
 def standing_rows(record: Record, save: bool) -> Iterator[Result]:
     """What no tool can see."""
     ours, theirs = ((ROOT / CODE_FILE).read_text(encoding="utf-8") if (ROOT / CODE_FILE).is_file() else ""), readable_code(record)
-    ours = packed_source(ours) or ours
     diff = list(difflib.unified_diff(ours.splitlines(), theirs.splitlines(), f"repository/{CODE_FILE}", f"record/{CODE_FILE}", lineterm=""))
     lines = sum(line[0] in "+-" for line in diff[2:])
     if save:
@@ -640,9 +691,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--run", action="store_true", help="run the code of the folder: a stranger's, in a process of its own")
     parser.add_argument("--tokenizer", type=Path, help="SentencePiece model (default: the folder's)")
     parser.add_argument("--docs", type=Path, help="raw validation documents (JSON lines), to compare the decoded shard with")
-    parser.add_argument("--cuts", type=int, default=0, help="places at which causality is tried, in each of two orders (default: 2 to 8)")
+    parser.add_argument("--cuts", type=int, default=2, help="places at which causality is tried, in each of two orders (default 2)")
     parser.add_argument("--draw", type=int, help="repeat what an earlier call drew at random")
-    parser.add_argument("--minutes", type=float, default=60, help="most that one score may take")
+    parser.add_argument("--minutes", type=float, default=2, help="for running the code (default 2): what does not fit is drawn at random or "
+                        "left out, and said")
     parser.add_argument("--same-machine", action="store_true", help="the score again must be the log's to the last digit")
     parser.add_argument("--folder-only", action="store_true", help="only what needs no data")
     parser.add_argument("--strict", action="store_true", help="what is not checkable counts as failed")
@@ -662,7 +714,7 @@ def open_record(options: argparse.Namespace) -> Record:
             raise ValueError(f"no file {path}")
     settings = dict(text.partition("=")[::2] for text in options.set)
     run = logs.read_log(options.log) if options.log is not None else RunLog(options.artifact, settings=settings)
-    return Record(options.code, [run], {run.path: options.artifact})
+    return Record(options.code, [run], {run.path: options.artifact}, loose=True)
 
 
 def check_loose_size(record: Record) -> Result:
