@@ -750,19 +750,27 @@ GRID = 200  # places at which seeds are averaged
 class Curve(NamedTuple):
     """A configuration with the name and the colour that it has in every plot, and its runs, one a seed."""
 
-    label: str
+    name: str
     color: str
     runs: list[RunLog]
 
+    @property
+    def label(self) -> str:
+        return f"{self.name} ({len(self.runs)} seeds)" if len(self.runs) > 1 else self.name
+
 
 def curves_of(groups: list[Group]) -> list[Curve]:
-    """One curve a group, named by what its name has and others have not."""
+    """One curve a group, named by what its name has and others have not; runs that did not end are drawn where no others are."""
     words = [re.split(r"[_,\s]+", re.sub(r"^\d{4}-\d\d-\d\d_", "", group.name)) for group in groups]
     common = set.intersection(*map(set, words)) if len(groups) > 1 else set()
     labels = ["_".join(word for word in own if word not in common) or "_".join(own) for own in words]
     labels = [short(label) + (f" #{i + 1}" if labels.count(label) > 1 else "") for i, label in enumerate(labels)]
-    seeds = [f" ({len(group.runs)} seeds)" if len(group.runs) > 1 else "" for group in groups]
-    return [Curve(label + count, COLORS[i % len(COLORS)], group.runs) for i, (label, count, group) in enumerate(zip(labels, seeds, groups))]
+    return [Curve(label, COLORS[i % len(COLORS)], group.finished or group.runs) for i, (label, group) in enumerate(zip(labels, groups))]
+
+
+def less(curves: list[Curve]) -> str:
+    """What a difference of two configurations is, in words that fit into a title."""
+    return f"{short(curves[1].name, 12)} less {short(curves[0].name, 12)}"
 
 
 def short(name: str, most: int = 32) -> str:
@@ -809,7 +817,7 @@ def draw_loss(axes: Any, curves: list[Curve], place: Places = by_step) -> None:
             rings = [(x, run.evals[f"step{p.step}"].val_loss) for x, p in points if f"step{p.step}" in run.evals]
             axes.plot(*zip(*rings) if rings else ((), ()), "o", mfc="white", ms=5, color=curve.color, ls="")
         draw_lines(axes, curve, lines)
-    axes.set_title("Loss by step" if place is by_step else "Loss by training time")
+    axes.set_title("Loss by step" if place is by_step else "Loss by training time", pad=16)
     axes.set_xlabel("step" if place is by_step else "minutes")
     axes.set_ylabel("nats a token (rings: validation)")
     if seen:
@@ -824,6 +832,7 @@ def draw_loss_by_time(axes: Any, curves: list[Curve]) -> None:
 def shade_phases(axes: Any, curves: list[Curve], place: Places) -> None:
     """Bands for the depth phases of the first run that has any; dotted lines where another configuration changes depth."""
     runs = [(curve.color, run) for curve in curves for run in curve.runs[:1] if run.phases and run.train]
+    width = max((place(run, run.train[-1]) or 0.0 for _, run in runs), default=0.0)
     for nth, (color, run) in enumerate(runs):
         phases = run.phases if run.phases[0].step == 0 else [Phase(0, 0.0, 1), *run.phases]
         ends = [next((x for p in run.train if p.step >= phase.step and (x := place(run, p)) is not None), None) for phase in phases]
@@ -833,7 +842,7 @@ def shade_phases(axes: Any, curves: list[Curve], place: Places) -> None:
                 continue
             if nth == 0:
                 axes.axvspan(begin, end, color=SHADES[min(i, len(SHADES) - 1)], lw=0, zorder=0)
-                axes.annotate(f"depth {phase.depth}", ((begin + end) / 2, 1), xycoords=("data", "axes fraction"), xytext=(0, -11),
+                axes.annotate(f"depth {phase.depth}" if end - begin > 0.11 * width else "", ((begin + end) / 2, 1), xycoords=("data", "axes fraction"), xytext=(0, 2),
                               textcoords="offset points", ha="center", fontsize="x-small", color="#456")
             elif i:
                 axes.axvline(begin, color=color, lw=0.8, ls=":", zorder=0)
@@ -864,12 +873,13 @@ def difference(first: Sequence[float], second: Sequence[float]) -> str:
 
 def stage_comparison(curves: list[Curve]) -> list[list[str]]:
     """Header and a row a stage: the mean of each configuration, and of two the difference."""
-    rows = [["BPB", *(curve.label for curve in curves), *(["difference"] if len(curves) == 2 else [])]]
+    last = ["difference"] if len(curves) == 2 else ["std"] if len(curves) == 1 and len(curves[0].runs) > 1 else []
+    rows = [["BPB", *(curve.name for curve in curves), *last]]
     for stage, title in STAGE_TITLES.items():
         values = [stage_values(curve.runs, stage) for curve in curves]
         if any(values):
             means = [f"{statistics.fmean(found):.5f}" if found else "-" for found in values]
-            rows.append([title, *means, *([difference(*values)] if len(curves) == 2 else [])])
+            rows.append([title, *means, *([difference(*values) if len(curves) == 2 else f"{mean_and_std(values[0])[1]:.5f}"] if last else [])])
     return rows
 
 
@@ -888,7 +898,7 @@ def draw_stages(axes: Any, curves: list[Curve]) -> None:
                  for text, stage in zip(texts, stages)]
     axes.set_xticks(range(len(stages)), texts, fontsize="small")
     axes.margins(x=0.1)
-    axes.set_title("Score at each stage" + (" (below: second less first)" if len(curves) == 2 else ""))
+    axes.set_title(f"Stages (below: {less(curves)})" if len(curves) == 2 else "Score at each stage")
     axes.set_ylabel("bits a byte")
 
 
@@ -909,8 +919,8 @@ def draw_ttt(axes: Any, curves: list[Curve]) -> None:
         gap = numpy.interp(xs, others, second) - numpy.interp(xs, mean_line(lines[0])[0], first)
         axes.plot(xs, gap, lw=2, color=with_ttt[1].color, label="_difference")
         axes.axhline(0, color=with_ttt[0].color, lw=1.2)
-        axes.set_title("Running TTT score: second less first")
-        axes.set_ylabel("bits a byte (below 0: the second is ahead)")
+        axes.set_title(f"Running TTT: {less(with_ttt)}")
+        axes.set_ylabel("bits a byte (below 0: better)")
         return
     for curve, own in zip(with_ttt, lines):
         draw_lines(axes, curve, own)
@@ -923,8 +933,8 @@ def draw_stage_table(axes: Any, curves: list[Curve]) -> None:
     rows = stage_comparison(curves)
     axes.set_axis_off()
     if len(rows) > 1:
-        rows[0] = ["BPB", *(short(re.sub(r" \(.*", "", cell), 44 // len(rows[0])) for cell in rows[0][1:])]
-        widths = [0.2, *([0.26] * len(curves)), *([0.34] if len(curves) == 2 else [])]
+        rows[0] = ["BPB", *(short(cell, 44 // len(rows[0])) for cell in rows[0][1:])]
+        widths = [0.2, *([0.26] * len(curves)), *([0.34] * (len(rows[0]) - 1 - len(curves)))]
         table = axes.table(rows, loc="center", edges="horizontal", cellLoc="right", colWidths=[width / sum(widths) for width in widths])
         table.auto_set_font_size(False)
         table.set_fontsize(9)
@@ -951,16 +961,15 @@ def draw_step_time(axes: Any, curves: list[Curve]) -> None:
     """Medians by depth, a dot a seed; crosses are steps right after the start and after a change of depth."""
     depths = sorted({depth for curve in curves for run in curve.runs for depth in step_times(run)})
     for nth, curve in enumerate(curves):
-        shift = 0.26 * (nth - (len(curves) - 1) / 2)
-        for run in curve.runs:
-            for depth, (steps, first) in step_times(run).items():
-                axes.plot([depths.index(depth) + shift + 0.07] * len(first), first, "x", ms=3, alpha=0.4, color=curve.color)
-                if steps:
-                    middle = statistics.median(steps)
-                    axes.plot([depths.index(depth) + shift], [middle], "o", ms=6, color=curve.color)
-                    if run is curve.runs[0]:
-                        axes.annotate(f"{middle:.0f}", (depths.index(depth) + shift, middle), xytext=(0, -15), textcoords="offset points",
-                                      ha="center", fontsize="x-small", color=curve.color)
+        shift = 0.5 * (nth + 0.5) / len(curves) - 0.25
+        for place, depth in enumerate(depths):
+            times = [step_times(run).get(depth, ([], [])) for run in curve.runs]
+            first, middles = [ms for _, own in times for ms in own], [statistics.median(steps) for steps, _ in times if steps]
+            axes.plot([place + shift + 0.05] * len(first), first, "x", ms=3, alpha=0.4, color=curve.color)
+            axes.plot([place + shift] * len(middles), middles, "o", ms=5, color=curve.color)
+            if middles:
+                axes.annotate(f"{statistics.fmean(middles):.0f}", (place + shift, statistics.fmean(middles)), xytext=(-6, 0), ha="right",
+                              va="center", textcoords="offset points", fontsize="x-small", color=curve.color)
     axes.set_xticks(range(len(depths)), [f"depth {depth}" for depth in depths])
     axes.set_xlim(-0.6, max(len(depths), 1) - 0.4)
     axes.set_title("Step time: medians (crosses: warm-up steps)")
@@ -990,7 +999,7 @@ def legend(figure: Any, curves: list[Curve]) -> None:
     """The configurations, above the plots and never over them."""
     lines = import_for_tools("matplotlib.lines")
     handles = [lines.Line2D([], [], color=curve.color, lw=2, label=curve.label) for curve in curves]
-    figure.legend(handles=handles, loc="outside upper left", ncols=2, frameon=False)
+    figure.legend(handles=handles, loc="outside upper left", ncols=1 if max(len(curve.label) for curve in curves) > 22 else 2, frameon=False)
 
 
 def pyplot() -> Any:
@@ -1060,6 +1069,7 @@ tr.stat td { font-weight: 600 }
 ul { padding-left: 1.2rem; margin: .4rem 0 } li { overflow-wrap: anywhere }
 pre { font-size: .82rem; white-space: pre-wrap; overflow-wrap: anywhere; margin: 0 }
 details summary { cursor: pointer; padding: 6px 0 }
+@media (max-width: 600px) { h1 { font-size: 1.1rem } table { font-size: .76rem } th, td { padding: 4px 5px } }
 """
 PLOT_WORDS = {"loss": "training loss by step with the depth phases", "loss_by_time": "training loss by time",
               "stages": "bits a byte after each stage", "ttt": "running score of test-time training",
@@ -1109,7 +1119,7 @@ def settings_section(groups: list[Group]) -> str:
     runs = [run for group in groups for run in group.runs if run.settings]
     if not runs:
         return ""
-    names = [f"{curve.label}, {run.name}" if len(groups) > 1 else run.name
+    names = [f"{curve.name}, {run.name}" if len(groups) > 1 else run.name
              for curve in curves_of(groups) for run in curve.runs if run.settings]
     differing = differing_settings(runs, ignore=("RUN_ID",))
     parts = ["<h2>Settings that differ</h2>"]
@@ -1126,9 +1136,10 @@ def report(groups: list[Group], path: Path) -> None:
     """Write the page: everything is in the one file, nothing is fetched."""
     curves, comparison = curves_of(groups), ""
     plots = [f'<div class="card"><img alt="{words}" src="{plot_as_svg(name, curves)}"></div>' for name, words in PLOT_WORDS.items()]
+    plots.append(f'<div class="card"><h2>Stages</h2>{as_html(stage_comparison(curves))}</div>')
     if len(groups) == 2 and all(group.finished for group in groups):
         try:
-            text = f"{as_html(stage_comparison(curves))}<pre>{html.escape(compare(*groups))}</pre>"
+            text = f"<pre>{html.escape(compare(*groups))}</pre>"
         except ValueError as error:
             text = f"<p>{html.escape(str(error))}</p>"
         comparison = f'<section class="card"><h2>Comparison</h2>{text}</section>'

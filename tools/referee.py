@@ -41,6 +41,7 @@ SUM_NOISE = 1e-5  # of the probabilities of all tokens, from float32 losses
 TTT_SHIFT = 0.03  # share by which test-time training may score a document otherwise in other company
 SMALL_TOKENS = 4096  # a validation set that is always scored whole
 PROBES = (2, 8)  # documents that are scored first, to learn what a score takes
+MORE_CUTS = 5  # in each order, where documents see each other
 FEW = 10  # documents or pairs of which nothing is concluded
 MEMORY_Z = 4.0  # standard errors by which validation documents may score better than training documents
 
@@ -431,6 +432,8 @@ class Examination:
         ranks = np.argsort(np.argsort(-self.val.lengths, kind="stable"))
         for change in cuts(self.val, count, self.rng):
             yield change, self.suspect.score(change.val)
+        if not self.apart:  # then only what lies before a place in the order of the data must stay
+            yield from ((change, self.suspect.score(change.val)) for change in cuts(self.val, MORE_CUTS, self.rng))
         for which in (ranks >= 0, ranks >= (self.lead if self.lead < len(ranks) else 0)):
             change = cut_each(self.val, which, self.rng)
             if not self.apart or not change.where.any():
