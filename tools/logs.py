@@ -35,6 +35,7 @@ from typing import Any, NamedTuple
 BAR_NATS = 0.005  # what a new record must gain, nats a token
 SIGNIFICANCE = 0.01  # largest p with which it must have gained it
 MOST_SEEDS = 1000
+MOST_BYTES = 1 << 28  # of a log
 SAME_BYTES = 1e-4  # by which two counts of bytes a token may differ
 INSTALL_HINT = "install what the tools need with: pip install -r requirements-tools.txt"
 RECORD_LOGS = "train_seed*.log"
@@ -390,8 +391,15 @@ def finish_theirs(run: RunLog) -> None:
 OUR_START = re.compile(r"(run id:|code file:|setting \*?[A-Z])")
 
 
+def check_file(path: Path) -> None:
+    """ValueError unless a file can be read to its end in a moment: a hostile folder may hold a device, or a text without one."""
+    if not path.is_file() or path.stat().st_size > MOST_BYTES:
+        raise ValueError(f"{path} is no file of at most {MOST_BYTES} bytes")
+
+
 def lines_of(path: Path) -> list[str]:
     """The lines of a log: UTF-8 or UTF-16, and of several ranks in one file those of the first."""
+    check_file(path)
     data = path.read_bytes()
     encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
     parts = [re.match(r"(?:\[(?:default|rank)?(\d+)\]:)?(.*)", line) for line in data.decode(encoding, errors="replace").splitlines()]
@@ -842,8 +850,9 @@ def shade_phases(axes: Any, curves: list[Curve], place: Places) -> None:
                 continue
             if nth == 0:
                 axes.axvspan(begin, end, color=SHADES[min(i, len(SHADES) - 1)], lw=0, zorder=0)
-                axes.annotate(f"depth {phase.depth}" if end - begin > 0.11 * width else "", ((begin + end) / 2, 1), xycoords=("data", "axes fraction"), xytext=(0, 2),
-                              textcoords="offset points", ha="center", fontsize="x-small", color="#456")
+                words = f"depth {phase.depth}" if end - begin > 0.11 * width else ""
+                axes.annotate(words, ((begin + end) / 2, 1), xycoords=("data", "axes fraction"), xytext=(0, 2), textcoords="offset points",
+                              ha="center", fontsize="x-small", color="#456")
             elif i:
                 axes.axvline(begin, color=color, lw=0.8, ls=":", zorder=0)
 
@@ -874,12 +883,13 @@ def difference(first: Sequence[float], second: Sequence[float]) -> str:
 def stage_comparison(curves: list[Curve]) -> list[list[str]]:
     """Header and a row a stage: the mean of each configuration, and of two the difference."""
     last = ["difference"] if len(curves) == 2 else ["std"] if len(curves) == 1 and len(curves[0].runs) > 1 else []
-    rows = [["BPB", *(curve.name for curve in curves), *last]]
+    rows = [["BPB", *(short(curve.name, 18) for curve in curves), *last]]
     for stage, title in STAGE_TITLES.items():
         values = [stage_values(curve.runs, stage) for curve in curves]
         if any(values):
             means = [f"{statistics.fmean(found):.5f}" if found else "-" for found in values]
-            rows.append([title, *means, *([difference(*values) if len(curves) == 2 else f"{mean_and_std(values[0])[1]:.5f}"] if last else [])])
+            spread = difference(*values) if len(curves) == 2 else f"{mean_and_std(values[0])[1]:.5f}"
+            rows.append([title, *means, *([spread] if last else [])])
     return rows
 
 
@@ -898,7 +908,7 @@ def draw_stages(axes: Any, curves: list[Curve]) -> None:
                  for text, stage in zip(texts, stages)]
     axes.set_xticks(range(len(stages)), texts, fontsize="small")
     axes.margins(x=0.1)
-    axes.set_title(f"Stages (below: {less(curves)})" if len(curves) == 2 else "Score at each stage")
+    axes.set_title(f"Stages, {less(curves)}" if len(curves) == 2 else "Score at each stage")
     axes.set_ylabel("bits a byte")
 
 
@@ -999,7 +1009,8 @@ def legend(figure: Any, curves: list[Curve]) -> None:
     """The configurations, above the plots and never over them."""
     lines = import_for_tools("matplotlib.lines")
     handles = [lines.Line2D([], [], color=curve.color, lw=2, label=curve.label) for curve in curves]
-    figure.legend(handles=handles, loc="outside upper left", ncols=1 if max(len(curve.label) for curve in curves) > 22 else 2, frameon=False)
+    columns = 1 if max(len(curve.label) for curve in curves) > 22 else 2
+    figure.legend(handles=handles, loc="outside upper left", ncols=columns, frameon=False)
 
 
 def pyplot() -> Any:

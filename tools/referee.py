@@ -40,7 +40,7 @@ NOISE_NATS = logs.BAR_NATS / 10  # a score may differ by so much from machine to
 SUM_NOISE = 1e-5  # of the probabilities of all tokens, from float32 losses
 TTT_SHIFT = 0.03  # share by which test-time training may score a document otherwise in other company
 SMALL_TOKENS = 4096  # a validation set that is always scored whole
-PROBES = (2, 8)  # documents that are scored first, to learn what a score takes
+PROBES = (4, 12)  # documents that are scored first, to learn what a score takes
 MORE_CUTS = 5  # in each order, where documents see each other
 FEW = 10  # documents or pairs of which nothing is concluded
 MEMORY_Z = 4.0  # standard errors by which validation documents may score better than training documents
@@ -62,6 +62,10 @@ def judged(rule: str, problems: Sequence[str], good: str) -> Result:
 
 class Broken(Exception):
     """The code of the record did not do what every code must: end, and give each target one loss."""
+
+
+class TooLong(Broken):
+    """It did not end in its time, which may be the time's fault."""
 
 
 # ======================================================================================================================
@@ -270,7 +274,7 @@ class Suspect:
                     pass
                 child.wait()
         if status is None:
-            raise Broken(f"it did not end in {self.limit_seconds:.0f} s (--minutes allows more)")
+            raise TooLong(f"it did not end in {self.limit_seconds:.0f} s (--minutes allows more)")
         if status not in (0, 3):  # 3: over a time budget, which is of no account here
             words = (case / "said").read_text(errors="replace").strip().splitlines()[-1:]
             raise Broken(f"it ended with exit status {status}: {' '.join(words)[-200:]}")
@@ -485,7 +489,7 @@ class Examination:
         documents += [(text, (text != BOS) & (text > 7)) for text in ends]
         made = ValSet.of(documents)
         if (estimate := self.suspect.seconds_of(len(made.tokens))) > 0.5 * self.suspect.limit_seconds:
-            yield Result(UNKNOWN, "the distribution adds up to 1", f"left out, it takes about {estimate / 60:.0f} minutes; --minutes makes room")
+            yield Result(UNKNOWN, "the distribution adds up to 1", f"left out: about {estimate / 60:.0f} minutes; --minutes makes room")
             return
         losses = self.suspect.score(made)
         places = made.starts[self.lead: self.lead + self.vocab] + len(one) - 1
