@@ -154,7 +154,7 @@ def test_code_that_breaks_a_rule_is_found(name: str, shards: Path, tmp_path: Pat
     data.mkdir()
     for path in shards.iterdir():
         (data / path.name).write_bytes(path.read_bytes())
-    folder = pocket_record(tmp_path / "record", data, patch.replace("{folder!r}", repr(str(tmp_path / "record"))))
+    folder = pocket_record(tmp_path / "record", data, patch.replace("{folder!r}", repr(str(tmp_path))))
     found = list(until(rule, failed(verdicts(folder, data, "--draw", "1"))))
     assert found and found[-1].startswith(rule), found
 

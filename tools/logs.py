@@ -29,6 +29,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -629,43 +630,18 @@ def summary(groups: list[Group]) -> str:
     return "\n\n\n".join(parts)
 
 
-class Welch(NamedTuple):
-    """A one-sided Welch test that the first mean is more than `bar` above the second."""
-
-    difference: float
-    t: float
-    freedom: float
-    p: float
-
-
-def welch(base: Sequence[float], new: Sequence[float], bar: float = 0.0) -> Welch:
-    """Test mean(base) - mean(new) > bar (Welch 1947). Needs two values a side; ValueError if there are fewer."""
+def welch(base: Sequence[float], new: Sequence[float], bar: float = 0.0) -> Any:
+    """Welch's one-sided test that mean(base) - mean(new) > bar: statistic, df, pvalue. ValueError for fewer than two values a side."""
     if min(len(base), len(new)) < 2:
         raise ValueError(f"a test needs at least 2 finished runs a side (here {len(base)} and {len(new)})")
-    base_mean, base_std = mean_and_std(base)
-    new_mean, new_std = mean_and_std(new)
-    return welch_from(base_mean - new_mean - bar, (base_std, len(base)), (new_std, len(new)))._replace(
-        difference=base_mean - new_mean)
-
-
-def welch_from(excess: float, base: tuple[float, int], new: tuple[float, int]) -> Welch:
-    """The test from standard deviations and counts."""
-    stats = import_for_tools("scipy.stats")
-    parts = [std ** 2 / count for std, count in (base, new)]
-    if sum(parts) == 0:
-        return Welch(excess, math.copysign(math.inf, excess), math.inf, 0.0 if excess > 0 else 1.0)
-    t = excess / math.sqrt(sum(parts))
-    freedom = sum(parts) ** 2 / sum(part ** 2 / (count - 1) for part, (_, count) in zip(parts, (base, new)))
-    return Welch(excess, t, freedom, float(stats.t.sf(t, freedom)))
+    return import_for_tools("scipy.stats").ttest_ind([value - bar for value in base], new, equal_var=False, alternative="greater")
 
 
 def seeds_needed(base: Sequence[float], new: Sequence[float], bar: float, level: float = SIGNIFICANCE) -> int | None:
-    """Seeds a side with which the same means and spreads would pass the test at `level`; None: no number would."""
+    """Seeds a side with which the same means and spreads would pass the test at `level`; None: no number up to MOST_SEEDS would."""
+    test = partial(import_for_tools("scipy.stats").ttest_ind_from_stats, equal_var=False, alternative="greater")
     (base_mean, base_std), (new_mean, new_std) = mean_and_std(base), mean_and_std(new)
-    excess = base_mean - new_mean - bar
-    if excess <= 0:
-        return None
-    return next((n for n in range(2, MOST_SEEDS + 1) if welch_from(excess, (base_std, n), (new_std, n)).p < level), None)
+    return next((n for n in range(2, MOST_SEEDS + 1) if test(base_mean - bar, base_std, n, new_mean, new_std, n).pvalue < level), None)
 
 
 def import_for_tools(name: str) -> Any:
@@ -733,16 +709,17 @@ def compare(base: Group, new: Group) -> str:
 def compare_with_bar(old: Sequence[float], new: Sequence[float], bar: float) -> str:
     """One line: does NEW beat BASE by more than `bar`, and how many seeds would show it."""
     what = f"better by more than {bar:g} nats" if bar else "better at all"
-    if min(len(old), len(new)) < 2:
-        return f"  {what}: no test, it needs at least 2 finished runs a side (here {len(old)} and {len(new)})"
-    test = welch(old, new, bar)
-    verdict = "yes" if test.p < SIGNIFICANCE else "not shown"
-    line = f"  {what}: {verdict} (one-sided Welch t = {test.t:.2f}, {test.freedom:.1f} degrees of freedom, p = {test.p:.2g})"
+    try:
+        test = welch(old, new, bar)
+    except ValueError as error:
+        return f"  {what}: no test, {error}"
+    verdict = "yes" if test.pvalue < SIGNIFICANCE else "not shown"
+    line = f"  {what}: {verdict} (one-sided Welch t = {test.statistic:.2f}, {test.df:.1f} degrees of freedom, p = {test.pvalue:.2g})"
     needed = seeds_needed(old, new, bar)
-    if needed is not None:
-        return line + f"; with these means and spreads, {needed} seeds a side show it at p < {SIGNIFICANCE:g}"
-    return line + ("; no number of seeds would show it: the gain itself is not above the bar" if test.difference <= bar else
-                   f"; more than {MOST_SEEDS} seeds a side would be needed")
+    if needed is None:
+        return f"{line}; {'more than' if statistics.fmean(old) - statistics.fmean(new) > bar else 'the gain is not above the bar: not even'} " \
+               f"{MOST_SEEDS} seeds a side would show it"
+    return f"{line}; with these means and spreads, {needed} seeds a side show it at p < {SIGNIFICANCE:g}"
 
 
 # ======================================================================================================================

@@ -158,7 +158,9 @@ class ValSet:
 # The suspect
 # ======================================================================================================================
 
-NEW_USER, NEW_NET, NEW_MOUNTS, PRIVATE = 0x10000000, 0x40000000, 0x00020000, 0x44000  # of sched.h and mount.h
+NEW_USER, NEW_NET, NEW_MOUNTS = 0x10000000, 0x40000000, 0x00020000  # of sched.h
+PRIVATE, BIND, RECURSIVE = 0x44000, 0x1000, 0x4000  # of mount.h
+SYSTEM_FOLDERS = ("/usr", "/lib", "/lib64", "/bin", "/sbin", "/etc", "/opt", "/proc", "/dev", "/sys")
 # Code from before LOSSES_PATH: the losses are taken from what its two scores return.
 OLDER = """\
 import os, numpy, train_gpt as code
@@ -176,20 +178,28 @@ raise SystemExit(status)
 """
 
 
-def close_off(hidden: Sequence[Path]) -> None:
-    """In the child: no network, and the folders `hidden` empty. OSError where this kernel does not allow it."""
-    libc = ctypes.CDLL(None, use_errno=True)
+def close_off(case: Path) -> None:
+    """In the child: no network, and no file but the system's, Python's and those of the folder `case`. OSError where this is not allowed."""
+    libc, root = ctypes.CDLL(None, use_errno=True), case / "root"
     failed = libc.unshare(NEW_USER | NEW_NET | NEW_MOUNTS) or libc.mount(b"none", b"/", None, PRIVATE, None)
-    for path in hidden:
-        failed = failed or libc.mount(b"tmpfs", os.fsencode(path), b"tmpfs", 0, None)
+    for path in map(Path, (*SYSTEM_FOLDERS, sys.prefix, sys.base_prefix, case)):
+        inside = root / path.relative_to("/")
+        if path.is_symlink():
+            inside.symlink_to(os.readlink(path))
+        elif path.is_dir():
+            inside.mkdir(parents=True, exist_ok=True)
+            failed = failed or libc.mount(os.fsencode(path), os.fsencode(inside), None, BIND | (0 if path == case else RECURSIVE), None)
     if failed:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    os.chroot(root)
+    os.chdir(case)
 
 
 @lru_cache
 def can_close_off() -> bool:
     try:
-        return subprocess.run([sys.executable, "-c", ""], preexec_fn=partial(close_off, ()), check=False).returncode == 0
+        with tempfile.TemporaryDirectory() as case:
+            return subprocess.run([sys.executable, "-c", ""], preexec_fn=partial(close_off, Path(case).resolve()), check=False).returncode == 0
     except (subprocess.SubprocessError, OSError):
         return False
 
@@ -202,7 +212,6 @@ class Suspect:
     artifact: Path
     settings: dict[str, str]  # without those that say where things are
     threads: str
-    hidden: list[Path]
     limit_seconds: float
     older: bool = False  # its code knows no LOSSES_PATH
     took: list[tuple[int, float]] = field(default_factory=list)  # (tokens, seconds) of each score
@@ -218,7 +227,7 @@ class Suspect:
         """The nats of every target, by stage; Broken with the reason if they are not there."""
         began = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="run_") as place:
-            case = Path(place)
+            case = Path(place).resolve()
             for part in ("home", "data", "out"):
                 (case / part).mkdir()
             for path in self.code:
@@ -256,13 +265,10 @@ class Suspect:
         environ |= {"EVAL_ONLY": "1", "ARTIFACT_PATH": "model.artifact", "DATA_PATH": "data", "LOSSES_PATH": "losses.npz",
                     "ARTIFACT_DIR": "out", "RUN_ID": "score", "HOME": str(case / "home"), "TMPDIR": str(case / "home"),
                     "OMP_NUM_THREADS": self.threads}
-        inside = (Path(sys.prefix), Path(tempfile.gettempdir()).resolve())
-        hidden = [path for path in self.hidden if not any(place.is_relative_to(path) for place in inside)
-                  and not any(path.is_relative_to(other) for other in self.hidden if other != path)]
         with (case / "said").open("wb") as said:
             child = subprocess.Popen([sys.executable, "-s", "score.py" if self.older else CODE_FILE], cwd=case, env=environ, stdout=said,
                                      stderr=said, stdin=subprocess.DEVNULL, start_new_session=True,
-                                     preexec_fn=partial(close_off, hidden) if can_close_off() else None)
+                                     preexec_fn=partial(close_off, case) if can_close_off() else None)
             try:
                 status: int | None = child.wait(self.limit_seconds)
             except subprocess.TimeoutExpired:

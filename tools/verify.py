@@ -616,9 +616,9 @@ def check_with_code(record: Record, runs: list[RunLog], val: ValSet, shards: Pat
     rng = np.random.default_rng(draw)
     print(f"now running the code of {record.folder}, in a process and a folder of its own; drawn with --draw {draw}", flush=True)
     closed = referee.can_close_off()
-    yield Result(PASS if closed else UNKNOWN, "the code runs with no network and without these folders",
+    yield Result(PASS if closed else UNKNOWN, "the code runs with no network and no files but its own",
                  "in namespaces of its own" if closed else "this system does not let a process give them up")
-    suspects = [suspect_of(record, run, shards, options) for run in runs]
+    suspects = [suspect_of(record, run, options) for run in runs]
     examined, scores = int(rng.integers(len(runs))), len(runs) + 2 * options.cuts + SCORES_BESIDE_CUTS
     part, whole_seconds, losses = val, 0.0, None
     for number in np.roll(np.arange(len(runs)), -examined):
@@ -642,12 +642,12 @@ def check_with_code(record: Record, runs: list[RunLog], val: ValSet, shards: Pat
         yield from referee.Examination(suspects[examined], part, losses, rng).rows(train, options.cuts)
 
 
-def suspect_of(record: Record, run: RunLog, shards: Path, options: argparse.Namespace) -> Suspect:
+def suspect_of(record: Record, run: RunLog, options: argparse.Namespace) -> Suspect:
     settings = {name: value for name, value in run.settings.items() if value != "" and not logs.is_place(name) and name not in logs.VARYING}
     settings |= {"SEED": run.settings["SEED"]} if "SEED" in run.settings else {}
     code = [record.folder / file for file in run.code or [CODE_FILE]]
-    return Suspect(code, record.artifacts[run.path], settings, run.run.get("threads", "1"), [record.folder.resolve(), shards.resolve()],
-                   60 * options.minutes, older="LOSSES_PATH" not in readable_code(record).upper())
+    return Suspect(code, record.artifacts[run.path], settings, run.run.get("threads", "1"), 60 * options.minutes,
+                   older="LOSSES_PATH" not in readable_code(record).upper())
 
 
 def standing_rows(record: Record, save: bool) -> Iterator[Result]:
