@@ -153,10 +153,11 @@ def test_a_run_behind_an_aborted_one_is_read_alone(tmp_path: Path) -> None:
         assert "an earlier run in this file" in run.problems[0] and run.final.val_bpb == 1.06417
 
 
-@pytest.mark.parametrize("form", ["utf-16", "utf-8-sig", "prefix"])
+@pytest.mark.parametrize("form", ["utf-16", "utf-8-sig", "prefix", "prefix and blank"])
 def test_prefixes_and_other_encodings_change_nothing(form: str, tmp_path: Path) -> None:
-    text = "".join(f"[default0]:{line}\n[default1]:{line}\n" for line in THEIRS.splitlines()) if form == "prefix" else THEIRS
-    (tmp_path / "a.log").write_bytes(text.encode("utf-8" if form == "prefix" else form))
+    start = {"prefix": "[default{}]:", "prefix and blank": "[rank{}]: "}.get(form)
+    text = "".join(start.format(rank) + f"{line}\n" for line in THEIRS.splitlines() for rank in (0, 1)) if start else THEIRS
+    (tmp_path / "a.log").write_bytes(text.encode("utf-8" if start else form))
     (tmp_path / "b.log").write_text(THEIRS)
     first, second = (logs.read_log(tmp_path / name) for name in ("a.log", "b.log"))
     assert (first.train, first.evals, first.final, first.settings) == (second.train, second.evals, second.final, second.settings)
@@ -180,8 +181,10 @@ def test_scores_of_other_bytes_are_not_compared(tmp_path: Path) -> None:
     base, new = tmp_path / "base.log", tmp_path / "new.log"
     their_log(base)
     their_log(new, changes={"val_bpb:1.06417": "val_bpb:1.04417"})
+    groups = [logs.read_group(str(path)) for path in (base, new)]
     with pytest.raises(ValueError, match=r"base counts 3.157\d+ bytes a token, new 3.217"):
-        logs.compare(logs.read_group(str(base)), logs.read_group(str(new)))
+        logs.compare(*groups)
+    assert logs.stage_comparison(logs.curves_of(groups))[0] == ["BPB", "base", "new"]  # side by side, and no difference
 
 
 def test_a_closed_pipe_is_no_error(tmp_path: Path) -> None:

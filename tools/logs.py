@@ -389,6 +389,7 @@ def finish_theirs(run: RunLog) -> None:
 # Files and folders
 # ======================================================================================================================
 
+RANK_PREFIX = re.compile(r"(?:\[(?:default)?(?P<a>\d+)\]:|\[rank(?P<b>\d+)\]: ?)?(?P<text>.*)")
 OUR_START = re.compile(r"(run id:|code file:|setting \*?[A-Z])")
 
 
@@ -403,8 +404,8 @@ def lines_of(path: Path) -> list[str]:
     check_file(path)
     data = path.read_bytes()
     encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
-    parts = [re.match(r"(?:\[(?:default|rank)?(\d+)\]:)?(.*)", line) for line in data.decode(encoding, errors="replace").splitlines()]
-    return [part[2] for part in parts if part and part[1] in (None, "0")]
+    lines = [RANK_PREFIX.match(line) for line in data.decode(encoding, errors="replace").splitlines()]
+    return [line["text"] for line in lines if line and (line["a"] or line["b"] or "0") == "0"]
 
 
 def read_log(path: Path) -> RunLog:
@@ -659,15 +660,22 @@ def bytes_a_token(loss: float | None, bpb: float | None) -> float | None:
     return loss / (math.log(2) * bpb) if loss and bpb and math.isfinite(loss / bpb) else None
 
 
+def bytes_of(runs: Iterable[RunLog]) -> float:
+    """Mean bytes a token of the final scores; nan if no run says."""
+    found = [bytes_a_token(run.final.val_loss, run.final.val_bpb) for run in runs if run.final]
+    return statistics.fmean([size for size in found if size] or [math.nan])
+
+
+def same_bytes(first: Iterable[RunLog], second: Iterable[RunLog]) -> bool:
+    sizes = bytes_of(first), bytes_of(second)
+    return not abs(sizes[0] - sizes[1]) > SAME_BYTES * max(sizes)
+
+
 def check_denominators(base: Group, new: Group) -> None:
     """ValueError if the scores of two groups are bits of different bytes: then neither is the better one."""
-    sizes = []
-    for group in (base, new):
-        found = [bytes_a_token(run.final.val_loss, run.final.val_bpb) for run in group.finished if run.final]
-        sizes.append(statistics.fmean([size for size in found if size] or [math.nan]))
-    if abs(sizes[0] - sizes[1]) > SAME_BYTES * max(sizes):
-        raise ValueError(f"{base.name} counts {sizes[0]:.5f} bytes a token, {new.name} {sizes[1]:.5f} (loss / (ln 2 x BPB)): they scored "
-                         "different text or count its bytes differently, so their BPB do not compare")
+    if not same_bytes(base.runs, new.runs):
+        raise ValueError(f"{base.name} counts {bytes_of(base.runs):.5f} bytes a token, {new.name} {bytes_of(new.runs):.5f} (loss / (ln 2 x "
+                         "BPB)): they scored different text or count its bytes differently, so their BPB do not compare")
 
 
 def comparable(base: Group, new: Group) -> list[str]:
@@ -717,8 +725,8 @@ def compare_with_bar(old: Sequence[float], new: Sequence[float], bar: float) -> 
     line = f"  {what}: {verdict} (one-sided Welch t = {test.statistic:.2f}, {test.df:.1f} degrees of freedom, p = {test.pvalue:.2g})"
     needed = seeds_needed(old, new, bar)
     if needed is None:
-        return f"{line}; {'more than' if statistics.fmean(old) - statistics.fmean(new) > bar else 'the gain is not above the bar: not even'} " \
-               f"{MOST_SEEDS} seeds a side would show it"
+        above = statistics.fmean(old) - statistics.fmean(new) > bar
+        return f"{line}; {'more than' if above else 'the gain is not above the bar: not even'} {MOST_SEEDS} seeds a side would show it"
     return f"{line}; with these means and spreads, {needed} seeds a side show it at p < {SIGNIFICANCE:g}"
 
 
@@ -751,6 +759,11 @@ def curves_of(groups: list[Group]) -> list[Curve]:
     labels = ["_".join(word for word in own if word not in common) or "_".join(own) for own in words]
     labels = [short(label) + (f" #{i + 1}" if labels.count(label) > 1 else "") for i, label in enumerate(labels)]
     return [Curve(label, COLORS[i % len(COLORS)], group.finished or group.runs) for i, (label, group) in enumerate(zip(labels, groups))]
+
+
+def are_pair(curves: list[Curve]) -> bool:
+    """Whether there are two configurations whose scores compare: then their difference is shown."""
+    return len(curves) == 2 and same_bytes(curves[0].runs, curves[1].runs)
 
 
 def less(curves: list[Curve]) -> str:
@@ -859,13 +872,13 @@ def difference(first: Sequence[float], second: Sequence[float]) -> str:
 
 def stage_comparison(curves: list[Curve]) -> list[list[str]]:
     """Header and a row a stage: the mean of each configuration, and of two the difference."""
-    last = ["difference"] if len(curves) == 2 else ["std"] if len(curves) == 1 and len(curves[0].runs) > 1 else []
+    last = ["difference"] if are_pair(curves) else ["std"] if len(curves) == 1 and len(curves[0].runs) > 1 else []
     rows = [["BPB", *(short(curve.name, 18) for curve in curves), *last]]
     for stage, title in STAGE_TITLES.items():
         values = [stage_values(curve.runs, stage) for curve in curves]
         if any(values):
             means = [f"{statistics.fmean(found):.5f}" if found else "-" for found in values]
-            spread = difference(*values) if len(curves) == 2 else f"{mean_and_std(values[0])[1]:.5f}"
+            spread = difference(*values) if len(curves) > 1 else f"{mean_and_std(values[0])[1]:.5f}"
             rows.append([title, *means, *([spread] if last else [])])
     return rows
 
@@ -880,12 +893,12 @@ def draw_stages(axes: Any, curves: list[Curve]) -> None:
         means = [(i, statistics.fmean(values)) for i, stage in enumerate(stages) if (values := stage_values(curve.runs, stage))]
         axes.plot(*zip(*means) if means else ((), ()), "o-", ms=5, lw=2, color=curve.color, label=curve.label)
     texts = [STAGE_TITLES[stage] for stage in stages]
-    if len(curves) == 2:
+    if are_pair(curves):
         texts = [f"{text}\n" + difference(*(stage_values(curve.runs, stage) for curve in curves)).replace(" ±", "\n±")
                  for text, stage in zip(texts, stages)]
     axes.set_xticks(range(len(stages)), texts, fontsize="small")
     axes.margins(x=0.1)
-    axes.set_title(f"Stages, {less(curves)}" if len(curves) == 2 else "Score at each stage")
+    axes.set_title(f"Stages, {less(curves)}" if are_pair(curves) else "Score at each stage")
     axes.set_ylabel("bits a byte")
 
 
@@ -899,7 +912,7 @@ def draw_ttt(axes: Any, curves: list[Curve]) -> None:
     by_bytes = all(point.scored is not None for curve in with_ttt for run in curve.runs for point in run.ttt)
     lines = [[ttt_line(run) for run in curve.runs if len(run.ttt) > 1] for curve in with_ttt]
     axes.set_xlabel(f"{'bytes' if by_bytes else 'documents'} scored, %, longest documents first")
-    if len(with_ttt) == 2:
+    if are_pair(with_ttt):
         numpy = import_for_tools("numpy")
         (xs, first), (others, second) = map(mean_line, lines)
         xs = [x for x in xs if others[0] <= x <= others[-1]]

@@ -179,7 +179,7 @@ raise SystemExit(status)
 
 
 def close_off(case: Path) -> None:
-    """In the child: no network, and no file but the system's, Python's and those of the folder `case`. OSError where this is not allowed."""
+    """In the child: no network, and no files but the system's, Python's and those of `case`. OSError where this is not allowed."""
     libc, root = ctypes.CDLL(None, use_errno=True), case / "root"
     failed = libc.unshare(NEW_USER | NEW_NET | NEW_MOUNTS) or libc.mount(b"none", b"/", None, PRIVATE, None)
     for path in map(Path, (*SYSTEM_FOLDERS, sys.prefix, sys.base_prefix, case)):
@@ -199,7 +199,7 @@ def close_off(case: Path) -> None:
 def can_close_off() -> bool:
     try:
         with tempfile.TemporaryDirectory() as case:
-            return subprocess.run([sys.executable, "-c", ""], preexec_fn=partial(close_off, Path(case).resolve()), check=False).returncode == 0
+            return not subprocess.run([sys.executable, "-c", ""], preexec_fn=partial(close_off, Path(case).resolve()), check=False).returncode
     except (subprocess.SubprocessError, OSError):
         return False
 
@@ -472,6 +472,8 @@ class Examination:
                     worst[stage] = max(worst[stage], float(apart.max()))
                     problems[stage].append(f"set {number}: {len(wrong)} of {int(stays.sum())} earlier losses changed, "
                                            f"by {apart.max():.2g} at most")
+            if any(problems.values()):
+                break
         again = self.suspect.score(self.val) if any(problems.values()) else self.real
         for stage in stages:
             rule, noise = f"causal: {STAGE_WORDS[stage]}", float(np.abs(again[stage].astype(np.float64) - self.real[stage]).max())
