@@ -237,6 +237,11 @@ class Config:
     mlp_clip_sigmas: float = setting(12.0, "range of MLP matrices", above(0, 1000))
     attn_clip_sigmas: float = setting(13.0, "range of attention matrices", above(0, 1000))
     embed_clip_sigmas: float = setting(15.0, "range of the embedding", above(0, 1000))
+    lqer_enabled: bool = model_setting(False, "low-rank terms in small integers for what GPTQ leaves of the worst matrices", FLAG)
+    lqer_rank: int = model_setting(4, "their rank", between(1, 64))
+    lqer_group: int = model_setting(32, "numbers that share a scale in their wide factor", between(1, 2**16))
+    lqer_column_scales: bool = model_setting(True, "a scale for each column of their tall factor; 0: one, as published", FLAG)
+    lqer_top_k: int = setting(3, "matrices with such a term, those of largest error", between(1, 1000))
     gptq_calibration_batches: int = setting(16, "training batches for the Hessians", between(1, 10**6))
     gptq_reserve_seconds: float = setting(4.0, "training time kept for the Hessians, at least", SECONDS)
     # test-time training
@@ -313,6 +318,8 @@ class Config:
             (self.max_wallclock_seconds == 0 or self.gptq_reserve_seconds < self.max_wallclock_seconds,
              "GPTQ_RESERVE_SECONDS must be below MAX_WALLCLOCK_SECONDS"),
             (self.train_batch_tokens % 8 == 0, "TRAIN_BATCH_TOKENS must be a multiple of 8"),
+            (not self.lqer_enabled or all(self.lqer_rank * width % self.lqer_group == 0 for width in (self.model_dim, self.mlp_dim)),
+             "LQER_RANK times the width of every matrix (MODEL_DIM, and times MLP_MULT) must be a multiple of LQER_GROUP"),
             (self.val_batch_tokens // 8 >= self.eval_seq_len, "VAL_BATCH_TOKENS must be at least 8 * EVAL_SEQ_LEN"),
             (self.chunk_sizes[-1] <= self.ttt_eval_seq_len,
              "TTT_CHUNK_SIZE, doubled by TTT_CHUNK_DOUBLES_AT, must be at most TTT_EVAL_SEQ_LEN"),
@@ -1438,8 +1445,8 @@ def rms_norm(x: Tensor) -> Tensor:
 
 
 def add(x: Tensor, y: Tensor) -> Tensor:
-    """x + y, of one dtype. Added in float32 it joins the norm behind it; else the product before it, for which x is copied first."""
-    return (x.float() + y.float()).to(x.dtype)
+    """x + y, of one dtype. A plain sum the compiler would join to the product before it, copying x for that; this joins the norm behind."""
+    return (x.float() + y.float()).to(x.dtype) if torch.compiler.is_compiling() else x + y
 
 
 @torch.library.custom_op(f"{OPERATORS}::rotary_tables", mutates_args=())
@@ -1561,13 +1568,12 @@ class GPT(nn.Module):
         lanes = None
         for j, layer in enumerate(schedule.decoder):
             visit = len(schedule.encoder) + j
-            skip = skips.pop() if j < self.skip_weights.size(0) and skips else None
+            skip = (j, skips.pop()) if j < self.skip_weights.size(0) and skips else None
             if layer < cfg.parallel_start_layer:
-                x = x if skip is None else self._mix_skip(j, skip, x)
-                x = self._serial_block(context, layer, visit, x, x0)
+                x = self._serial_block(context, layer, visit, x, x0, skip)
             else:
                 lane0, lane1 = (x, x) if lanes is None else lanes
-                lane0 = lane0 if skip is None else self._mix_skip(j, skip, lane0)
+                lane0 = lane0 if skip is None else self._mix_skip(skip, lane0)
                 lanes = self._parallel_block(context, layer, visit, (lane0, lane1), x0)
         if lanes is not None:
             x = {"mean": 0.5 * (lanes[0] + lanes[1]), "attn": lanes[0], "mlp": lanes[1]}[cfg.parallel_final_lane]
@@ -1596,18 +1602,20 @@ class GPT(nn.Module):
         gate = torch.sigmoid(F.linear(embedded[:, : self.cfg.gate_window], self.smear_gate.weight))
         return self.smear_lambda * gate * (previous >= 0)[:, None] * F.embedding(previous.clamp_min(0), self.tok_emb.weight)
 
-    def _mix_skip(self, row: int, skip: Tensor, x: Tensor) -> Tensor:
-        weighted = self.skip_weights[row].to(self.dtype) * skip
-        if not self.cfg.skip_gates_enabled:
-            return x + weighted
-        return torch.lerp(weighted, x, torch.sigmoid(self.skip_gates[row]).to(self.dtype))
+    def _mix_skip(self, skip: tuple[int, Tensor], x: Tensor, scale: Tensor | float = 1.0) -> Tensor:
+        """`scale` times x (T, d) with a skip, (row, (T, d)), mixed in: one factor a channel for each, so that no sum between is kept."""
+        row, skipped = skip
+        gate = torch.sigmoid(self.skip_gates[row]) if self.cfg.skip_gates_enabled else torch.ones_like(self.skip_gates[row])
+        share = (1 - gate if self.cfg.skip_gates_enabled else 1.0) * self.skip_weights[row]
+        return (scale * gate).to(self.dtype) * x + (scale * share).to(self.dtype) * skipped
 
     def _normed(self, x: Tensor, layer: int) -> Tensor:
         return rms_norm(x) / math.sqrt(layer + 1) if self.cfg.ln_scale else rms_norm(x)
 
-    def _serial_block(self, context: Context, layer: int, visit: int, x: Tensor, x0: Tensor) -> Tensor:
+    def _serial_block(self, context: Context, layer: int, visit: int, x: Tensor, x0: Tensor,
+                      skip: tuple[int, Tensor] | None = None) -> Tensor:
         mix = context.layers[layer].resid_mix
-        x = mix[0] * x + mix[1] * x0
+        x = (mix[0] * x if skip is None else self._mix_skip(skip, x, mix[0])) + mix[1] * x0
         x = add(x, self._attention(context, layer, visit, self._normed(x, layer)))
         return add(x, self._mlp(context, layer, visit, x))
 
@@ -2266,12 +2274,59 @@ def check_memory(run: Run, model: GPT, layout: SpanLayout) -> None:
 class Quantized:
     """A matrix, or a bank of matrices, as small integers with one scale a row.
 
-    codes: int8 (..., rows, cols); scales: float16 (..., rows); method: the quantizer that gives weights back from them.
+    codes: int8 (..., rows, cols); scales: float16 (..., rows); method: the quantizer that gives weights back from them;
+    low_rank: what is added to some of the matrices.
     """
 
     codes: Tensor
     scales: Tensor
     method: str = "scalar"
+    low_rank: tuple[LowRank, ...] = ()
+
+
+class LowRank(NamedTuple):
+    """A product A B for matrix `index` of a bank, in small integers: most of what GPTQ left of it (LQER, Zhang et al. 2024)."""
+
+    index: int
+    a: Tensor  # (rows, rank) int8, -2..1
+    a_scales: Tensor  # (rank,) float16, or (1,) for all
+    b: Tensor  # (rank, cols) int8, -8..7
+    b_scales: Tensor  # (rank * cols / LQER_GROUP,) float16
+
+    @classmethod
+    def of(cls, index: int, a: Tensor, b: Tensor, cfg: Config) -> LowRank:
+        """In integers: a (rows, rank), b (rank, cols)."""
+        groups = b.reshape(-1, cfg.lqer_group)
+        a_scales = (a.std(0) if cfg.lqer_column_scales else a.abs().max().reshape(1) / 1.5).clamp_min(2.0**-24).half()
+        b_scales = (groups.abs().amax(1) / 7.5).clamp_min(2.0**-24).half()
+        codes = (groups / b_scales.float()[:, None]).round().clamp(-8, 7).reshape(b.shape)
+        a_codes = (a / a_scales.float()).round().clamp(-2, 1)
+        return cls(index, a_codes.to(torch.int8).cpu(), a_scales.cpu(), codes.to(torch.int8).cpu(), b_scales.cpu())
+
+    def product(self) -> Tensor:
+        """(rows, cols) float32."""
+        groups = self.b.reshape(len(self.b_scales), -1).float() * self.b_scales.float()[:, None]
+        return (self.a.float() * self.a_scales.float()) @ groups.reshape(self.b.shape)
+
+
+def best_product(error: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """A (rows, rank) and B (rank, cols) nearest to an error. The levels are lopsided, so the sign is ruled: each row of B has its entry
+    of largest size positive."""
+    u, s, vt = torch.linalg.svd(error, full_matrices=False)
+    signs = vt[:rank].gather(1, vt[:rank].abs().argmax(1, keepdim=True)).sign()
+    return u[:, :rank] * s[:rank] * signs.T, vt[:rank] * signs
+
+
+def correct_largest(cfg: Config, model: GPT, tensors: Tensors) -> None:
+    """Give the LQER_TOP_K matrices with the largest errors their low-rank terms."""
+    errors: dict[tuple[str, int], Tensor] = {}
+    for row in parameter_table(cfg):
+        if row.matrices:
+            left = model.get_parameter(row.name).detach() - dequantize(tensors[row.name]).to(model.tok_emb.weight.device)
+            errors |= {(row.name, i): error for i, error in enumerate(left.reshape(-1, *row.shape[-2:]))}
+    for name, i in sorted(errors, key=lambda key: -float(errors[key].norm()))[: cfg.lqer_top_k]:
+        term = LowRank.of(i, *best_product(errors[name, i], cfg.lqer_rank), cfg)
+        tensors[name] = replace(tensors[name], low_rank=(*tensors[name].low_rank, term))
 
 
 class ScalarQuantizer:
@@ -2319,8 +2374,11 @@ QUANTIZERS = {"scalar": ScalarQuantizer(), "trellis": TrellisQuantizer()}
 
 
 def dequantize(quantized: Quantized) -> Tensor:
-    """The weights that the codes stand for: levels * scales, float32 (..., rows, cols)."""
-    return QUANTIZERS[quantized.method].levels(quantized.codes) * quantized.scales.float().unsqueeze(-1)
+    """The weights that the codes stand for: levels * scales and the low-rank terms, float32 (..., rows, cols)."""
+    weights = QUANTIZERS[quantized.method].levels(quantized.codes) * quantized.scales.float().unsqueeze(-1)
+    for term in quantized.low_rank:
+        weights.view(-1, *weights.shape[-2:])[term.index] += term.product()
+    return weights
 
 
 class Calibration:
@@ -2587,6 +2645,8 @@ def quantize(run: Run, model: GPT, hessians: dict[str, Tensor], clip_factor: flo
             tensors[row.name] = Quantized(codes.to(torch.int8).cpu(), scales.cpu())
         else:
             tensors[row.name] = value.clamp(-65504.0, 65504.0).to(torch.float16).cpu()
+    if run.cfg.lqer_enabled:
+        correct_largest(run.cfg, model, tensors)
     return tensors, total_error
 
 
@@ -2723,6 +2783,8 @@ def pack_artifact(tensors: Tensors, cfg: Config, tick: Callable[[float, float], 
             plain[row.name] = tensor.contiguous()
             continue
         plain[row.name + ".scales"] = tensor.scales.contiguous()
+        for term in tensor.low_rank:
+            plain |= {f"{row.name}.low{term.index}.{part}": t.contiguous() for part, t in zip(LowRank._fields[1:], term[1:])}
         if uses_coder(row, cfg.compressor):
             banks.append(as_bank(tensor))
         else:
@@ -2812,12 +2874,22 @@ def take_tensors(cfg: Config, compressor: str, plain: dict[str, Tensor], coded: 
         stored = (*row.shape[:-2], row.shape[-1], row.shape[-2])
         coded_apart = uses_coder(row, compressor)
         values = torch.zeros(row.shape, dtype=torch.int8) if coded_apart else take(row.name + ".codes", torch.int8, stored).mT
-        tensors[row.name] = Quantized(values.contiguous(), scales, cfg.quantizer if row.matrices else "scalar")
+        low_rank = tuple(
+            LowRank(i, *(take(f"{row.name}.low{i}.{part}", dtype, shape) for part, (dtype, shape) in low_rank_shapes(cfg, row).items()))
+            for i in range(math.prod(row.shape[:-2])) if cfg.lqer_enabled and f"{row.name}.low{i}.a" in plain)
+        tensors[row.name] = Quantized(values.contiguous(), scales, cfg.quantizer if row.matrices else "scalar", low_rank)
     if plain or (coded and compressor != "rans"):
         raise ArtifactError(f"the artifact holds more than its model: {', '.join([*plain][:3]) or f'{len(coded)} bytes'}")
     if compressor == "rans":
         decode_codes(cut_streams(coded), [as_bank(tensors[row.name]) for row in table if uses_coder(row, compressor)])
     return tensors
+
+
+def low_rank_shapes(cfg: Config, row: Row) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Types and shapes of the parts of a LowRank of one matrix of a bank, by name."""
+    (rows, cols), rank = row.shape[-2:], cfg.lqer_rank
+    return {"a": (torch.int8, (rows, rank)), "a_scales": (torch.float16, (rank if cfg.lqer_column_scales else 1,)),
+            "b": (torch.int8, (rank, cols)), "b_scales": (torch.float16, (rank * cols // cfg.lqer_group,))}
 
 
 def as_bank(quantized: Quantized) -> Bank:

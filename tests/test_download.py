@@ -23,7 +23,7 @@ import pytest
 import prepare_caseops_data as prepare
 
 PROGRAM = Path(prepare.__file__)
-NAME = prepare.PUBLISHED
+NAME = prepare.PUBLISHED.format(prepare.V1.name)
 MODEL = "tokenizers/fineweb_8192_bpe_lossless_caps_caseops_v1_reserved.model"
 COMMIT = "0" * 40
 
