@@ -4596,8 +4596,11 @@ def open_log(cfg: Config, ranks: Ranks) -> Log:
     try:
         log = Log(path, enabled=ranks.rank == 0)
         free = shutil.disk_usage(path.parent).free if log.enabled else math.inf
+        if log.enabled and cfg.losses_path and not Path(cfg.losses_path).exists():
+            Path(cfg.losses_path).parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"cannot write to {path.parent}: {error.strerror}; set ARTIFACT_DIR to a folder you may write to") from error
+        raise ValueError(f"cannot write to {error.filename or path.parent}: {error.strerror}; set ARTIFACT_DIR or LOSSES_PATH to a place "
+                         "you may write to") from error
     if free < 4 * ARTIFACT_CAP_BYTES:
         raise ValueError(f"only {free / 1e6:.0f} MB free in {path.parent}: the log and the artifact need "
                          f"{4 * ARTIFACT_CAP_BYTES / 1e6:.0f}; free some space there or set ARTIFACT_DIR")
