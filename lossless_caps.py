@@ -12,7 +12,9 @@ Everything that is not an ASCII letter stays as it is; a literal operator charac
 A version is a row of `VERSIONS`. From the second on TITLE and ALLCAPS go before the space directly in front of their word, so
 that the word is written as it is in the middle of a sentence, its space included: "see The" is "see", TITLE, " the". And where
 `spaced_after` names characters, a word after one of them is given the space that it lacks, while CAPNEXT marks a real one:
-with a newline, "\nthe" is "\n the" and "\n the" is "\n", CAPNEXT, " the". The start of the text is a line's start.
+with a newline, "\nthe" is "\n the" and "\n the" is "\n", CAPNEXT, " the". The start of the text is a line's start. Where
+`titled_after` names characters, a word with its space behind one of them is taken to begin with a capital, and TITLE says that
+it does not: "end. The cat" is "end. the cat", "Mr. and" is "mr.", TITLE, " and".
 
 Of every version `decode(encode(text)) == text` for every string, and `decode` raises ValueError for every string that
 `encode` cannot have produced. Operators, and spaces given to words, stand for no byte of the original text, so bits per byte
@@ -84,18 +86,26 @@ class Transform:
     capitals: bool = True      # False: they stay, and only literal operators are changed: plain text, for comparison
     before_space: bool = False
     spaced_after: str = ""     # ASCII characters, no letters or spaces; the first one is what the start of the text counts as
+    titled_after: str = ""     # the same; needs before_space
 
     def encode(self, text: str) -> str:
         """Return the CaseOps form of `text`; any string is allowed."""
         written = self.words(text)
-        if not self.spaced_after or not text:
+        if self.spaced_after and text:
+            mark, give = self._given
+            written = give.sub(r"\1 ", mark.sub(rf"\1{CAPNEXT}", self.spaced_after[0] + written))[1:]
+        return self.imply(written)
+
+    def imply(self, written: str, before: str | None = None) -> str:
+        """A form with TITLE implied out of one with every TITLE, or the other way round; what stands before it is `before`."""
+        if not self.titled_after or not written:
             return written
-        mark, give = self._given
-        return give.sub(r"\1 ", mark.sub(rf"\1{CAPNEXT}", self.spaced_after[0] + written))[1:]
+        before = self.spaced_after[:1] if before is None else before
+        return self._implied.sub(lambda found: found[1] + ("" if found[2] else TITLE), before + written)[len(before):]
 
     def words(self, text: str) -> str:
-        """`encode` without `spaced_after`: then the form of a part of a text is the part of its form, cut anywhere but in words
-        and after spaces."""
+        """`encode` without `spaced_after` and `titled_after`: then the form of a part of a text is the part of its form, cut
+        anywhere but in words and after spaces."""
         parts = (_CHANGED if self.capitals else _LITERAL).split(text)
         if len(parts) > 1:
             parts[1::2] = [_write_inside(found) if "a" <= before[-1:] <= "z" and found[0] not in OPERATORS
@@ -108,8 +118,9 @@ class Transform:
         return written
 
     def decode(self, transformed: str) -> str:
-        """Return the text whose CaseOps form is `transformed`; ValueError with the position if there is none."""
+        """Return the text whose CaseOps form is `transformed`; ValueError with the position (every TITLE counted) if there is none."""
         start = self.spaced_after[:1] if transformed else ""
+        transformed = self.imply(transformed)
         parts = self._written.split(start + transformed)
         if len(parts) == 1:
             return transformed
@@ -133,6 +144,11 @@ class Transform:
         """Before what a mark goes, and a given space, in a text of `words`."""
         after, operator = f"[{re.escape(self.spaced_after)}]", f"[{TITLE}{ALLCAPS}]?"
         return re.compile(f"({after})(?={operator} )"), re.compile(f"({after}{operator})(?=[a-z])")
+
+    @cached_property
+    def _implied(self) -> re.Pattern[str]:
+        """Where TITLE says the opposite. Putting it in or taking it out makes no other such place and ends none."""
+        return re.compile(f"([{re.escape(self.titled_after)}])({TITLE}?)(?= [a-z])")
 
     @cached_property
     def _written(self) -> re.Pattern[str]:
@@ -159,6 +175,7 @@ VERSIONS = {version.name: version for version in (
     Transform("lossless_caps_caseops_v2", before_space=True),
     Transform("lossless_caps_caseops_v2_lines", before_space=True, spaced_after="\n"),
     Transform("lossless_caps_caseops_v2_quotes", before_space=True, spaced_after='\n"(['),
+    Transform("lossless_caps_caseops_v2_titles", before_space=True, spaced_after="\n", titled_after="\n.!?"),
     Transform("plain", capitals=False))}
 V1 = VERSIONS["lossless_caps_caseops_v1"]  # the published data's
 
