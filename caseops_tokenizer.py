@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import sentencepiece
 
-from lossless_caps import ALLCAPS, CAPNEXT, ESC, OPERATOR_BYTES, OPERATORS, TITLE, V1, VERSIONS, ByteCounter
+from lossless_caps import ALLCAPS, CAPNEXT, ESC, OPERATOR_BYTES, OPERATORS, TITLE, V1, VERSIONS, ByteCounter, swap_titles
 
 BOS = 1
 
@@ -249,9 +249,9 @@ LONG_DOCUMENT = 1 << 22  # bytes from which on a document goes to `Encoder`, whi
 KEY_BYTES = 15  # longer parts are too rare for the table
 TABLE_ENTRIES = 1 << 20  # what bounds the memory of an encoder: about 100 bytes each
 COUNT_BITS = 32  # of a span of the table: how many ids a part has
-SEPARATOR = "\ue005"  # stands between parts that go to SentencePiece in one text of at most
+SEPARATOR, IS_TITLED = "\ue005", "\ue006"  # between parts that go to SentencePiece in one text; for `TITLED` there
 PARTS_AT_ONCE = 500
-SPECIAL = [SPACE.encode(), b"\xee\x80", *(bytes([byte]) for byte in (DOCUMENT, MARK, TITLED, TITLED_SPACE))]  # the second: of operators
+SPECIAL = [SPACE.encode(), b"\xee\x80", bytes([DOCUMENT]), bytes([MARK])]  # the second: what operators begin with
 ASCII_LETTERS = np.array([chr(byte).isalpha() and byte < 128 for byte in range(256)])
 LETTER, DIGIT, OTHER, WIDE = range(4)  # kinds of bytes; WIDE is a space, and what is not ASCII
 # By the length of a part, at most 16: the bytes of its key that are its own, and its length in the last one.
@@ -373,20 +373,23 @@ class FastEncoder:
         """The ids of any part."""
         if part[0] in (DOCUMENT, MARK):
             return np.array([BOS if part[0] == DOCUMENT else self.tokenizer.names.index(CAPNEXT)], dtype=np.uint16)
-        transform, titled = self.tokenizer.transform, part[0] in (TITLED, TITLED_SPACE)
-        if titled:
-            part = part[1:] if part[0] == TITLED else b" " + part[1:]
-        form = transform.words(part.decode())
-        return self.plain.lossless_ids(transform.imply(form, transform.titled_after[0]) if titled else form)
+        return self.plain.lossless_ids(self._form(part)[part[0] in (TITLED, TITLED_SPACE):])
+
+    def _form(self, text: bytes) -> str:
+        """The CaseOps form of parts; of those that begin with `TITLED` or `TITLED_SPACE`, behind `IS_TITLED`."""
+        transform = self.tokenizer.transform
+        if not transform.titled_after:
+            return transform.words(text.decode())
+        text = text.replace(bytes([TITLED]), IS_TITLED.encode()).replace(bytes([TITLED_SPACE]), (IS_TITLED + " ").encode())
+        return swap_titles(transform.words(text.decode()), IS_TITLED)
 
     def _simple_ids(self, parts: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
         """(flat ids, number by part) of simple parts: many in one text, each after an operator, which joins nothing."""
         separator = SEPARATOR.encode()
         found = [np.zeros(0, dtype=np.uint16)]
         for start in range(0, len(parts), PARTS_AT_ONCE):
-            text = (separator + separator.join(parts[start:start + PARTS_AT_ONCE])).decode()
-            transformed = self.tokenizer.transform.words(text).replace(SEPARATOR, ESC)
-            found.append(self.plain.ids(transformed))
+            form = self._form(separator + separator.join(parts[start:start + PARTS_AT_ONCE]))
+            found.append(self.plain.ids(form.replace(SEPARATOR, ESC).replace(IS_TITLED, "")))
         ids = np.concatenate(found)
         is_separator = ids == self.tokenizer.names.index(ESC)
         counts = np.diff(np.flatnonzero(is_separator), append=len(ids)) - 1 if parts else np.zeros(0, dtype=np.int64)

@@ -79,6 +79,19 @@ def _read(found: str) -> str:
     return letters[0] + "".join(part[0].upper() + part[1:] for part in letters[1:])
 
 
+@lru_cache
+def _titled(after: str) -> re.Pattern[str]:
+    return re.compile(f"([{re.escape(after)}])({TITLE}?)(?= [a-z])")
+
+
+def swap_titles(form: str, after: str) -> str:
+    """A form with TITLE implied behind the characters `after` out of one with every TITLE, or the other way round.
+
+    It is its own inverse: putting TITLE in or taking it out makes no other such place and ends none.
+    """
+    return _titled(after).sub(lambda found: found[1] + ("" if found[2] else TITLE), form) if after else form
+
+
 @dataclass(frozen=True)
 class Transform:
     """One version of CaseOps, by what sets it apart from the others."""
@@ -90,18 +103,12 @@ class Transform:
 
     def encode(self, text: str) -> str:
         """Return the CaseOps form of `text`; any string is allowed."""
-        written = self.words(text)
-        if self.spaced_after and text:
+        start = self.spaced_after[:1] if text else ""
+        written = start + self.words(text)
+        if start:
             mark, give = self._given
-            written = give.sub(r"\1 ", mark.sub(rf"\1{CAPNEXT}", self.spaced_after[0] + written))[1:]
-        return self.imply(written)
-
-    def imply(self, written: str, before: str | None = None) -> str:
-        """A form with TITLE implied out of one with every TITLE, or the other way round; what stands before it is `before`."""
-        if not self.titled_after or not written:
-            return written
-        before = self.spaced_after[:1] if before is None else before
-        return self._implied.sub(lambda found: found[1] + ("" if found[2] else TITLE), before + written)[len(before):]
+            written = give.sub(r"\1 ", mark.sub(rf"\1{CAPNEXT}", written))
+        return swap_titles(written, self.titled_after)[len(start):]
 
     def words(self, text: str) -> str:
         """`encode` without `spaced_after` and `titled_after`: then the form of a part of a text is the part of its form, cut
@@ -120,15 +127,13 @@ class Transform:
     def decode(self, transformed: str) -> str:
         """Return the text whose CaseOps form is `transformed`; ValueError with the position (every TITLE counted) if there is none."""
         start = self.spaced_after[:1] if transformed else ""
-        transformed = self.imply(transformed)
-        parts = self._written.split(start + transformed)
-        if len(parts) == 1:
-            return transformed
+        transformed = swap_titles(start + transformed, self.titled_after)
+        parts = self._written.split(transformed)
         read = list(map(_read, parts[1::2]))
         if "" in read:
-            at = max(0, sum(map(len, parts[:2 * read.index("") + 1])) - len(start))
-            raise ValueError(f"not a CaseOps text ({self.name}): {transformed[at:at + 2]!r} at character {at} is not where the"
-                             f" encoder puts it (near {transformed[max(0, at - 20):at + 20]!r})")
+            at = sum(map(len, parts[:2 * read.index("") + 1]))
+            raise ValueError(f"not a CaseOps text ({self.name}): {transformed[at:at + 2]!r} at character {max(0, at - len(start))} is"
+                             f" not where the encoder puts it (near {transformed[max(0, at - 20):at + 20]!r})")
         parts[1::2] = read
         return "".join(parts)[len(start):]
 
@@ -144,11 +149,6 @@ class Transform:
         """Before what a mark goes, and a given space, in a text of `words`."""
         after, operator = f"[{re.escape(self.spaced_after)}]", f"[{TITLE}{ALLCAPS}]?"
         return re.compile(f"({after})(?={operator} )"), re.compile(f"({after}{operator})(?=[a-z])")
-
-    @cached_property
-    def _implied(self) -> re.Pattern[str]:
-        """Where TITLE says the opposite. Putting it in or taking it out makes no other such place and ends none."""
-        return re.compile(f"([{re.escape(self.titled_after)}])({TITLE}?)(?= [a-z])")
 
     @cached_property
     def _written(self) -> re.Pattern[str]:
