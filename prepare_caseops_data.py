@@ -921,6 +921,7 @@ HUB_FORM = {"datasets": [{"name": str, "tokenizer_name": str, "stats": {"files_t
             "tokenizers": [{"name": str, "model_path": str}]}
 WAITS_S = (1, 4, 16, 60)  # before the next attempts, on top of those that the client makes at a file
 PARALLEL_DOWNLOADS = 4
+STAGING = ".download"  # beside the files; goes when all are there
 
 
 class Listed(NamedTuple):
@@ -994,12 +995,12 @@ class Hub:
     def fetch(self, base: Path, names: list[str]) -> None:
         """Files under the root to the same places under `base`; those that are there, whole, stay.
 
-        They come into a folder of their own first, where an interrupted download goes on, and are moved when all are whole.
+        They come into the folder STAGING first, where an interrupted download goes on, and are moved when all are whole.
         """
         wanted = {base / name: listed for name, listed in self.listing(names).items() if not listed.is_at(base / name)}
         if not wanted:
             return
-        staging, total = base / ".download", sum(listed.size for listed in wanted.values())
+        staging, total = base / STAGING, sum(listed.size for listed in wanted.values())
         lacking = total - folder_bytes(staging) - shutil.disk_usage(base).free
         if lacking > 0:
             raise ValueError(f"{base}: the disk lacks {lacking / 1e9:.2f} GB of the {total / 1e9:.2f} GB to download; make room,"
@@ -1016,7 +1017,6 @@ class Hub:
         for target, listed in wanted.items():
             target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(staging / listed.path, target)
-        shutil.rmtree(staging)
 
     def _snapshot(self, staging: Path, paths: list[str]) -> None:
         self.client.snapshot_download(self.repo, repo_type="dataset", allow_patterns=paths, local_dir=staging,
@@ -1074,6 +1074,7 @@ def download_published(data_dir: Path, train_shards: int | None, transform: str 
         hub.fetch(base, [*names, tokenizer["model_path"], *filter(None, [tokenizer.get("vocab_path")])])
         for file in names:
             read_shard(base / file)
+        shutil.rmtree(base / STAGING, ignore_errors=True)
     return base / "datasets" / name
 
 
@@ -1082,6 +1083,7 @@ def download_documents(data_dir: Path) -> Path:
     base = data_dir / "datasets"
     with folder_lock(base):
         Hub(DOCS_REPO).fetch(base, list(DOCS_FILES))
+        shutil.rmtree(base / STAGING, ignore_errors=True)
     return base / DOCS_FILES[0]
 
 

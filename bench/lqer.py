@@ -8,8 +8,9 @@ Hessian-weighted errors (each over its outputs' energy), and the divergence in n
 model's, on validation tokens (this is what a loss goes up by, with a hundredth of the noise). "by clips" is the divergence that a
 model of as many bytes has when all clip sigmas are scaled by one factor: the row is worth its bytes if its own is smaller.
 
-LQER (low-rank correction of what GPTQ left, E ~ A B) is coded as published: A in 2 bits with one scale, B in 4 bits with a scale for
-GROUP numbers. `column`: a scale for every column of A. `hessian`: A B minimise the error of the layer's outputs, not of the weights.
+LQER (low-rank correction of what GPTQ left, E ~ A B): `published`, one scale for A; `column`, one for each of its columns; `hessian`,
+column, and A B minimise the error of the layer's outputs, not of the weights. "damped": GPTQ of the embedding with a larger share of
+the mean diagonal than 0.01, for its rows are read as inputs too, which its Hessian does not know.
 AWQ-lite: the most salient group of columns of all matrices, by the inputs' rms times the mean weight, gets the range of 8 bits.
 """
 
@@ -42,51 +43,19 @@ class Matrix(NamedTuple):
     layer: int  # -1: the embedding
 
 
-class Coded(NamedTuple):
-    """A low-rank product in small integers."""
-
-    a: Tensor  # (rows, rank) int8, -2..1
-    a_scales: Tensor  # float16, () or (rank,)
-    b: Tensor  # (rank, cols) int8, -8..7
-    b_scales: Tensor  # (groups,) float16
-
-    def product(self) -> Tensor:
-        """(rows, cols)."""
-        b = (self.b.reshape(len(self.b_scales), -1).float() * self.b_scales.float()[:, None]).reshape(self.b.shape)
-        return (self.a.float() * self.a_scales.float()) @ b
+def low_rank(error: Tensor, hessian: Tensor | None, cfg: g.Config) -> g.LowRank:
+    """As the program does it, or with the error of the layer's outputs in place of that of the weights."""
+    if hessian is None:
+        return g.LowRank.of(0, *g.best_product(error, cfg.lqer_rank), cfg)
+    factor = g.damped_factor(hessian[None].clone(), SILENT)[0]
+    a, b = g.best_product(error @ factor, cfg.lqer_rank)
+    return g.LowRank.of(0, a, torch.linalg.solve_triangular(factor, b, upper=False, left=False), cfg)
 
 
-def low_rank(error: Tensor, rank: int, hessian: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """A (rows, rank) and B (rank, cols), the best product by squared error, or by that of the outputs; of each row of B the entry of
-    largest size is positive."""
-    factor = None if hessian is None else g.damped_factor(hessian[None].clone(), SILENT)[0]
-    u, s, vt = torch.linalg.svd(error if factor is None else error @ factor, full_matrices=False)
-    b = vt[:rank] if factor is None else torch.linalg.solve_triangular(factor, vt[:rank], upper=False, left=False)
-    signs = b.gather(1, b.abs().argmax(1, keepdim=True)).sign()
-    return u[:, :rank] * s[:rank] * signs.T, b * signs
-
-
-def code(a: Tensor, b: Tensor, group: int, column_scales: bool = False) -> Coded:
-    """The published levels: rounded to the float16 scale, half to even, then clipped; with a scale a column each takes the best of
-    several, half of its largest entry being coded as 1."""
-    top = (a.abs().amax(0) if column_scales else a.abs().amax()).clamp_min(1e-10)
-    if column_scales:
-        tries = torch.stack([(top * f).half() for f in np.linspace(0.25, 0.75, 11)])  # (11, rank)
-        levels = (a / tries[:, None].float()).round().clamp(-2, 1)
-        best = ((levels * tries[:, None].float() - a) ** 2).sum(1).argmin(0)
-        a_scales = tries.gather(0, best[None])[0]
-    else:
-        a_scales = (top / 1.5).half()
-    groups = b.reshape(-1, group)
-    b_scales = (groups.abs().amax(1).clamp_min(1e-10) / 7.5).half()
-    return Coded((a / a_scales.float()).round().clamp(-2, 1).to(torch.int8), a_scales,
-                 (groups / b_scales.float()[:, None]).round().clamp(-8, 7).to(torch.int8).reshape(b.shape), b_scales)
-
-
-def coded_bytes(parts: list[Coded]) -> int:
+def term_bytes(terms: list[g.LowRank]) -> int:
     """What they take: the entropy of their codes, one table a factor, and the scales."""
-    bits = sum(g.entropy_bits(np.bincount(t.numpy().ravel() + 8, minlength=16)) for part in parts for t in (part.a, part.b))
-    return int(bits / 8) + sum(2 * (part.a_scales.numel() + part.b_scales.numel()) + 24 for part in parts)
+    bits = sum(g.entropy_bits(np.bincount(t.numpy().ravel() + 8, minlength=16)) for term in terms for t in (term.a, term.b))
+    return int(bits / 8) + sum(2 * (term.a_scales.numel() + term.b_scales.numel()) + 24 for term in terms)
 
 
 # ---------------------------------------------------------------------------------------------------------------- the model
@@ -161,8 +130,9 @@ class Bench:
             total += float((p.exp() * (p - self.log_probs(model, batch))).sum())
         return total / sum(len(b.tokens) for b in self.batches)
 
-    def quantize(self, factors: dict[Place, float]) -> dict[Place, g.Quantized]:
-        """Every matrix, its clip sigmas times its factor; those of one shape and rule together."""
+    def quantize(self, factors: dict[Place, float], damping: float = 0.0) -> dict[Place, g.Quantized]:
+        """Every matrix, its clip sigmas times its factor; those of one shape and rule together. The embedding's Hessian has so many of
+        its mean diagonals added, because its rows are read as inputs too."""
         done: dict[Place, g.Quantized] = {}
         alike: dict[tuple, list[Place]] = {}
         for place, m in self.matrices.items():
@@ -170,8 +140,10 @@ class Bench:
         for (_, bits), places in alike.items():
             ms = [self.matrices[p] for p in places]
             clips = torch.tensor([[m.clip_sigmas * factors.get(p, 1.0)] for m, p in zip(ms, places)])
-            found = g.gptq(torch.stack([m.weights for m in ms]), torch.stack([m.hessian for m in ms]), bits, clips, SILENT,
-                           self.cfg.quantizer)
+            hessians = torch.stack([m.hessian for m in ms])
+            if ms[0].layer < 0:
+                hessians = hessians + damping * hessians.diagonal(dim1=1, dim2=2).mean() * torch.eye(hessians.size(-1))
+            found = g.gptq(torch.stack([m.weights for m in ms]), hessians, bits, clips, SILENT, self.cfg.quantizer)
             for i, place in enumerate(places):
                 done[place] = g.Quantized(found.codes[i], found.scales[i], found.method)
         return done
@@ -254,7 +226,7 @@ def rows_of(bench: Bench, group: int) -> list[tuple[str, int, float, float]]:
         rows.append((name, *bench.measure(*measured)))
         print_row(rows[-1])
 
-    for factor in (1.15, 1.05, 0.97, 0.94, 0.9, 0.85):
+    for factor in (1.15, 1.05, 0.95, 0.9, 0.85):
         add(f"clips x{factor}", bench.quantize(dict.fromkeys(bench.matrices, factor)))
     looped = range(bench.cfg.loop_start, bench.cfg.loop_end + 1)
     kinds = {"embedding": lambda p, m: m.layer < 0, "mlp": lambda p, m: "mlp" in p[0],
@@ -264,13 +236,19 @@ def rows_of(bench: Bench, group: int) -> list[tuple[str, int, float, float]]:
              "other layers": lambda p, m: m.layer >= 0 and m.layer not in looped}
     for name, of in kinds.items():
         add(f"{name} x0.85", bench.quantize({p: 0.85 for p, m in bench.matrices.items() if of(p, m)}))
-    errors = {p: bench.matrices[p].weights - g.dequantize(q) for p, q in base.items()}
-    ranked = sorted(errors, key=lambda p: -float(errors[p].norm()))
-    for top, rank in ((1, 4), (3, 4), (4, 2)):
-        for words, hessian, column in (("published", False, False), ("column", False, True), ("hessian, column", True, True)):
-            coded = {p: code(*low_rank(errors[p], rank, bench.matrices[p].hessian if hessian else None), 32, column) for p in ranked[:top]}
-            add(f"LQER rank {rank} top {top} {words}", base, {p: g.dequantize(base[p]) + c.product() for p, c in coded.items()},
-                coded_bytes(list(coded.values())))
+    embedding = ("tok_emb.weight", 0)
+    for damping in (0.0, 0.04, 0.1, 0.3):
+        quantized = bench.quantize({}, damping)
+        if damping:
+            add(f"embedding damped by {0.01 + damping}", quantized)
+        ways = [(1, 2, "column"), (1, 4, "column")]
+        for top, rank, words in ways if damping else [(1, 4, "published"), (3, 4, "published"), *ways, (3, 4, "column"), (1, 4, "hessian")]:
+            cfg = replace(bench.cfg, lqer_rank=rank, lqer_column_scales=words != "published")
+            errors = {p: bench.matrices[p].weights - g.dequantize(q) for p, q in quantized.items()}
+            chosen = sorted(errors, key=lambda p: -float(errors[p].norm()))[:top] if not damping else [embedding]
+            terms = {p: low_rank(errors[p], bench.matrices[p].hessian if words == "hessian" else None, cfg) for p in chosen}
+            add(f"LQER rank {rank} top {top} {words}" + f", embedding damped by {0.01 + damping}" * bool(damping), quantized,
+                {p: g.dequantize(quantized[p]) + term.product() for p, term in terms.items()}, term_bytes(list(terms.values())))
     if bench.cfg.quantizer == "scalar":
         place, start, weights, beside = bench.awq(base, group)
         add(f"AWQ-lite {place[0]}[{place[1]}] columns {start}..{start + group - 1}", base, weights, beside)

@@ -50,8 +50,10 @@ CASES = {
     },
     TITLES: ALIKE | {
         "The cat. The cat": " the cat. the cat", "a. b": f"{TITLE} a.{TITLE} b", "A? NASA!\nNo": f" a?{ALLCAPS} nasa!\n no",
-        "\n the": f"\n{CAPNEXT} the", "\n The": f"\n{CAPNEXT}{TITLE} the", "1.  The": f"1. {TITLE} the", "1. iPhone": f"1.{TITLE} i{CAPNEXT}phone",
-        "1. IPhone": f"1. i{CAPNEXT}phone", "1.The": f"1.{TITLE}the", f"1.{TITLE} The": f"1.{ESC}{TITLE}{TITLE} the", "1. McDonald": f"1. mc{CAPNEXT}donald",
+        "\n the": f"\n{CAPNEXT} the", "\n The": f"\n{CAPNEXT}{TITLE} the", "1.  The": f"1. {TITLE} the",
+        "1. iPhone": f"1.{TITLE} i{CAPNEXT}phone",
+        "1. IPhone": f"1. i{CAPNEXT}phone", "1.The": f"1.{TITLE}the", f"1.{TITLE} The": f"1.{ESC}{TITLE}{TITLE} the",
+        "1. McDonald": f"1. mc{CAPNEXT}donald",
     },
     QUOTES: ALIKE | {'said "The': f' said "{TITLE} the', '" the': f'"{CAPNEXT} the', '("[a': '("[ a'},
     PLAIN: {"see The NASA\n": "see The NASA\n", f"a{ESC}B{TITLE}": f"a{ESC}{ESC}B{ESC}{TITLE}"},

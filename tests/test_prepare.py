@@ -14,8 +14,10 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -280,6 +282,34 @@ def test_killed_while_it_replaces_another_data_set(tmp_path: Path) -> None:
         prepare.build(forced)
         assert_finished(tmp_path / "set", expected)
     assert not whole
+
+
+def alive(mark: str) -> set[int]:
+    """Processes with this variable, itself or its value, in their environment."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):
+            if mark.encode() in path.read_bytes():
+                found.add(int(path.parent.name))
+    return found
+
+
+def test_a_killed_build_with_workers_leaves_no_process_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few_documents(tmp_path)
+    monkeypatch.setattr(prepare, "BLOCK_BYTES", 3000)
+    prepare.build(small(tmp_path))
+    expected = contents(tmp_path / "set")
+    monkeypatch.setenv("MARK_OF_THIS_BUILD", str(tmp_path))  # the workers are new processes and inherit it
+    for step in (20, 34):  # while the shards for validation, for training are written
+        shutil.rmtree(tmp_path / "set")
+        assert kills.dies(step, prepare, lambda: prepare.build(small(tmp_path, workers=2)))
+        end = time.monotonic() + 20
+        while workers := alive(f"MARK_OF_THIS_BUILD={tmp_path}"):
+            assert time.monotonic() < end, workers
+            time.sleep(0.05)
+        assert not (tmp_path / "set/manifest.json").exists()
+        prepare.build(small(tmp_path))
+        assert_finished(tmp_path / "set", expected)
 
 
 def test_a_full_disk_is_said_and_the_same_command_goes_on(

@@ -40,6 +40,13 @@ def planned(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, in
     return {name: int(value) for name, value in (word.split(":") for word in words[1:])}
 
 
+@pytest.mark.parametrize("name", ["2026-11-25_BestAccepted", "2026-11-25_Ours"])
+def test_the_configurations_fit_their_clocks_and_an_h100(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    found = planned(capsys, "--gpus", "8", "--env", str(ROOT / "records/track_10min_16mb" / name / "record.env"))
+    assert found["train_ms"] + found["hessians_ms"] < 600_000 and found["eval_ms"] < 500_000
+    assert found["peak_mb"] < 1e3 * rehearse.PEAK_LIMIT_GB
+
+
 # ------------------------------------------------------------------------------------------------- the published logs
 
 

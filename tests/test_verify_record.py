@@ -58,7 +58,7 @@ def test_an_honest_record_of_train_gpt_fails_nothing(tmp_path: Path, capsys: pyt
 
 def suspect_of(folder: Path) -> verify.Suspect:
     record = verify.open_folder(folder)
-    return verify.suspect_of(record, record.runs[0], made().data, verify.parse_arguments([str(folder)]))
+    return verify.suspect_of(record, record.runs[0], verify.parse_arguments([str(folder)]))
 
 
 def test_train_gpt_that_sees_the_future_is_found(tmp_path: Path) -> None:
