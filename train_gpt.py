@@ -122,7 +122,8 @@ def each(check: Check, most: int = 16) -> Check:
                  lambda value: len(value) <= most and all(map(check.accepts, value)))
 
 
-TEXT = Check("text without line breaks, up to 1000 characters", lambda v: len(v) <= 1000 and v.encode(errors="replace").decode().isprintable())
+TEXT = Check("text without line breaks, up to 1000 characters",
+             lambda v: len(v) <= 1000 and v.encode(errors="replace").decode().isprintable())
 FLAG = Check("0 or 1", lambda value: True)
 SECONDS, RATE = between(0, 1e7), between(0, 10)
 
@@ -334,7 +335,7 @@ class Config:
             if not holds:
                 raise ValueError(f"{message} (here: {self.named_in(message)})")
         if (weights := sum(math.prod(row.shape) for row in parameter_table(self))) > ARTIFACT_MAX_WEIGHTS:
-            message = f"{weights:,} weights are more than the {ARTIFACT_MAX_WEIGHTS:,} of an artifact: set NUM_LAYERS, MODEL_DIM or VOCAB_SIZE lower"
+            message = f"{weights:,} weights are more than an artifact's {ARTIFACT_MAX_WEIGHTS:,}: lower NUM_LAYERS, MODEL_DIM or VOCAB_SIZE"
             raise ValueError(f"{message} (here: {self.named_in(message)}, MLP_MULT={self.mlp_mult})")
 
     def named_in(self, message: str) -> str:
@@ -567,6 +568,13 @@ class Ranks:
             return {rank: text if text.startswith("rank ") else f"rank {rank}: {text}" for rank, text in self.posted("failed").items()}
         except (RuntimeError, OSError):
             return {-1: "the process that held the ranks together has ended"}
+
+    def silent(self, seconds: float) -> list[int]:
+        """The ranks whose watches leave no new note for so long."""
+        with suppress(RuntimeError, OSError):
+            before, _ = self.posted("at"), time.sleep(seconds)
+            return [rank for rank, note in self.posted("at").items() if note == before.get(rank)]
+        return []
 
 
 def write_line(stream: Any, text: str) -> str:
@@ -2032,8 +2040,8 @@ class Checkpoint:
         self.found = run.ranks.agree(self.found)
         there = run.ranks.gather(self.index.exists())
         if not self.found and any(there):
-            self.found = {"problem": f"{self.index} is on the machine of rank {there.index(True)} and not on that of rank 0: give the machines "
-                                     "their old places (--node_rank), or delete it to start again"}
+            self.found = {"problem": f"{self.index} is on the machine of rank {there.index(True)} and not on that of rank 0: give the "
+                                     "machines their old places (--node_rank), or delete it to start again"}
         if problem := self.found.get("problem"):
             raise ValueError(problem)
 
@@ -4588,8 +4596,11 @@ def open_log(cfg: Config, ranks: Ranks) -> Log:
     try:
         log = Log(path, enabled=ranks.rank == 0)
         free = shutil.disk_usage(path.parent).free if log.enabled else math.inf
+        if log.enabled and cfg.losses_path and not Path(cfg.losses_path).exists():
+            Path(cfg.losses_path).parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"cannot write to {path.parent}: {error.strerror}; set ARTIFACT_DIR to a folder you may write to") from error
+        raise ValueError(f"cannot write to {error.filename or path.parent}: {error.strerror}; set ARTIFACT_DIR or LOSSES_PATH to a place "
+                         "you may write to") from error
     if free < 4 * ARTIFACT_CAP_BYTES:
         raise ValueError(f"only {free / 1e6:.0f} MB free in {path.parent}: the log and the artifact need "
                          f"{4 * ARTIFACT_CAP_BYTES / 1e6:.0f}; free some space there or set ARTIFACT_DIR")
@@ -4817,15 +4828,17 @@ def fail(error: BaseException, ranks: Ranks | None, log: Log | None) -> int:
     if status == 1 and not isinstance(error, RuntimeError):
         traceback.print_exc()
     alone, first = ranks is None or ranks.world == 1, ranks is None or ranks.rank == 0
-    if not alone and isinstance(error, RuntimeError):  # a broken connection: the reason is another rank's
-        time.sleep(1.0)
-        text = next(iter(ranks.failures().values()), f"lost the other ranks: {text.splitlines()[0][:300]}")
+    lost = not alone and isinstance(error, RuntimeError) and re.search("(?i)gloo|nccl|connection", str(error))  # for a reason of another's
+    if lost:
+        silent = ", ".join(map(str, ranks.silent(4 * LOOK_SECONDS)))
+        reason = f"rank {silent} was killed, or its machine was" if silent else f"lost the other ranks: {text.splitlines()[0][:300]}"
+        text = next(iter(ranks.failures().values()), reason)
     if not alone:
         ranks.fail(text)
     if not first:
         time.sleep(2.0)  # until rank 0 has said it, if it can
         speaker = min(ranks.failures())
-        if log is not None and (speaker == ranks.rank or (speaker < 0 and ranks.rank % ranks.local_world == 0)):
+        if log is not None and (speaker == ranks.rank or (lost and speaker < 0 and ranks.rank % ranks.local_world == 0)):
             log.take_over()
     if log is not None:
         log(f"error: {text}")
