@@ -2709,7 +2709,7 @@ def model_from_tensors(run: Run, tensors: Tensors) -> GPT:
 #     8       4     P, bytes of the packed part
 #     12      32    SHA-256 of everything else in the file
 #     44      P     a safetensors file under brotli: "settings" (JSON as bytes), a float16 tensor for every plain parameter,
-#                   NAME.scales and NAME.codes (columns together) for every quantized one
+#                   NAME.scales and NAME.codes (columns together) for every quantized one, NAME.lowI.* for its matrices with LQER
 #     44+P    ...   with COMPRESSOR=rans: the codes of the matrices, by the coder below, in place of their NAME.codes
 # ======================================================================================================================
 
