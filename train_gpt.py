@@ -60,6 +60,8 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch loads: threads that spin slow a busy CPU down tenfold
+
 import brotli
 import numpy as np
 import safetensors
@@ -120,7 +122,7 @@ def each(check: Check, most: int = 16) -> Check:
                  lambda value: len(value) <= most and all(map(check.accepts, value)))
 
 
-TEXT = Check("text without line breaks, up to 1000 characters", lambda v: len(v) <= 1000 and v.isprintable())
+TEXT = Check("text without line breaks, up to 1000 characters", lambda v: len(v) <= 1000 and v.encode(errors="replace").decode().isprintable())
 FLAG = Check("0 or 1", lambda value: True)
 SECONDS, RATE = between(0, 1e7), between(0, 10)
 
@@ -174,14 +176,14 @@ class Config:
     vocab_size: int = model_setting(8192, "tokens in the alphabet", between(8, 65536))
     num_layers: int = model_setting(11, "physical layers", between(1, 256))
     model_dim: int = model_setting(512, "width", between(2, 4096))
-    num_heads: int = model_setting(8, "query heads", between(1, 1024))
-    num_kv_heads: int = model_setting(4, "key and value heads", between(1, 1024))
+    num_heads: int = model_setting(8, "query heads", between(1, 256))
+    num_kv_heads: int = model_setting(4, "key and value heads", between(1, 256))
     mlp_mult: int = model_setting(4, "hidden width of the MLP over MODEL_DIM", between(1, 64))
     xsa_last_n: int = model_setting(11, "layers, from the last, with exclusive self-attention", between(0, 256))
     rope_base: float = model_setting(10000.0, "base of the rotary frequencies", above(1, 1e9))
     rope_dims: int = model_setting(16, "dimensions of a head that rotate", between(0, 4096))
     qk_gain_init: float = setting(5.0, "initial gain of the queries", above(0, 1000))
-    logit_softcap: float = model_setting(30.0, "logits are cap * tanh(logits / cap)", above(0, 1e4))
+    logit_softcap: float = model_setting(30.0, "logits are cap * tanh(logits / cap)", between(0.001, 1e4))
     ln_scale: bool = model_setting(True, "layer i reads its normalised input over sqrt(i + 1)", FLAG)
     skip_gates_enabled: bool = model_setting(True, "skips are mixed in through a gate; 0: added", FLAG)
     tied_embed_init_std: float = setting(0.005, "standard deviation of the initial embedding", above(0, 100))
@@ -220,7 +222,7 @@ class Config:
     adam_wd: float = setting(0.02, "weight decay of the small parameters", RATE)
     beta1: float = setting(0.9, "AdamW", below(0, 1))
     beta2: float = setting(0.95, "AdamW", below(0, 1))
-    adam_eps: float = setting(1e-8, "AdamW", above(0, 1))
+    adam_eps: float = setting(1e-8, "AdamW", between(1e-20, 1))
     grad_clip_norm: float = setting(0.3, "norm of the averaged gradient, at most; 0: no limit", between(0, 1e6))
     ema_decay: float = setting(0.9965, "moving average of the weights, a step; these are exported", below(0, 1))
     # the artifact
@@ -252,7 +254,7 @@ class Config:
     ttt_lora_alpha: float = score_setting(0.0, "adapters count alpha / rank times; 0: once", between(0, 1e6))
     ttt_lora_lr: float = score_setting(1e-4, "learning rate of the adapters", RATE)
     ttt_lora_lr_power: float = score_setting(0.0, "update n of a document has the learning rate times n to this power", between(-1, 0))
-    ttt_chunk_size: int = score_setting(48, "tokens scored between two updates", between(1, 2**20))
+    ttt_chunk_size: int = score_setting(48, "tokens scored between two updates", between(1, 2**16))
     ttt_chunk_doubles_at: tuple[int, ...] = score_setting(
         (), "positions in a document from which chunks are twice as large", each(between(1, 2**30), 8))
     ttt_eval_seq_len: int = score_setting(
@@ -475,6 +477,9 @@ class Ranks:
     @classmethod
     def start(cls, environ: Mapping[str, str], timeout_seconds: float = 1800.0) -> Ranks:
         """Join the other processes that torchrun started, if any; NCCL on CUDA, gloo on a CPU."""
+        for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
+            if not re.fullmatch("[0-9]{1,5}", environ.get(name, "0")):
+                raise ValueError(f"{name}={environ[name]!r} is no number: leave it to torchrun")
         world, local_rank = int(environ.get("WORLD_SIZE", 1)), int(environ.get("LOCAL_RANK", 0))
         device = torch.device("cpu")
         if torch.cuda.is_available():
@@ -566,10 +571,21 @@ class Ranks:
             return {-1: "the process that held the ranks together has ended"}
 
 
+def write_line(stream: Any, text: str) -> str:
+    """A line to a console; why it cannot be written, else "". Then all that is still to come goes nowhere, quietly."""
+    try:
+        print(text, file=stream, flush=True)
+        return ""
+    except OSError as error:
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return error.strerror or str(error)
+
+
 class Log:
     """Writes lines to standard output and appends them to a file, which it locks; silent on other ranks than 0.
 
-    A file that cannot be written any more costs its lines, not the run: they still go to standard output.
+    A file or a console that cannot be written any more costs its lines, not the run.
     """
 
     def __init__(self, path: Path | None, enabled: bool = True) -> None:
@@ -585,6 +601,8 @@ class Log:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"another process is writing {self.path}: wait for it to end, or choose another RUN_ID") from None
+        if self.path.read_bytes()[-1:] not in (b"", b"\n"):  # a kill cut the last line
+            self.file.write("\n")
 
     def take_over(self) -> None:
         """Speak from this rank, because rank 0 cannot, even where a stopped rank 0 still holds the file."""
@@ -597,16 +615,17 @@ class Log:
         """One line of prose."""
         if not self.enabled:
             return
-        with_escapes = text.encode(sys.stdout.encoding or "utf-8", "backslashreplace").decode(sys.stdout.encoding or "utf-8")
-        print(with_escapes, flush=True)
+        encoding, lost = getattr(sys.stdout, "encoding", None) or "utf-8", {}
+        lost["standard output"] = write_line(sys.stdout, text.encode(encoding, "backslashreplace").decode(encoding))
         try:
             if self.file is not None:
                 self.file.write(text + "\n")
                 self.file.flush()
         except OSError as error:
-            print(f"warning: {self.path} cannot be written any more ({error.strerror}); the run goes on without it",
-                  file=sys.stderr, flush=True)
-            self.file = None
+            self.file, lost[str(self.path)] = None, error.strerror
+        for name, reason in lost.items():
+            if reason:
+                write_line(sys.stderr, f"warning: {name} cannot be written any more ({reason}); the run goes on without it")
 
     def record(self, word: str, /, **values: Any) -> None:
         """One line `word key:value key:value` for programs."""
@@ -1420,8 +1439,8 @@ def rms_norm(x: Tensor) -> Tensor:
 
 
 def add(x: Tensor, y: Tensor) -> Tensor:
-    """x + y, of one dtype. Added in float32 it joins the norm behind it; else the product before it, for which x is copied first."""
-    return (x.float() + y.float()).to(x.dtype)
+    """x + y, of one dtype. A plain sum the compiler would join to the product before it, copying x for that; this joins the norm behind."""
+    return (x.float() + y.float()).to(x.dtype) if torch.compiler.is_compiling() else x + y
 
 
 @torch.library.custom_op(f"{OPERATORS}::rotary_tables", mutates_args=())
@@ -1543,13 +1562,12 @@ class GPT(nn.Module):
         lanes = None
         for j, layer in enumerate(schedule.decoder):
             visit = len(schedule.encoder) + j
-            skip = skips.pop() if j < self.skip_weights.size(0) and skips else None
+            skip = (j, skips.pop()) if j < self.skip_weights.size(0) and skips else None
             if layer < cfg.parallel_start_layer:
-                x = x if skip is None else self._mix_skip(j, skip, x)
-                x = self._serial_block(context, layer, visit, x, x0)
+                x = self._serial_block(context, layer, visit, x, x0, skip)
             else:
                 lane0, lane1 = (x, x) if lanes is None else lanes
-                lane0 = lane0 if skip is None else self._mix_skip(j, skip, lane0)
+                lane0 = lane0 if skip is None else self._mix_skip(skip, lane0)
                 lanes = self._parallel_block(context, layer, visit, (lane0, lane1), x0)
         if lanes is not None:
             x = {"mean": 0.5 * (lanes[0] + lanes[1]), "attn": lanes[0], "mlp": lanes[1]}[cfg.parallel_final_lane]
@@ -1578,18 +1596,20 @@ class GPT(nn.Module):
         gate = torch.sigmoid(F.linear(embedded[:, : self.cfg.gate_window], self.smear_gate.weight))
         return self.smear_lambda * gate * (previous >= 0)[:, None] * F.embedding(previous.clamp_min(0), self.tok_emb.weight)
 
-    def _mix_skip(self, row: int, skip: Tensor, x: Tensor) -> Tensor:
-        weighted = self.skip_weights[row].to(self.dtype) * skip
-        if not self.cfg.skip_gates_enabled:
-            return x + weighted
-        return torch.lerp(weighted, x, torch.sigmoid(self.skip_gates[row]).to(self.dtype))
+    def _mix_skip(self, skip: tuple[int, Tensor], x: Tensor, scale: Tensor | float = 1.0) -> Tensor:
+        """`scale` times x (T, d) with a skip, (row, (T, d)), mixed in: one factor a channel for each, so that no sum between is kept."""
+        row, skipped = skip
+        gate = torch.sigmoid(self.skip_gates[row]) if self.cfg.skip_gates_enabled else torch.ones_like(self.skip_gates[row])
+        share = (1 - gate if self.cfg.skip_gates_enabled else 1.0) * self.skip_weights[row]
+        return (scale * gate).to(self.dtype) * x + (scale * share).to(self.dtype) * skipped
 
     def _normed(self, x: Tensor, layer: int) -> Tensor:
         return rms_norm(x) / math.sqrt(layer + 1) if self.cfg.ln_scale else rms_norm(x)
 
-    def _serial_block(self, context: Context, layer: int, visit: int, x: Tensor, x0: Tensor) -> Tensor:
+    def _serial_block(self, context: Context, layer: int, visit: int, x: Tensor, x0: Tensor,
+                      skip: tuple[int, Tensor] | None = None) -> Tensor:
         mix = context.layers[layer].resid_mix
-        x = mix[0] * x + mix[1] * x0
+        x = (mix[0] * x if skip is None else self._mix_skip(skip, x, mix[0])) + mix[1] * x0
         x = add(x, self._attention(context, layer, visit, self._normed(x, layer)))
         return add(x, self._mlp(context, layer, visit, x))
 
@@ -2661,9 +2681,19 @@ def quantize_and_pack(run: Run, model: GPT, hessians: dict[str, Tensor], code_by
     """
     cfg, target, factor = run.cfg, run.cfg.artifact_target_bytes, 1.0
     best, best_size, error_as_set = ({}, b""), math.inf, 0.0
+    progress = Progress(run.log)
+
+    def tick(done: float, total: float) -> None:
+        progress("pack", done, total)
+        if run.watch is not None and run.watch.number:
+            raise Stopped(run.watch.number)
+
     for attempt in range(TARGET_ROUNDS):
         tensors, error = quantize(run, model, hessians, factor)
-        data = pack_artifact(tensors, cfg) if run.ranks.rank == 0 else b""
+        data = b""
+        with suppress(Stopped):  # which all ranks hear of in the next line
+            data = pack_artifact(tensors, cfg, tick) if run.ranks.rank == 0 else b""
+        run.check_stop()
         size = run.ranks.agree(len(data)) + code_bytes
         if not target and size <= ARTIFACT_CAP_BYTES:
             return tensors, data
@@ -2735,8 +2765,11 @@ def uses_coder(row: Row, compressor: str) -> bool:
     return compressor == "rans" and bool(row.matrices)
 
 
-def pack_artifact(tensors: Tensors, cfg: Config) -> bytes:
-    """The bytes of an artifact file; unpack_artifact gives back the same integers and the same floats, bit for bit."""
+def pack_artifact(tensors: Tensors, cfg: Config, tick: Callable[[float, float], None] = lambda done, total: None) -> bytes:
+    """The bytes of an artifact file; unpack_artifact gives back the same integers and the same floats, bit for bit.
+
+    `tick` hears now and then how many bytes of how many are compressed.
+    """
     header = {"compressor": cfg.compressor, "settings": stored_settings(cfg)}
     plain = {"settings": torch.frombuffer(bytearray(json.dumps(header, allow_nan=False).encode()), dtype=torch.uint8)}
     banks = []
@@ -2754,8 +2787,8 @@ def pack_artifact(tensors: Tensors, cfg: Config) -> bytes:
             plain[row.name + ".codes"] = tensor.codes.mT.contiguous()
     coded = join_streams(encode_codes(banks)) if banks else b""
     if sum(bank.codes.size for bank in banks) > ARTIFACT_MAX_CODES_PER_BYTE * len(coded):  # hardly anything but zeros, in banks of any size
-        return pack_artifact(tensors, replace(cfg, compressor="brotli"))
-    packed = brotli.compress(safetensors.torch.save(plain), quality=11, lgwin=24)
+        return pack_artifact(tensors, replace(cfg, compressor="brotli"), tick)
+    packed = compress(safetensors.torch.save(plain), tick)
     start = struct.pack("<8sI", ARTIFACT_MAGIC, len(packed))
     return start + hashlib.sha256(start + packed + coded).digest() + packed + coded
 
@@ -2875,6 +2908,15 @@ def cut_streams(joined: bytes) -> list[bytes]:
     if ends[-1] != len(joined):
         raise ArtifactError("the artifact's streams do not add up to its coded part")
     return [joined[start:end] for start, end in zip(ends, ends[1:])]
+
+
+def compress(data: bytes, tick: Callable[[float, float], None], step: int = 1 << 18) -> bytes:
+    """brotli.compress at its best, half a megabyte a second or so."""
+    packer, parts = brotli.Compressor(quality=11, lgwin=24), []
+    for at in range(0, len(data), step):
+        tick(at, len(data))
+        parts.append(packer.process(data[at: at + step]))
+    return b"".join([*parts, packer.finish()])
 
 
 def decompress(stream: bytes, limit: int) -> bytes:
@@ -4766,7 +4808,7 @@ def describe(error: BaseException) -> tuple[str, int]:
         return f"out of GPU memory: {str(error).splitlines()[0]}; {hint}", EXIT_USER_ERROR
     if isinstance(error, (ValueError, OSError)):
         return str(error), EXIT_USER_ERROR
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # torch has no kind of its own for it on a CPU
         return "out of memory: smaller batches, models or data take less", EXIT_USER_ERROR
     if isinstance(error, KeyboardInterrupt):
         return "stopped by SIGINT; the same command goes on from what is there", 128 + signal.SIGINT
@@ -4792,7 +4834,7 @@ def fail(error: BaseException, ranks: Ranks | None, log: Log | None) -> int:
     if log is not None:
         log(f"error: {text}")
     elif first:
-        print(f"error: {text}", file=sys.stderr, flush=True)
+        write_line(sys.stderr, f"error: {text}")
     if not alone:
         time.sleep(1.0 if first else 0.0)
         sys.stdout.flush()

@@ -150,3 +150,32 @@ def killed_at_change(number: int, counter: Path) -> Fault:
         os.fdopen, os.fsync = watched, synced
         sys.addaudithook(audit)
     return arm
+
+
+def killed_at_log_line(number: int, counter: Path) -> Fault:
+    """A fault: the process ends, as by SIGKILL, half way through the number-th line of its log (from 1)."""
+    def arm() -> None:
+        original, left = tg.Log.open, [number]
+
+        class Writer:
+            def __init__(self, file: object) -> None:
+                self.file = file
+
+            def __getattr__(self, name: str) -> object:
+                return getattr(self.file, name)
+
+            def write(self, text: str) -> None:
+                left[0] -= 1
+                if left[0] == 0:
+                    self.file.write(text[: len(text) // 2])
+                    self.file.flush()
+                    counter.write_text("struck")
+                    os._exit(9)
+                self.file.write(text)
+
+        def opened(log: tg.Log) -> None:
+            original(log)
+            log.file = Writer(log.file)
+
+        tg.Log.open = opened
+    return arm

@@ -153,10 +153,11 @@ def test_a_run_behind_an_aborted_one_is_read_alone(tmp_path: Path) -> None:
         assert "an earlier run in this file" in run.problems[0] and run.final.val_bpb == 1.06417
 
 
-@pytest.mark.parametrize("form", ["utf-16", "utf-8-sig", "prefix"])
+@pytest.mark.parametrize("form", ["utf-16", "utf-8-sig", "prefix", "prefix and blank"])
 def test_prefixes_and_other_encodings_change_nothing(form: str, tmp_path: Path) -> None:
-    text = "".join(f"[default0]:{line}\n[default1]:{line}\n" for line in THEIRS.splitlines()) if form == "prefix" else THEIRS
-    (tmp_path / "a.log").write_bytes(text.encode("utf-8" if form == "prefix" else form))
+    start = {"prefix": "[default{}]:", "prefix and blank": "[rank{}]: "}.get(form)
+    text = "".join(start.format(rank) + f"{line}\n" for line in THEIRS.splitlines() for rank in (0, 1)) if start else THEIRS
+    (tmp_path / "a.log").write_bytes(text.encode("utf-8" if start else form))
     (tmp_path / "b.log").write_text(THEIRS)
     first, second = (logs.read_log(tmp_path / name) for name in ("a.log", "b.log"))
     assert (first.train, first.evals, first.final, first.settings) == (second.train, second.evals, second.final, second.settings)
@@ -180,8 +181,10 @@ def test_scores_of_other_bytes_are_not_compared(tmp_path: Path) -> None:
     base, new = tmp_path / "base.log", tmp_path / "new.log"
     their_log(base)
     their_log(new, changes={"val_bpb:1.06417": "val_bpb:1.04417"})
+    groups = [logs.read_group(str(path)) for path in (base, new)]
     with pytest.raises(ValueError, match=r"base counts 3.157\d+ bytes a token, new 3.217"):
-        logs.compare(logs.read_group(str(base)), logs.read_group(str(new)))
+        logs.compare(*groups)
+    assert logs.stage_comparison(logs.curves_of(groups))[0] == ["BPB", "base", "new"]  # side by side, and no difference
 
 
 def test_a_closed_pipe_is_no_error(tmp_path: Path) -> None:
@@ -259,23 +262,25 @@ def test_the_summary_has_mean_and_std_and_every_seed(capsys: pytest.CaptureFixtu
 
 
 def test_the_test_is_welchs(tmp_path: Path) -> None:
-    """Against scipy's own on the raw values, with and without the bar."""
-    from scipy import stats
-
+    """By its formulas, with and without the bar (Welch, 1947)."""
     old, new = [2.331, 2.3332, 2.3291, 2.3305], [2.3222, 2.3241, 2.3211]
+    (old_mean, old_std), (new_mean, new_std) = logs.mean_and_std(old), logs.mean_and_std(new)
+    parts = old_std ** 2 / 4, new_std ** 2 / 3
     for bar in (0.0, 0.005):
-        expected = stats.ttest_ind([value - bar for value in old], new, equal_var=False, alternative="greater")
         found = logs.welch(old, new, bar)
-        assert (found.t, found.p) == (pytest.approx(expected.statistic), pytest.approx(expected.pvalue))
-        assert found.freedom == pytest.approx(expected.df)
+        assert found.statistic == pytest.approx((old_mean - new_mean - bar) / math.sqrt(sum(parts)))
+        assert found.df == pytest.approx(sum(parts) ** 2 / (parts[0] ** 2 / 3 + parts[1] ** 2 / 2))
+    assert logs.welch(old, new).pvalue < 1e-3 < logs.welch(old, new, 0.0075).pvalue < 0.5 < logs.welch(old, new, 0.02).pvalue
 
 
 def test_the_seeds_needed_are_the_fewest_that_pass() -> None:
-    old, new = [2.3310, 2.3330], [2.3230, 2.3250]
+    old, new = [2.3310, 2.3330], [2.3230, 2.3250]  # a gain of 0.008 with a spread of 0.0014
     needed = logs.seeds_needed(old, new, 0.005)
-    stds = [logs.mean_and_std(values)[1] for values in (old, new)]
-    passes = [logs.welch_from(0.003, (stds[0], n), (stds[1], n)).p < 0.01 for n in range(2, needed + 3)]
-    assert passes == [False] * (needed - 2) + [True] * 3
+    spread = 0.001 * math.sqrt(2)  # n values with this deviation: pairs at +-a, a**2 n / (n - 1) = spread**2
+    def side(mean: float, n: int) -> list[float]:
+        return [mean + sign * spread * math.sqrt((n - 1) / n) for sign in (1, -1)] * (n // 2)
+    even = needed + needed % 2
+    assert logs.welch(side(2.332, even), side(2.324, even), 0.005).pvalue < 0.01 < logs.welch(side(2.332, even - 2), side(2.324, even - 2), 0.005).pvalue
     assert logs.seeds_needed(old, [2.3290, 2.3310], 0.005) is None
 
 
@@ -283,7 +288,7 @@ def test_compare_says_better_not_shown_and_never(tmp_path: Path) -> None:
     base = group(tmp_path, "base", [2.3310, 2.3307, 2.3312])
     assert logs.compare(base, group(tmp_path, "much", [2.3210, 2.3207, 2.3212])).count(": yes") == 3
     little = logs.compare(base, group(tmp_path, "little", [2.3280, 2.3290, 2.3270]))
-    assert "better by more than 0.005 nats: not shown" in little and "no number of seeds would show it" in little
+    assert "better by more than 0.005 nats: not shown" in little and "not even 1000 seeds a side would show it" in little
     noisy = logs.compare(base, group(tmp_path, "noisy", [2.3110, 2.3300, 2.3200]))
     assert "not shown" in noisy and re.search(r"\d+ seeds a side show it", noisy)
     assert "needs at least 2 finished runs a side" in logs.compare(base, group(tmp_path, "one", [2.3]))

@@ -130,8 +130,10 @@ def test_it_refuses_a_missing_and_a_doubled_seed(tmp_path: Path, capsys: pytest.
     assert "several logs" in capsys.readouterr().err
 
 
-def test_it_refuses_a_record_that_breaks_the_limits_of_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_refuses_a_record_that_breaks_the_limits_of_one(tmp_path: Path, capsys: pytest.CaptureFixture[str],
+                                                            monkeypatch: pytest.MonkeyPatch) -> None:
     """Three seeds within 600 s; --non-record lifts both, and the README says so."""
+    monkeypatch.setattr(make_record, "draw", lambda groups, folder: None)
     assert collect(made().runs, tmp_path / "records", seeds=(3, 4)) == 1
     assert "a record needs 3 seeds" in capsys.readouterr().err
     runs = spoilt(tmp_path, "train_seed3.log", r"train_ms:\d+", "train_ms:600001")
@@ -151,7 +153,9 @@ def test_it_refuses_code_that_is_not_the_code_that_ran(tmp_path: Path, capsys: p
     assert "is not the code of" in capsys.readouterr().err
 
 
-def test_it_overwrites_nothing_and_leaves_nothing_half_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_overwrites_nothing_and_leaves_nothing_half_made(tmp_path: Path, capsys: pytest.CaptureFixture[str],
+                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(make_record, "draw", lambda groups, folder: None)
     assert collect(made().runs, tmp_path / "records", "--non-record") == 0
     before = folders(tmp_path / "records")
     assert collect(made().runs, tmp_path / "records", "--non-record") == 1

@@ -141,7 +141,6 @@ CODE_CHEATS: dict[str, tuple[str, str | tuple[str, ...]]] = {
                                 "the artifact scores"),
     "no score of TTT": ("def save(path, losses):\n    np.savez(open(path, 'wb'), quantized=losses['quantized'].astype(np.float32))\n",
                         "the artifact scores"),
-    "an end that is none": ("if os.environ.get('EVAL_ONLY') == '1':\n    time.sleep(600)\n", "the artifact scores"),
     "an error at the end": ("_save = save\ndef save(path, losses):\n    _save(path, losses)\n    sys.exit(1)\n", "the artifact scores"),
 }
 
@@ -155,9 +154,8 @@ def test_code_that_breaks_a_rule_is_found(name: str, shards: Path, tmp_path: Pat
     data.mkdir()
     for path in shards.iterdir():
         (data / path.name).write_bytes(path.read_bytes())
-    folder = pocket_record(tmp_path / "record", data, patch.replace("{folder!r}", repr(str(tmp_path / "record"))))
-    limit = ["--minutes", "0.1"] if name == "an end that is none" else []
-    found = [words for words in until(rule, failed(verdicts(folder, data, "--draw", "1", *limit)))]
+    folder = pocket_record(tmp_path / "record", data, patch.replace("{folder!r}", repr(str(tmp_path))))
+    found = list(until(rule, failed(verdicts(folder, data, "--draw", "1"))))
     assert found and found[-1].startswith(rule), found
 
 
@@ -186,6 +184,13 @@ def test_what_takes_too_long_is_tried_on_documents_drawn_at_random(tmp_path: Pat
     for rule in ("all documents", "the artifact scores what the log says: seed 3"):
         assert rows[rule].status == verify.UNKNOWN and " of 40 " in rows[rule].detail
     assert list(failed(rows.values())) == [] and time.monotonic() - began < 60
+
+
+def test_code_that_does_not_end_has_nothing_proved(shards: Path, tmp_path: Path) -> None:
+    folder = pocket_record(tmp_path / "record", shards, ONLY + "time.sleep(600 * ONLY)\n")
+    rows = list(verdicts(folder, shards, "--minutes", "0.03"))
+    assert next(row for row in rows if row.rule.startswith("the artifact scores")).status == verify.UNKNOWN
+    assert not any(row.rule.startswith(("causal", "the distribution", "the same score")) for row in rows)
 
 
 def test_a_part_of_the_documents_is_held_to_the_log_within_its_error() -> None:

@@ -29,12 +29,14 @@ import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 BAR_NATS = 0.005  # what a new record must gain, nats a token
 SIGNIFICANCE = 0.01  # largest p with which it must have gained it
 MOST_SEEDS = 1000
+MOST_BYTES = 1 << 28  # of a log
 SAME_BYTES = 1e-4  # by which two counts of bytes a token may differ
 INSTALL_HINT = "install what the tools need with: pip install -r requirements-tools.txt"
 RECORD_LOGS = "train_seed*.log"
@@ -387,15 +389,23 @@ def finish_theirs(run: RunLog) -> None:
 # Files and folders
 # ======================================================================================================================
 
+RANK_PREFIX = re.compile(r"(?:\[(?:default)?(?P<a>\d+)\]:|\[rank(?P<b>\d+)\]: ?)?(?P<text>.*)")
 OUR_START = re.compile(r"(run id:|code file:|setting \*?[A-Z])")
+
+
+def check_file(path: Path) -> None:
+    """ValueError unless a file can be read to its end in a moment: a hostile folder may hold a device, or a text without one."""
+    if not path.is_file() or path.stat().st_size > MOST_BYTES:
+        raise ValueError(f"{path} is no file of at most {MOST_BYTES} bytes")
 
 
 def lines_of(path: Path) -> list[str]:
     """The lines of a log: UTF-8 or UTF-16, and of several ranks in one file those of the first."""
+    check_file(path)
     data = path.read_bytes()
     encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
-    parts = [re.match(r"(?:\[(?:default|rank)?(\d+)\]:)?(.*)", line) for line in data.decode(encoding, errors="replace").splitlines()]
-    return [part[2] for part in parts if part and part[1] in (None, "0")]
+    lines = [RANK_PREFIX.match(line) for line in data.decode(encoding, errors="replace").splitlines()]
+    return [line["text"] for line in lines if line and (line["a"] or line["b"] or "0") == "0"]
 
 
 def read_log(path: Path) -> RunLog:
@@ -621,43 +631,18 @@ def summary(groups: list[Group]) -> str:
     return "\n\n\n".join(parts)
 
 
-class Welch(NamedTuple):
-    """A one-sided Welch test that the first mean is more than `bar` above the second."""
-
-    difference: float
-    t: float
-    freedom: float
-    p: float
-
-
-def welch(base: Sequence[float], new: Sequence[float], bar: float = 0.0) -> Welch:
-    """Test mean(base) - mean(new) > bar (Welch 1947). Needs two values a side; ValueError if there are fewer."""
+def welch(base: Sequence[float], new: Sequence[float], bar: float = 0.0) -> Any:
+    """Welch's one-sided test that mean(base) - mean(new) > bar: statistic, df, pvalue. ValueError for fewer than two values a side."""
     if min(len(base), len(new)) < 2:
         raise ValueError(f"a test needs at least 2 finished runs a side (here {len(base)} and {len(new)})")
-    base_mean, base_std = mean_and_std(base)
-    new_mean, new_std = mean_and_std(new)
-    return welch_from(base_mean - new_mean - bar, (base_std, len(base)), (new_std, len(new)))._replace(
-        difference=base_mean - new_mean)
-
-
-def welch_from(excess: float, base: tuple[float, int], new: tuple[float, int]) -> Welch:
-    """The test from standard deviations and counts."""
-    stats = import_for_tools("scipy.stats")
-    parts = [std ** 2 / count for std, count in (base, new)]
-    if sum(parts) == 0:
-        return Welch(excess, math.copysign(math.inf, excess), math.inf, 0.0 if excess > 0 else 1.0)
-    t = excess / math.sqrt(sum(parts))
-    freedom = sum(parts) ** 2 / sum(part ** 2 / (count - 1) for part, (_, count) in zip(parts, (base, new)))
-    return Welch(excess, t, freedom, float(stats.t.sf(t, freedom)))
+    return import_for_tools("scipy.stats").ttest_ind([value - bar for value in base], new, equal_var=False, alternative="greater")
 
 
 def seeds_needed(base: Sequence[float], new: Sequence[float], bar: float, level: float = SIGNIFICANCE) -> int | None:
-    """Seeds a side with which the same means and spreads would pass the test at `level`; None: no number would."""
+    """Seeds a side with which the same means and spreads would pass the test at `level`; None: no number up to MOST_SEEDS would."""
+    test = partial(import_for_tools("scipy.stats").ttest_ind_from_stats, equal_var=False, alternative="greater")
     (base_mean, base_std), (new_mean, new_std) = mean_and_std(base), mean_and_std(new)
-    excess = base_mean - new_mean - bar
-    if excess <= 0:
-        return None
-    return next((n for n in range(2, MOST_SEEDS + 1) if welch_from(excess, (base_std, n), (new_std, n)).p < level), None)
+    return next((n for n in range(2, MOST_SEEDS + 1) if test(base_mean - bar, base_std, n, new_mean, new_std, n).pvalue < level), None)
 
 
 def import_for_tools(name: str) -> Any:
@@ -675,15 +660,22 @@ def bytes_a_token(loss: float | None, bpb: float | None) -> float | None:
     return loss / (math.log(2) * bpb) if loss and bpb and math.isfinite(loss / bpb) else None
 
 
+def bytes_of(runs: Iterable[RunLog]) -> float:
+    """Mean bytes a token of the final scores; nan if no run says."""
+    found = [bytes_a_token(run.final.val_loss, run.final.val_bpb) for run in runs if run.final]
+    return statistics.fmean([size for size in found if size] or [math.nan])
+
+
+def same_bytes(first: Iterable[RunLog], second: Iterable[RunLog]) -> bool:
+    sizes = bytes_of(first), bytes_of(second)
+    return not abs(sizes[0] - sizes[1]) > SAME_BYTES * max(sizes)
+
+
 def check_denominators(base: Group, new: Group) -> None:
     """ValueError if the scores of two groups are bits of different bytes: then neither is the better one."""
-    sizes = []
-    for group in (base, new):
-        found = [bytes_a_token(run.final.val_loss, run.final.val_bpb) for run in group.finished if run.final]
-        sizes.append(statistics.fmean([size for size in found if size] or [math.nan]))
-    if abs(sizes[0] - sizes[1]) > SAME_BYTES * max(sizes):
-        raise ValueError(f"{base.name} counts {sizes[0]:.5f} bytes a token, {new.name} {sizes[1]:.5f} (loss / (ln 2 x BPB)): they scored "
-                         "different text or count its bytes differently, so their BPB do not compare")
+    if not same_bytes(base.runs, new.runs):
+        raise ValueError(f"{base.name} counts {bytes_of(base.runs):.5f} bytes a token, {new.name} {bytes_of(new.runs):.5f} (loss / (ln 2 x "
+                         "BPB)): they scored different text or count its bytes differently, so their BPB do not compare")
 
 
 def comparable(base: Group, new: Group) -> list[str]:
@@ -725,16 +717,17 @@ def compare(base: Group, new: Group) -> str:
 def compare_with_bar(old: Sequence[float], new: Sequence[float], bar: float) -> str:
     """One line: does NEW beat BASE by more than `bar`, and how many seeds would show it."""
     what = f"better by more than {bar:g} nats" if bar else "better at all"
-    if min(len(old), len(new)) < 2:
-        return f"  {what}: no test, it needs at least 2 finished runs a side (here {len(old)} and {len(new)})"
-    test = welch(old, new, bar)
-    verdict = "yes" if test.p < SIGNIFICANCE else "not shown"
-    line = f"  {what}: {verdict} (one-sided Welch t = {test.t:.2f}, {test.freedom:.1f} degrees of freedom, p = {test.p:.2g})"
+    try:
+        test = welch(old, new, bar)
+    except ValueError as error:
+        return f"  {what}: no test, {error}"
+    verdict = "yes" if test.pvalue < SIGNIFICANCE else "not shown"
+    line = f"  {what}: {verdict} (one-sided Welch t = {test.statistic:.2f}, {test.df:.1f} degrees of freedom, p = {test.pvalue:.2g})"
     needed = seeds_needed(old, new, bar)
-    if needed is not None:
-        return line + f"; with these means and spreads, {needed} seeds a side show it at p < {SIGNIFICANCE:g}"
-    return line + ("; no number of seeds would show it: the gain itself is not above the bar" if test.difference <= bar else
-                   f"; more than {MOST_SEEDS} seeds a side would be needed")
+    if needed is None:
+        above = statistics.fmean(old) - statistics.fmean(new) > bar
+        return f"{line}; {'more than' if above else 'the gain is not above the bar: not even'} {MOST_SEEDS} seeds a side would show it"
+    return f"{line}; with these means and spreads, {needed} seeds a side show it at p < {SIGNIFICANCE:g}"
 
 
 # ======================================================================================================================
@@ -750,19 +743,32 @@ GRID = 200  # places at which seeds are averaged
 class Curve(NamedTuple):
     """A configuration with the name and the colour that it has in every plot, and its runs, one a seed."""
 
-    label: str
+    name: str
     color: str
     runs: list[RunLog]
 
+    @property
+    def label(self) -> str:
+        return f"{self.name} ({len(self.runs)} seeds)" if len(self.runs) > 1 else self.name
+
 
 def curves_of(groups: list[Group]) -> list[Curve]:
-    """One curve a group, named by what its name has and others have not."""
+    """One curve a group, named by what its name has and others have not; runs that did not end are drawn where no others are."""
     words = [re.split(r"[_,\s]+", re.sub(r"^\d{4}-\d\d-\d\d_", "", group.name)) for group in groups]
     common = set.intersection(*map(set, words)) if len(groups) > 1 else set()
     labels = ["_".join(word for word in own if word not in common) or "_".join(own) for own in words]
     labels = [short(label) + (f" #{i + 1}" if labels.count(label) > 1 else "") for i, label in enumerate(labels)]
-    seeds = [f" ({len(group.runs)} seeds)" if len(group.runs) > 1 else "" for group in groups]
-    return [Curve(label + count, COLORS[i % len(COLORS)], group.runs) for i, (label, count, group) in enumerate(zip(labels, seeds, groups))]
+    return [Curve(label, COLORS[i % len(COLORS)], group.finished or group.runs) for i, (label, group) in enumerate(zip(labels, groups))]
+
+
+def are_pair(curves: list[Curve]) -> bool:
+    """Whether there are two configurations whose scores compare: then their difference is shown."""
+    return len(curves) == 2 and same_bytes(curves[0].runs, curves[1].runs)
+
+
+def less(curves: list[Curve]) -> str:
+    """What a difference of two configurations is, in words that fit into a title."""
+    return f"{short(curves[1].name, 12)} less {short(curves[0].name, 12)}"
 
 
 def short(name: str, most: int = 32) -> str:
@@ -809,7 +815,7 @@ def draw_loss(axes: Any, curves: list[Curve], place: Places = by_step) -> None:
             rings = [(x, run.evals[f"step{p.step}"].val_loss) for x, p in points if f"step{p.step}" in run.evals]
             axes.plot(*zip(*rings) if rings else ((), ()), "o", mfc="white", ms=5, color=curve.color, ls="")
         draw_lines(axes, curve, lines)
-    axes.set_title("Loss by step" if place is by_step else "Loss by training time")
+    axes.set_title("Loss by step" if place is by_step else "Loss by training time", pad=16)
     axes.set_xlabel("step" if place is by_step else "minutes")
     axes.set_ylabel("nats a token (rings: validation)")
     if seen:
@@ -824,6 +830,7 @@ def draw_loss_by_time(axes: Any, curves: list[Curve]) -> None:
 def shade_phases(axes: Any, curves: list[Curve], place: Places) -> None:
     """Bands for the depth phases of the first run that has any; dotted lines where another configuration changes depth."""
     runs = [(curve.color, run) for curve in curves for run in curve.runs[:1] if run.phases and run.train]
+    width = max((place(run, run.train[-1]) or 0.0 for _, run in runs), default=0.0)
     for nth, (color, run) in enumerate(runs):
         phases = run.phases if run.phases[0].step == 0 else [Phase(0, 0.0, 1), *run.phases]
         ends = [next((x for p in run.train if p.step >= phase.step and (x := place(run, p)) is not None), None) for phase in phases]
@@ -833,8 +840,9 @@ def shade_phases(axes: Any, curves: list[Curve], place: Places) -> None:
                 continue
             if nth == 0:
                 axes.axvspan(begin, end, color=SHADES[min(i, len(SHADES) - 1)], lw=0, zorder=0)
-                axes.annotate(f"depth {phase.depth}", ((begin + end) / 2, 1), xycoords=("data", "axes fraction"), xytext=(0, -11),
-                              textcoords="offset points", ha="center", fontsize="x-small", color="#456")
+                words = f"depth {phase.depth}" if end - begin > 0.11 * width else ""
+                axes.annotate(words, ((begin + end) / 2, 1), xycoords=("data", "axes fraction"), xytext=(0, 2), textcoords="offset points",
+                              ha="center", fontsize="x-small", color="#456")
             elif i:
                 axes.axvline(begin, color=color, lw=0.8, ls=":", zorder=0)
 
@@ -864,12 +872,14 @@ def difference(first: Sequence[float], second: Sequence[float]) -> str:
 
 def stage_comparison(curves: list[Curve]) -> list[list[str]]:
     """Header and a row a stage: the mean of each configuration, and of two the difference."""
-    rows = [["BPB", *(curve.label for curve in curves), *(["difference"] if len(curves) == 2 else [])]]
+    last = ["difference"] if are_pair(curves) else ["std"] if len(curves) == 1 and len(curves[0].runs) > 1 else []
+    rows = [["BPB", *(short(curve.name, 18) for curve in curves), *last]]
     for stage, title in STAGE_TITLES.items():
         values = [stage_values(curve.runs, stage) for curve in curves]
         if any(values):
             means = [f"{statistics.fmean(found):.5f}" if found else "-" for found in values]
-            rows.append([title, *means, *([difference(*values)] if len(curves) == 2 else [])])
+            spread = difference(*values) if len(curves) > 1 else f"{mean_and_std(values[0])[1]:.5f}"
+            rows.append([title, *means, *([spread] if last else [])])
     return rows
 
 
@@ -883,12 +893,12 @@ def draw_stages(axes: Any, curves: list[Curve]) -> None:
         means = [(i, statistics.fmean(values)) for i, stage in enumerate(stages) if (values := stage_values(curve.runs, stage))]
         axes.plot(*zip(*means) if means else ((), ()), "o-", ms=5, lw=2, color=curve.color, label=curve.label)
     texts = [STAGE_TITLES[stage] for stage in stages]
-    if len(curves) == 2:
+    if are_pair(curves):
         texts = [f"{text}\n" + difference(*(stage_values(curve.runs, stage) for curve in curves)).replace(" ±", "\n±")
                  for text, stage in zip(texts, stages)]
     axes.set_xticks(range(len(stages)), texts, fontsize="small")
     axes.margins(x=0.1)
-    axes.set_title("Score at each stage" + (" (below: second less first)" if len(curves) == 2 else ""))
+    axes.set_title(f"Stages, {less(curves)}" if are_pair(curves) else "Score at each stage")
     axes.set_ylabel("bits a byte")
 
 
@@ -902,15 +912,15 @@ def draw_ttt(axes: Any, curves: list[Curve]) -> None:
     by_bytes = all(point.scored is not None for curve in with_ttt for run in curve.runs for point in run.ttt)
     lines = [[ttt_line(run) for run in curve.runs if len(run.ttt) > 1] for curve in with_ttt]
     axes.set_xlabel(f"{'bytes' if by_bytes else 'documents'} scored, %, longest documents first")
-    if len(with_ttt) == 2:
+    if are_pair(with_ttt):
         numpy = import_for_tools("numpy")
         (xs, first), (others, second) = map(mean_line, lines)
         xs = [x for x in xs if others[0] <= x <= others[-1]]
         gap = numpy.interp(xs, others, second) - numpy.interp(xs, mean_line(lines[0])[0], first)
         axes.plot(xs, gap, lw=2, color=with_ttt[1].color, label="_difference")
         axes.axhline(0, color=with_ttt[0].color, lw=1.2)
-        axes.set_title("Running TTT score: second less first")
-        axes.set_ylabel("bits a byte (below 0: the second is ahead)")
+        axes.set_title(f"Running TTT: {less(with_ttt)}")
+        axes.set_ylabel("bits a byte (below 0: better)")
         return
     for curve, own in zip(with_ttt, lines):
         draw_lines(axes, curve, own)
@@ -923,8 +933,8 @@ def draw_stage_table(axes: Any, curves: list[Curve]) -> None:
     rows = stage_comparison(curves)
     axes.set_axis_off()
     if len(rows) > 1:
-        rows[0] = ["BPB", *(short(re.sub(r" \(.*", "", cell), 44 // len(rows[0])) for cell in rows[0][1:])]
-        widths = [0.2, *([0.26] * len(curves)), *([0.34] if len(curves) == 2 else [])]
+        rows[0] = ["BPB", *(short(cell, 44 // len(rows[0])) for cell in rows[0][1:])]
+        widths = [0.2, *([0.26] * len(curves)), *([0.34] * (len(rows[0]) - 1 - len(curves)))]
         table = axes.table(rows, loc="center", edges="horizontal", cellLoc="right", colWidths=[width / sum(widths) for width in widths])
         table.auto_set_font_size(False)
         table.set_fontsize(9)
@@ -951,16 +961,15 @@ def draw_step_time(axes: Any, curves: list[Curve]) -> None:
     """Medians by depth, a dot a seed; crosses are steps right after the start and after a change of depth."""
     depths = sorted({depth for curve in curves for run in curve.runs for depth in step_times(run)})
     for nth, curve in enumerate(curves):
-        shift = 0.26 * (nth - (len(curves) - 1) / 2)
-        for run in curve.runs:
-            for depth, (steps, first) in step_times(run).items():
-                axes.plot([depths.index(depth) + shift + 0.07] * len(first), first, "x", ms=3, alpha=0.4, color=curve.color)
-                if steps:
-                    middle = statistics.median(steps)
-                    axes.plot([depths.index(depth) + shift], [middle], "o", ms=6, color=curve.color)
-                    if run is curve.runs[0]:
-                        axes.annotate(f"{middle:.0f}", (depths.index(depth) + shift, middle), xytext=(0, -15), textcoords="offset points",
-                                      ha="center", fontsize="x-small", color=curve.color)
+        shift = 0.5 * (nth + 0.5) / len(curves) - 0.25
+        for place, depth in enumerate(depths):
+            times = [step_times(run).get(depth, ([], [])) for run in curve.runs]
+            first, middles = [ms for _, own in times for ms in own], [statistics.median(steps) for steps, _ in times if steps]
+            axes.plot([place + shift + 0.05] * len(first), first, "x", ms=3, alpha=0.4, color=curve.color)
+            axes.plot([place + shift] * len(middles), middles, "o", ms=5, color=curve.color)
+            if middles:
+                axes.annotate(f"{statistics.fmean(middles):.0f}", (place + shift, statistics.fmean(middles)), xytext=(-6, 0), ha="right",
+                              va="center", textcoords="offset points", fontsize="x-small", color=curve.color)
     axes.set_xticks(range(len(depths)), [f"depth {depth}" for depth in depths])
     axes.set_xlim(-0.6, max(len(depths), 1) - 0.4)
     axes.set_title("Step time: medians (crosses: warm-up steps)")
@@ -990,7 +999,8 @@ def legend(figure: Any, curves: list[Curve]) -> None:
     """The configurations, above the plots and never over them."""
     lines = import_for_tools("matplotlib.lines")
     handles = [lines.Line2D([], [], color=curve.color, lw=2, label=curve.label) for curve in curves]
-    figure.legend(handles=handles, loc="outside upper left", ncols=2, frameon=False)
+    columns = 1 if max(len(curve.label) for curve in curves) > 22 else 2
+    figure.legend(handles=handles, loc="outside upper left", ncols=columns, frameon=False)
 
 
 def pyplot() -> Any:
@@ -1060,6 +1070,7 @@ tr.stat td { font-weight: 600 }
 ul { padding-left: 1.2rem; margin: .4rem 0 } li { overflow-wrap: anywhere }
 pre { font-size: .82rem; white-space: pre-wrap; overflow-wrap: anywhere; margin: 0 }
 details summary { cursor: pointer; padding: 6px 0 }
+@media (max-width: 600px) { h1 { font-size: 1.1rem } table { font-size: .76rem } th, td { padding: 4px 5px } }
 """
 PLOT_WORDS = {"loss": "training loss by step with the depth phases", "loss_by_time": "training loss by time",
               "stages": "bits a byte after each stage", "ttt": "running score of test-time training",
@@ -1109,7 +1120,7 @@ def settings_section(groups: list[Group]) -> str:
     runs = [run for group in groups for run in group.runs if run.settings]
     if not runs:
         return ""
-    names = [f"{curve.label}, {run.name}" if len(groups) > 1 else run.name
+    names = [f"{curve.name}, {run.name}" if len(groups) > 1 else run.name
              for curve in curves_of(groups) for run in curve.runs if run.settings]
     differing = differing_settings(runs, ignore=("RUN_ID",))
     parts = ["<h2>Settings that differ</h2>"]
@@ -1126,9 +1137,10 @@ def report(groups: list[Group], path: Path) -> None:
     """Write the page: everything is in the one file, nothing is fetched."""
     curves, comparison = curves_of(groups), ""
     plots = [f'<div class="card"><img alt="{words}" src="{plot_as_svg(name, curves)}"></div>' for name, words in PLOT_WORDS.items()]
+    plots.append(f'<div class="card"><h2>Stages</h2>{as_html(stage_comparison(curves))}</div>')
     if len(groups) == 2 and all(group.finished for group in groups):
         try:
-            text = f"{as_html(stage_comparison(curves))}<pre>{html.escape(compare(*groups))}</pre>"
+            text = f"<pre>{html.escape(compare(*groups))}</pre>"
         except ValueError as error:
             text = f"<p>{html.escape(str(error))}</p>"
         comparison = f'<section class="card"><h2>Comparison</h2>{text}</section>'

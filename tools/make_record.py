@@ -313,8 +313,9 @@ def counted_code(runs: Sequence[RunLog], code: Path) -> dict[str, bytes]:
         for name, row in run.code.items():
             have = hashlib.sha256(files[name]).hexdigest() if name in files else "missing"
             if have != row["sha256"]:
-                raise Refused(f"{code / name} is not the code of {run.path.name} (sha256 {have[:12]}, in the log {row['sha256'][:12]}): name "
-                              "the folder that has it with --code, or run the seeds again")
+                hashes = f"sha256 {have[:12]}, in the log {row['sha256'][:12]}"
+                raise Refused(f"{code / name} is not the code of {run.path.name} ({hashes}): name the folder that has it with --code, or "
+                              "run the seeds again")
     return files
 
 

@@ -40,7 +40,8 @@ NOISE_NATS = logs.BAR_NATS / 10  # a score may differ by so much from machine to
 SUM_NOISE = 1e-5  # of the probabilities of all tokens, from float32 losses
 TTT_SHIFT = 0.03  # share by which test-time training may score a document otherwise in other company
 SMALL_TOKENS = 4096  # a validation set that is always scored whole
-PROBES = (2, 8)  # documents that are scored first, to learn what a score takes
+PROBES = (4, 12)  # documents that are scored first, to learn what a score takes
+MORE_CUTS = 5  # in each order, where documents see each other
 FEW = 10  # documents or pairs of which nothing is concluded
 MEMORY_Z = 4.0  # standard errors by which validation documents may score better than training documents
 
@@ -61,6 +62,10 @@ def judged(rule: str, problems: Sequence[str], good: str) -> Result:
 
 class Broken(Exception):
     """The code of the record did not do what every code must: end, and give each target one loss."""
+
+
+class TooLong(Broken):
+    """It did not end in its time, which may be the time's fault."""
 
 
 # ======================================================================================================================
@@ -153,7 +158,9 @@ class ValSet:
 # The suspect
 # ======================================================================================================================
 
-NEW_USER, NEW_NET, NEW_MOUNTS, PRIVATE = 0x10000000, 0x40000000, 0x00020000, 0x44000  # of sched.h and mount.h
+NEW_USER, NEW_NET, NEW_MOUNTS = 0x10000000, 0x40000000, 0x00020000  # of sched.h
+PRIVATE, BIND, RECURSIVE = 0x44000, 0x1000, 0x4000  # of mount.h
+SYSTEM_FOLDERS = ("/usr", "/lib", "/lib64", "/bin", "/sbin", "/etc", "/opt", "/proc", "/dev", "/sys")
 # Code from before LOSSES_PATH: the losses are taken from what its two scores return.
 OLDER = """\
 import os, numpy, train_gpt as code
@@ -171,20 +178,28 @@ raise SystemExit(status)
 """
 
 
-def close_off(hidden: Sequence[Path]) -> None:
-    """In the child: no network, and the folders `hidden` empty. OSError where this kernel does not allow it."""
-    libc = ctypes.CDLL(None, use_errno=True)
+def close_off(case: Path) -> None:
+    """In the child: no network, and no files but the system's, Python's and those of `case`. OSError where this is not allowed."""
+    libc, root = ctypes.CDLL(None, use_errno=True), case / "root"
     failed = libc.unshare(NEW_USER | NEW_NET | NEW_MOUNTS) or libc.mount(b"none", b"/", None, PRIVATE, None)
-    for path in hidden:
-        failed = failed or libc.mount(b"tmpfs", os.fsencode(path), b"tmpfs", 0, None)
+    for path in map(Path, (*SYSTEM_FOLDERS, sys.prefix, sys.base_prefix, case)):
+        inside = root / path.relative_to("/")
+        if path.is_symlink():
+            inside.symlink_to(os.readlink(path))
+        elif path.is_dir():
+            inside.mkdir(parents=True, exist_ok=True)
+            failed = failed or libc.mount(os.fsencode(path), os.fsencode(inside), None, BIND | (0 if path == case else RECURSIVE), None)
     if failed:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    os.chroot(root)
+    os.chdir(case)
 
 
 @lru_cache
 def can_close_off() -> bool:
     try:
-        return subprocess.run([sys.executable, "-c", ""], preexec_fn=partial(close_off, ()), check=False).returncode == 0
+        with tempfile.TemporaryDirectory() as case:
+            return not subprocess.run([sys.executable, "-c", ""], preexec_fn=partial(close_off, Path(case).resolve()), check=False).returncode
     except (subprocess.SubprocessError, OSError):
         return False
 
@@ -197,7 +212,6 @@ class Suspect:
     artifact: Path
     settings: dict[str, str]  # without those that say where things are
     threads: str
-    hidden: list[Path]
     limit_seconds: float
     older: bool = False  # its code knows no LOSSES_PATH
     took: list[tuple[int, float]] = field(default_factory=list)  # (tokens, seconds) of each score
@@ -213,7 +227,7 @@ class Suspect:
         """The nats of every target, by stage; Broken with the reason if they are not there."""
         began = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="run_") as place:
-            case = Path(place)
+            case = Path(place).resolve()
             for part in ("home", "data", "out"):
                 (case / part).mkdir()
             for path in self.code:
@@ -251,13 +265,10 @@ class Suspect:
         environ |= {"EVAL_ONLY": "1", "ARTIFACT_PATH": "model.artifact", "DATA_PATH": "data", "LOSSES_PATH": "losses.npz",
                     "ARTIFACT_DIR": "out", "RUN_ID": "score", "HOME": str(case / "home"), "TMPDIR": str(case / "home"),
                     "OMP_NUM_THREADS": self.threads}
-        inside = (Path(sys.prefix), Path(tempfile.gettempdir()).resolve())
-        hidden = [path for path in self.hidden if not any(place.is_relative_to(path) for place in inside)
-                  and not any(path.is_relative_to(other) for other in self.hidden if other != path)]
         with (case / "said").open("wb") as said:
             child = subprocess.Popen([sys.executable, "-s", "score.py" if self.older else CODE_FILE], cwd=case, env=environ, stdout=said,
                                      stderr=said, stdin=subprocess.DEVNULL, start_new_session=True,
-                                     preexec_fn=partial(close_off, hidden) if can_close_off() else None)
+                                     preexec_fn=partial(close_off, case) if can_close_off() else None)
             try:
                 status: int | None = child.wait(self.limit_seconds)
             except subprocess.TimeoutExpired:
@@ -269,7 +280,7 @@ class Suspect:
                     pass
                 child.wait()
         if status is None:
-            raise Broken(f"it did not end in {self.limit_seconds:.0f} s (--minutes allows more)")
+            raise TooLong(f"it did not end in {self.limit_seconds:.0f} s (--minutes allows more)")
         if status not in (0, 3):  # 3: over a time budget, which is of no account here
             words = (case / "said").read_text(errors="replace").strip().splitlines()[-1:]
             raise Broken(f"it ended with exit status {status}: {' '.join(words)[-200:]}")
@@ -431,6 +442,8 @@ class Examination:
         ranks = np.argsort(np.argsort(-self.val.lengths, kind="stable"))
         for change in cuts(self.val, count, self.rng):
             yield change, self.suspect.score(change.val)
+        if not self.apart:  # then only what lies before a place in the order of the data must stay
+            yield from ((change, self.suspect.score(change.val)) for change in cuts(self.val, MORE_CUTS, self.rng))
         for which in (ranks >= 0, ranks >= (self.lead if self.lead < len(ranks) else 0)):
             change = cut_each(self.val, which, self.rng)
             if not self.apart or not change.where.any():
@@ -459,6 +472,8 @@ class Examination:
                     worst[stage] = max(worst[stage], float(apart.max()))
                     problems[stage].append(f"set {number}: {len(wrong)} of {int(stays.sum())} earlier losses changed, "
                                            f"by {apart.max():.2g} at most")
+            if any(problems.values()):
+                break
         again = self.suspect.score(self.val) if any(problems.values()) else self.real
         for stage in stages:
             rule, noise = f"causal: {STAGE_WORDS[stage]}", float(np.abs(again[stage].astype(np.float64) - self.real[stage]).max())
@@ -482,7 +497,7 @@ class Examination:
         documents += [(text, (text != BOS) & (text > 7)) for text in ends]
         made = ValSet.of(documents)
         if (estimate := self.suspect.seconds_of(len(made.tokens))) > 0.5 * self.suspect.limit_seconds:
-            yield Result(UNKNOWN, "the distribution adds up to 1", f"left out, it takes about {estimate / 60:.0f} minutes; --minutes makes room")
+            yield Result(UNKNOWN, "the distribution adds up to 1", f"left out: about {estimate / 60:.0f} minutes; --minutes makes room")
             return
         losses = self.suspect.score(made)
         places = made.starts[self.lead: self.lead + self.vocab] + len(one) - 1

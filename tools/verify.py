@@ -68,7 +68,10 @@ class Record:
 
     def text_of(self, file: str) -> str | None:
         path = self.folder / file
-        return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
+        if not path.is_file():
+            return None
+        logs.check_file(path)
+        return path.read_text(encoding="utf-8", errors="replace")
 
 
 def open_folder(folder: Path) -> Record:
@@ -85,6 +88,7 @@ def open_folder(folder: Path) -> Record:
         raise ValueError(f"{folder} holds no log that can be read ({'; '.join(unread) or logs.RECORD_LOGS}): nothing to verify")
     if (path := folder / "submission.json").exists():
         try:
+            logs.check_file(path)
             submission = json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, OSError, RecursionError) as error:
             submission = f"{path.name} cannot be read: {error}"
@@ -134,7 +138,8 @@ def check_code(record: Record) -> Result:
             return Result(UNKNOWN, CODE_RULE, f"{run.path.name} names no code")
         for file, row in run.code.items():
             path = record.folder / file
-            have, told = sha256_of(path) if path.is_file() else "missing", [row["sha256"], *([row.get("source_sha256")] if record.loose else [])]
+            have, told = sha256_of(path) if path.is_file() else "missing", {row["sha256"]}
+            told |= {row.get("source_sha256")} if record.loose else set()
             if Path(file).name != file or have not in told:
                 problems.append(f"{file} is {have[:12]} here and {row['sha256'][:12]} in {run.path.name}")
     files = ", ".join(f"{file} {row['sha256'][:12]}" for file, row in record.runs[0].code.items())
@@ -611,9 +616,9 @@ def check_with_code(record: Record, runs: list[RunLog], val: ValSet, shards: Pat
     rng = np.random.default_rng(draw)
     print(f"now running the code of {record.folder}, in a process and a folder of its own; drawn with --draw {draw}", flush=True)
     closed = referee.can_close_off()
-    yield Result(PASS if closed else UNKNOWN, "the code runs with no network and without these folders",
+    yield Result(PASS if closed else UNKNOWN, "the code runs with no network and no files but its own",
                  "in namespaces of its own" if closed else "this system does not let a process give them up")
-    suspects = [suspect_of(record, run, shards, options) for run in runs]
+    suspects = [suspect_of(record, run, options) for run in runs]
     examined, scores = int(rng.integers(len(runs))), len(runs) + 2 * options.cuts + SCORES_BESIDE_CUTS
     part, whole_seconds, losses = val, 0.0, None
     for number in np.roll(np.arange(len(runs)), -examined):
@@ -626,22 +631,23 @@ def check_with_code(record: Record, runs: list[RunLog], val: ValSet, shards: Pat
             yield referee.check_score(run, found, val, options.same_machine) if part is val else referee.check_part(run, found, part, val)
         except referee.Broken as error:
             older = "this code is older than LOSSES_PATH; " if suspect.older else ""
-            yield Result(UNKNOWN if suspect.older else FAIL, f"the artifact scores what the log says: {run.name}", f"{older}{error}")
+            status = UNKNOWN if suspect.older or isinstance(error, referee.TooLong) else FAIL
+            yield Result(status, f"the artifact scores what the log says: {run.name}", f"{older}{error}")
     if part is not val:
-        yield Result(UNKNOWN, "all documents", f"{len(part.starts)} of {len(val.starts)} were drawn at random for the rows above and below, as "
-                     f"--minutes {options.minutes:g} allows; all of them take about {whole_seconds / 60:.0f} minutes")
+        yield Result(UNKNOWN, "all documents", f"{len(part.starts)} of {len(val.starts)} were drawn at random for the rows above and "
+                     f"below, as --minutes {options.minutes:g} allows; all of them take about {whole_seconds / 60:.0f} minutes")
     if losses is not None:
         train = (lambda: (text for block in training_blocks(shards) for text in documents_of(block))) \
             if shard_paths(shards, "train") else None
         yield from referee.Examination(suspects[examined], part, losses, rng).rows(train, options.cuts)
 
 
-def suspect_of(record: Record, run: RunLog, shards: Path, options: argparse.Namespace) -> Suspect:
+def suspect_of(record: Record, run: RunLog, options: argparse.Namespace) -> Suspect:
     settings = {name: value for name, value in run.settings.items() if value != "" and not logs.is_place(name) and name not in logs.VARYING}
     settings |= {"SEED": run.settings["SEED"]} if "SEED" in run.settings else {}
     code = [record.folder / file for file in run.code or [CODE_FILE]]
-    return Suspect(code, record.artifacts[run.path], settings, run.run.get("threads", "1"), [record.folder.resolve(), shards.resolve()],
-                   60 * options.minutes, older="LOSSES_PATH" not in readable_code(record).upper())
+    return Suspect(code, record.artifacts[run.path], settings, run.run.get("threads", "1"), 60 * options.minutes,
+                   older="LOSSES_PATH" not in readable_code(record).upper())
 
 
 def standing_rows(record: Record, save: bool) -> Iterator[Result]:
@@ -693,8 +699,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--docs", type=Path, help="raw validation documents (JSON lines), to compare the decoded shard with")
     parser.add_argument("--cuts", type=int, default=2, help="places at which causality is tried, in each of two orders (default 2)")
     parser.add_argument("--draw", type=int, help="repeat what an earlier call drew at random")
-    parser.add_argument("--minutes", type=float, default=2, help="for running the code (default 2): what does not fit is drawn at random or "
-                        "left out, and said")
+    parser.add_argument("--minutes", type=float, default=2, help="for running the code (default 2): what does not fit is drawn at random "
+                        "or left out, and said")
     parser.add_argument("--same-machine", action="store_true", help="the score again must be the log's to the last digit")
     parser.add_argument("--folder-only", action="store_true", help="only what needs no data")
     parser.add_argument("--strict", action="store_true", help="what is not checkable counts as failed")
