@@ -242,6 +242,8 @@ class Config:
     lqer_group: int = model_setting(32, "numbers that share a scale in their wide factor", between(1, 2**16))
     lqer_column_scales: bool = model_setting(True, "a scale for each column of their tall factor; 0: one, as published", FLAG)
     lqer_top_k: int = setting(3, "matrices with such a term, those of largest error", between(1, 1000))
+    embed_damping: float = setting(
+        0.0, "share of the embedding's mean Hessian diagonal added to it: its rows are read as inputs too", between(0, 100))
     gptq_calibration_batches: int = setting(16, "training batches for the Hessians", between(1, 10**6))
     gptq_reserve_seconds: float = setting(4.0, "training time kept for the Hessians, at least", SECONDS)
     # test-time training
@@ -2420,6 +2422,8 @@ def collect_hessians(run: Run, model: GPT, loader: TrainLoader) -> dict[str, Ten
         progress("hessians", i + 1, cfg.gptq_calibration_batches)
     for hessian in calibration.hessians.values():
         run.ranks.sum(hessian)
+    diagonal = calibration.hessians["head"].diagonal(dim1=-2, dim2=-1)
+    diagonal += cfg.embed_damping * diagonal.mean()
     synchronize(run.device)
     run.log.record("hessians", batches=cfg.gptq_calibration_batches, tokens=cfg.gptq_calibration_batches * cfg.train_batch_tokens,
                    time_ms=int(since_ms(began)))
@@ -2743,7 +2747,7 @@ def model_from_tensors(run: Run, tensors: Tensors) -> GPT:
 #     8       4     P, bytes of the packed part
 #     12      32    SHA-256 of everything else in the file
 #     44      P     a safetensors file under brotli: "settings" (JSON as bytes), a float16 tensor for every plain parameter,
-#                   NAME.scales and NAME.codes (columns together) for every quantized one
+#                   NAME.scales and NAME.codes (columns together) for every quantized one, NAME.lowI.* for its matrices with LQER
 #     44+P    ...   with COMPRESSOR=rans: the codes of the matrices, by the coder below, in place of their NAME.codes
 # ======================================================================================================================
 
