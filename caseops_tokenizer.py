@@ -7,6 +7,7 @@ prepare_caseops_data.py builds with them.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -93,7 +94,8 @@ class Tokenizer:
         self.vocab_size = len(entries)
         self._check_operators()
         self.pieces = [self._piece_bytes(index) for index in range(self.vocab_size)]
-        self.charges = np.array([0 if name in OPERATORS else len(piece) for name, piece in zip(self.names, self.pieces)], dtype=np.uint16)
+        charges = [0 if name in OPERATORS else len(piece) for name, piece in zip(self.names, self.pieces)]
+        self.charges = np.array(charges, dtype=np.uint16)
         keeps_spaces = not normalizer.get(3, 1) and not normalizer.get(4, 1) and normalizer.get(5, 1)
         self.lossless = bool(not normalizer.get(2) and keeps_spaces and self.kinds.count(BYTE) == 256)
         self.by_word = bool(self.lossless and trainer.get(3, 1) == 2 and not trainer.get(24, 0)
@@ -217,9 +219,9 @@ class Encoder:
     def lossless_ids(self, transformed: str) -> np.ndarray:
         """The ids of a CaseOps text, which a lossless tokenizer may be given in parts."""
         spelled = [self.tokenizer.names.index(f"<0x{byte:02X}>") for byte in SPACE.encode()]
-        found = [np.zeros(0, dtype=np.uint16)]
+        spelled, found = np.array(spelled, dtype=np.uint16), [np.zeros(0, dtype=np.uint16)]
         for number, part in enumerate(transformed.split(SPACE)):  # in a piece it would come back as a space: spell it in bytes
-            found += [np.array(spelled, dtype=np.uint16)] if number else []
+            found += [spelled] if number else []
             found += [self.ids(piece) for piece in self._pieces_of(part)]
         return np.concatenate(found)
 
@@ -241,49 +243,45 @@ class Encoder:
 
 # ------------------------------------------------------------------------------------------------- fast exact encoding
 DOCUMENT, MARK = 0xFF, 0xFE  # bytes that UTF-8 never has: before each document, encoded as BOS; before a space, as CAPNEXT
+LONG_DOCUMENT = 1 << 22  # bytes from which on a document goes to `Encoder`, which takes little memory for it
 KEY_BYTES = 15  # longer parts are too rare for the table
-SLICE_BYTES = 1 << 22  # what is encoded at once: bounds the memory that a long document takes
 TABLE_ENTRIES = 1 << 20  # what bounds the memory of an encoder: about 100 bytes each
 COUNT_BITS = 32  # of a span of the table: how many ids a part has
 SEPARATOR = "\ue005"  # stands between parts that go to SentencePiece in one text of at most
 PARTS_AT_ONCE = 500
 SPECIAL = [SPACE.encode(), b"\xee\x80", bytes([DOCUMENT]), bytes([MARK])]  # the second: what operators begin with
-OWN_CASE = f"[A-Z {SPACE}{OPERATORS}]"  # characters that SentencePiece is not given as they are
 LETTER, DIGIT, OTHER, WIDE = range(4)  # kinds of bytes; WIDE is a space, and what is not ASCII
+# By the length of a part, at most 16: the bytes of its key that are its own, and its length in the last one.
+KEY_MASKS = (255 * np.tri(KEY_BYTES + 2, 16, -1, dtype=np.uint8)).view(np.uint64)
+KEY_LENGTHS = np.arange(KEY_BYTES + 2, dtype=np.uint64) << np.uint64(56)
 
 
 class FastEncoder:
     """The same for many documents at once, many times as fast, for tokenizers that work word by word.
 
     The UTF-8 of the documents, each after a `DOCUMENT` byte and with the spaces that CaseOps gives to words, is cut into
-    parts: before spaces, and within words between ASCII letters, digits and other ASCII characters. No piece of the model reaches over such a cut (`Tokenizer.by_word`
-    and `_cut_table` prove it from the model), so the ids of a text are the ids of its parts, one after the other. Each
-    distinct part goes to SentencePiece once; after that a hash table of whole parts, in numpy, has its ids.
+    parts: before spaces, and within words between ASCII letters, digits and other ASCII characters. No piece of the model
+    reaches over such a cut (`Tokenizer.by_word` and `_cut_table` prove it from the model), so the ids of a text are the ids
+    of its parts, one after the other. Each distinct part goes to SentencePiece once; after that a hash table of whole parts,
+    in numpy, has its ids.
     """
 
     def __init__(self, tokenizer: Tokenizer, with_charges: bool) -> None:
         assert tokenizer.by_word
         self.tokenizer, self.with_charges = tokenizer, with_charges
         self.plain = Encoder(tokenizer)
-        self.cuts = self._cut_table()
+        self.cuts, self.between = self._cut_table(), self._between_table()
         self.table = PartTable()
 
     def encode(self, documents: list[bytes]) -> Encoded:
         """The UTF-8 of documents, all together; there is none that it cannot encode."""
-        mark = bytes([DOCUMENT])
-        text = self._with_spaces(b"".join(mark + document for document in documents)) + mark + bytes(KEY_BYTES + 1)
-        tokens = np.concatenate([self.table.ids[:0], *map(self._tokens, self._slices(text))])
+        groups = itertools.groupby(documents, lambda document: len(document) >= LONG_DOCUMENT)
+        found = [self.plain.encode(list(group)).tokens if long else self._tokens(list(group)) for long, group in groups]
+        tokens = np.concatenate([self.table.ids[:0], *found])
         charges = self.tokenizer.lossless_charges(tokens) if self.with_charges else tokens[:0]
         lengths = np.diff(np.flatnonzero(tokens == BOS), append=len(tokens))
         assert len(lengths) == len(documents)
         return Encoded(tokens, charges, lengths, {})
-
-    def _with_spaces(self, text: bytes) -> bytes:
-        """The documents with the spaces that the transform gives to words, and `MARK` before real ones there."""
-        if not self.tokenizer.transform.spaced_after:
-            return text
-        after = b"([%s%c])" % (re.escape(self.tokenizer.transform.spaced_after.encode()), DOCUMENT)
-        return re.sub(after + b"(?=[A-Za-z])", rb"\1 ", re.sub(after + b"(?= )", rb"\1%c" % MARK, text))
 
     def _cut_table(self) -> np.ndarray:
         """(65536,) bool for each pair of bytes (the second one high): may it be cut?"""
@@ -299,32 +297,25 @@ class FastEncoder:
             table[:, byte] = table[byte, :] = True
         return table.reshape(-1)
 
-    def _slices(self, text: bytes) -> Iterator[bytes]:
-        """The text in slices of about `SLICE_BYTES` that end where it may be cut, each with 17 bytes of what follows."""
-        start, last = 0, len(text) - KEY_BYTES - 2
-        while last - start > SLICE_BYTES:
-            end = start + SLICE_BYTES
-            while end < last and not self._may_cut(text, end):
-                end += 1
-            yield text[start:end + KEY_BYTES + 2]
-            start = end
-        if start < last:
-            yield text[start:]
+    def _between_table(self) -> np.ndarray:
+        """(65536,) uint8 for each pair of bytes: what CaseOps puts between them, a space or `MARK`; 0: nothing."""
+        after = [DOCUMENT, *self.tokenizer.transform.spaced_after.encode()]
+        table = np.zeros((256, 256), dtype=np.uint8)
+        if len(after) > 1:
+            table[np.ix_([*range(ord("A"), ord("Z") + 1), *range(ord("a"), ord("z") + 1)], after)] = ord(" ")
+            table[ord(" "), after] = MARK
+        return table.reshape(-1)
 
-    def _may_cut(self, text: bytes, at: int) -> bool:
-        """Does no piece reach over this place? So says the table, or that no piece has the two characters side by side."""
-        if self.cuts[text[at - 1] | text[at] << 8]:
-            return True
-        before, after = text[at - 4:at].decode(errors="ignore")[-1:], text[at:at + 4].decode(errors="ignore")[:1]
-        whole = text[at] & 0xC0 != 0x80 and not (before + after).isascii() and not re.search(OWN_CASE, before + after)
-        return whole and before + after not in self.tokenizer.joined
-
-    def _tokens(self, text: bytes) -> np.ndarray:
-        """The ids of a slice, (n,) uint16."""
-        end = len(text) - KEY_BYTES - 2
-        pairs = np.ndarray((end - 1,), dtype="<u2", buffer=text, strides=(1,))
-        starts = np.concatenate([[0], np.flatnonzero(self.cuts[pairs]) + 1, [end]])
-        offsets, counts = read_spans(self._part_spans(text, starts))
+    def _tokens(self, documents: list[bytes]) -> np.ndarray:
+        """The ids of documents, (n,) uint16."""
+        mark = bytes([DOCUMENT])
+        text = b"".join(mark + document for document in documents) + mark
+        if self.between.any():
+            pairs = byte_pairs(text)
+            at = np.flatnonzero(self.between[pairs])
+            text = np.insert(np.frombuffer(text, dtype=np.uint8), at + 1, self.between[pairs[at]]).tobytes()
+        starts = np.concatenate([[0], np.flatnonzero(self.cuts[byte_pairs(text)]) + 1])  # the last one: of the mark at the end
+        offsets, counts = read_spans(self._part_spans(text + bytes(KEY_BYTES), starts))
         take = np.repeat(offsets - np.cumsum(counts) + counts, counts)
         take += np.arange(len(take))
         tokens = self.table.ids[take]
@@ -333,17 +324,15 @@ class FastEncoder:
 
     def _part_spans(self, text: bytes, starts: np.ndarray) -> np.ndarray:
         """The table's span for every part; parts that it lacks are put in."""
-        lengths = np.diff(starts)
-        places = starts[:-1]
+        places, lengths = starts[:-1], np.diff(starts)
         capped = np.minimum(lengths, KEY_BYTES + 1)
-        keys = np.empty((len(places), 2), dtype=np.uint64)
-        for half in range(2):
-            words = np.ndarray((len(text) - 15,), dtype="<u8", buffer=text, offset=8 * half, strides=(1,))
-            np.bitwise_and(words[places], KEY_MASKS[half][capped], out=keys[:, half])
+        windows = np.ndarray((len(text) - KEY_BYTES,), dtype="V16", buffer=text, strides=(1,))
+        keys = windows[places].view(np.uint64).reshape(-1, 2)
+        keys &= KEY_MASKS[capped]
         keys[:, 1] |= KEY_LENGTHS[capped]
         spans = self.table.find(keys)
-        spans[lengths > KEY_BYTES] = -1
-        missing = np.flatnonzero(spans < 0)
+        spans[lengths > KEY_BYTES] = 0
+        missing = np.flatnonzero(spans == 0)
         if len(missing):
             spans[missing] = self._add(text, keys[missing], places[missing], lengths[missing])
         return spans
@@ -358,8 +347,7 @@ class FastEncoder:
             new = self.table.append(ids, counts)
             spans.update(zip(group, new.tolist()))
             if stays:
-                room = TABLE_ENTRIES - self.table.kept
-                self.table.keep(keys[[where[part] for part in group[:room]]], new[:room])
+                self.table.keep(keys[[where[part] for part in group]], new)
         return np.array([spans[part] for part in parts])
 
     def _values(self, parts: list[bytes]) -> tuple[list[bytes], np.ndarray, np.ndarray]:
@@ -394,23 +382,19 @@ class FastEncoder:
 
 
 class PartTable:
-    """A hash table from parts of up to `KEY_BYTES` bytes to their ids, looked up in bulk.
+    """A hash table from parts of up to `KEY_BYTES` bytes to their ids, looked up in bulk; full, it takes no more.
 
     A key is 16 bytes: the part, zeros, and its length in the last byte, so that different parts have different keys and
-    a match is exact. What the table has for a part is a span, one int64: where its ids begin in `ids`, and their number
-    (`read_spans`). Spans with keys stay; ids without are temporary and are forgotten at the end of a block.
+    a match is exact. What the table has for a part is a span, one int64, never 0: where its ids begin in `ids`, and their
+    number (`read_spans`). Spans with keys stay; ids without are temporary and are forgotten at the end of a block.
     """
 
     def __init__(self) -> None:
-        self.kept = self.kept_ids = self.used_ids = 0
-        self.keys, self.spans = np.zeros((1 << 14, 2), dtype=np.uint64), np.zeros(1 << 14, dtype=np.int64)
+        slots = 1 << (2 * TABLE_ENTRIES - 1).bit_length()  # at least half of them stay free: zeros, which no key and no span is
+        self.slot_keys, self.slot_spans = np.zeros((slots, 2), dtype=np.uint64), np.zeros(slots, dtype=np.int64)
+        self.shift = np.uint64(64 - slots.bit_length() + 1)
+        self.kept, self.kept_ids, self.used_ids = 0, 1, 1
         self.ids = np.zeros(1 << 16, dtype=np.uint16)
-        self._make_slots(1 << 15)
-
-    def _make_slots(self, count: int) -> None:
-        """Empty slots: for each the key in it (free: zeros, which no key is) and the key's span (free: -1)."""
-        self.slot_keys, self.slot_spans = np.zeros((count, 2), dtype=np.uint64), np.full(count, -1, dtype=np.int64)
-        self.shift = np.uint64(64 - count.bit_length() + 1)
 
     def _home(self, keys: np.ndarray) -> np.ndarray:
         """The slot where the search for a key begins."""
@@ -423,11 +407,11 @@ class PartTable:
         return mixed.view(np.int64)
 
     def find(self, keys: np.ndarray) -> np.ndarray:
-        """(n, 2) keys -> (n,) spans, -1 where there is none."""
+        """(n, 2) keys -> (n,) spans, 0 where there is none."""
         slots = self._home(keys)
         astray = self._without(slots, keys)
         while len(astray):  # look in the next slot, unless a free one ends the search
-            astray = astray[self.slot_spans[slots[astray]] >= 0]
+            astray = astray[self.slot_spans[slots[astray]] > 0]
             slots[astray] = (slots[astray] + 1) % len(self.slot_spans)
             astray = astray[self._without(slots[astray], keys[astray])]
         return self.slot_spans[slots]
@@ -440,29 +424,26 @@ class PartTable:
     def append(self, ids: np.ndarray, counts: np.ndarray) -> np.ndarray:
         """New spans, temporary until `keep`, from flat ids and the number of ids of each."""
         first, self.used_ids = self.used_ids, self.used_ids + len(ids)
-        self.ids = _grown(self.ids, self.used_ids)
+        if self.used_ids > len(self.ids):
+            self.ids = np.concatenate([self.ids, np.zeros(self.used_ids, dtype=np.uint16)])
         self.ids[first:self.used_ids] = ids
         return (first + np.cumsum(counts) - counts) << COUNT_BITS | counts
 
     def keep(self, keys: np.ndarray, spans: np.ndarray) -> None:
-        """Give the first temporary spans these (distinct, new) keys; they stay."""
+        """Give the first temporary spans these (distinct, new) keys, as far as there is room; they stay.
+
+        Where several want the same slot the first, often the most frequent, gets it.
+        """
+        room = TABLE_ENTRIES - self.kept
+        keys, spans = keys[:room], spans[:room]
         if not len(keys):
             return
-        first, self.kept = self.kept, self.kept + len(keys)
-        self.keys, self.spans = _grown(self.keys, self.kept), _grown(self.spans, self.kept)
-        self.keys[first:self.kept], self.spans[first:self.kept] = keys, spans
+        self.kept += len(keys)
         self.kept_ids = int(sum(read_spans(spans[-1])))
-        if 2 * self.kept > len(self.slot_spans):
-            self._make_slots(1 << (4 * self.kept).bit_length() - 1)
-            first = 0
-        self._put(self.keys[first:self.kept], self.spans[first:self.kept])
-
-    def _put(self, keys: np.ndarray, spans: np.ndarray) -> None:
-        """Find free slots for new keys; where several want the same one the first, often the most frequent, gets it."""
         slots = self._home(keys)
         todo = np.arange(len(keys))[::-1]  # of several rows assigned to one place numpy keeps the last
         while len(todo):
-            to_free = todo[self.slot_spans[slots[todo]] < 0]
+            to_free = todo[self.slot_spans[slots[todo]] == 0]
             self.slot_keys[slots[to_free]] = keys[to_free]
             lost = self._without(slots[todo], keys[todo])
             placed = np.delete(todo, lost)
@@ -480,18 +461,9 @@ def read_spans(spans: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return spans >> COUNT_BITS, spans & (1 << COUNT_BITS) - 1
 
 
-def _grown(values: np.ndarray, size: int) -> np.ndarray:
-    """The array itself, or a copy in one of at least `size` and half as much again."""
-    if size <= len(values):
-        return values
-    larger = np.zeros((size + size // 2, *values.shape[1:]), dtype=values.dtype)
-    larger[:len(values)] = values
-    return larger
-
-
-KEY_MASKS = np.array([[(1 << 8 * min(8, max(0, length - 8 * half))) - 1 for length in range(KEY_BYTES + 2)]
-                      for half in range(2)], dtype=np.uint64)
-KEY_LENGTHS = np.arange(KEY_BYTES + 2, dtype=np.uint64) << np.uint64(56)
+def byte_pairs(text: bytes) -> np.ndarray:
+    """(n - 1,) uint16: every pair of neighbouring bytes, the second one high."""
+    return np.ndarray((len(text) - 1,), dtype="<u2", buffer=text, strides=(1,))
 
 
 def keeps_kinds_apart(tokenizer: Tokenizer) -> bool:

@@ -158,6 +158,7 @@ VERSIONS = {version.name: version for version in (
     Transform("lossless_caps_caseops_v1"),
     Transform("lossless_caps_caseops_v2", before_space=True),
     Transform("lossless_caps_caseops_v2_lines", before_space=True, spaced_after="\n"),
+    Transform("lossless_caps_caseops_v2_quotes", before_space=True, spaced_after='\n"(['),
     Transform("plain", capitals=False))}
 V1 = VERSIONS["lossless_caps_caseops_v1"]  # the published data's
 

@@ -105,16 +105,10 @@ class Progress:
 
 # ----------------------------------------------------------------------------------------------------------- documents
 class Block(NamedTuple):
-    """Some consecutive documents of one source as lines of JSON.
-
-    `first` is the number of the first one in its source, `number` that of the block, both from 0; `seen` is a digest of
-    all that was read of the sources when the block was cut.
-    """
+    """Some consecutive documents of one source as lines of JSON; `first` is the number of the first one there, from 0."""
     source: str
     first: int
     lines: list[bytes]
-    number: int
-    seen: str
 
     def texts(self, replace_surrogates: bool) -> tuple[list[bytes], dict[int, str]]:
         """The UTF-8 of every document (empty for a bad one), and by index in the block what is wrong with the bad ones."""
@@ -150,10 +144,7 @@ def _text(line: bytes, replace_surrogates: bool) -> bytes:
 
 
 class HashedFile(io.RawIOBase):
-    """A binary file that keeps the SHA-256 and the count of what was read from it (compressed bytes, as on disk).
-
-    A read returns as much as was asked for, but at the end, also from a pipe: what is read when is always the same.
-    """
+    """A binary file that keeps the SHA-256 and the count of what was read from it (compressed bytes, as on disk)."""
 
     def __init__(self, raw: BinaryIO) -> None:
         self.raw, self.sha256, self.count = raw, hashlib.sha256(), 0
@@ -162,10 +153,8 @@ class HashedFile(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        view, count = memoryview(buffer), 0
-        while count < len(view) and (got := self.raw.readinto(view[count:])):
-            count += got
-        self.sha256.update(view[:count])
+        count = self.raw.readinto(buffer)
+        self.sha256.update(memoryview(buffer)[:count])
         self.count += count
         return count
 
@@ -197,25 +186,19 @@ class Documents:
 
     def blocks(self) -> Iterator[Block]:
         """Yield all documents in blocks; blank lines are no documents."""
-        numbers = itertools.count()
         for path in self.paths:
             with sys.stdin.buffer if path == "-" else open(path, "rb") as raw:
                 hashed, before, done = HashedFile(raw), self.bytes_read, 0
                 for data in _whole_lines(path, hashed):
                     self.bytes_read = before + hashed.count
                     if lines := [line for line in data.split(b"\n") if line.strip()]:
-                        yield Block(path, done, lines, next(numbers), self._seen(hashed))
+                        yield Block(path, done, lines)
                     done += len(lines)
                 while hashed.read(READ_BYTES):  # bytes after the end of the compressed stream belong to the hash
                     pass
                 self.bytes_read = before + hashed.count
             self.finished.append({"name": os.path.basename(path), "path": path, "bytes": hashed.count,
                                   "documents": done, "sha256": hashed.sha256.hexdigest()})
-
-    def _seen(self, hashed: HashedFile) -> str:
-        """One digest of the finished files and of what has been read of the one in hand."""
-        digests = [source["sha256"] for source in self.finished] + [hashed.sha256.hexdigest()]
-        return hashlib.sha256(" ".join(digests).encode()).hexdigest()
 
 
 def source_hashes(paths: Iterable[str]) -> list[str]:
@@ -526,6 +509,32 @@ class ShardFile:
         return record
 
 
+class ShardCheck:
+    """Stands for a `ShardFile` where a shard is there already: what would be written is compared with it."""
+
+    def __init__(self, path: Path, there: np.ndarray | None, faults: list[str]) -> None:
+        self.path, self.there, self.faults, self.entries = path, there, faults, 0
+        if there is None:
+            faults.append(f"{path}: the documents fill this shard too, but it is not there")
+
+    def append(self, entries: np.ndarray) -> None:
+        """Compare (n,) uint16 entries with those that come next."""
+        if self.there is not None:
+            there = self.there[self.entries:self.entries + len(entries)]
+            wrong = np.flatnonzero(there != entries[:len(there)])
+            if len(wrong):
+                at = int(wrong[0])
+                self.faults.append(f"{self.path} entry {self.entries + at}: {there[at]}, by the documents {entries[at]}")
+        self.entries += len(entries)
+
+    def finish(self) -> dict[str, Any]:
+        """Compare the lengths; return what the manifest says about the shard."""
+        if self.there is not None and len(self.there) != self.entries:
+            self.faults.append(f"{self.path}: {len(self.there)} entries, by the documents {self.entries}")
+        sha256 = file_sha256(self.path) if self.there is not None else ""
+        return {"file": self.path.name, "entries": self.entries, "sha256": sha256}
+
+
 def split_documents(tokens: np.ndarray) -> tuple[list[int], list[bytes]]:
     """(places of BOS, ids as bytes without BOS) of all documents that begin in (n,) uint16 tokens."""
     starts = np.flatnonzero(tokens == BOS).tolist()
@@ -705,63 +714,24 @@ class Totals:
         self.bytes += int(encoded.text_bytes[kept].sum())
 
 
-@dataclass
-class Journal:
-    """How far a build has come, kept in `build.json` until the manifest takes its place.
-
-    The blocks before number `block` are wholly in finished shards, and so are `entries` tokens of that one; the totals
-    are those of the blocks before it. `seen` is its digest of the sources, by which changed ones are noticed.
-    """
-    request: dict[str, Any]
-    val: Totals | None = None
-    train: Totals = field(default_factory=Totals)
-    block: int = -1
-    entries: int = 0
-    seen: str = ""
-
-    def files(self) -> list[dict[str, Any]]:
-        """All finished shards."""
-        return [*(self.val.files if self.val else []), *self.train.files]
-
-    def save(self, folder: Path) -> None:
-        """Write the journal with a checksum; the shards it speaks of are on disk already."""
-        journal = asdict(self)
-        write_file(folder / JOURNAL, json.dumps({"journal": journal, "sha256": digest(journal)}, indent=1).encode())
-
-    @staticmethod
-    def load(folder: Path) -> Journal | None:
-        """What `save` wrote, None where there is none; ValueError if it was changed since."""
-        path = folder / JOURNAL
-        if not path.exists():
-            return None
-        record = read_json(path, {"journal": dict, "sha256": str})
-        if digest(journal := record["journal"]) != record["sha256"]:
-            raise ValueError(f"{path} is damaged: build again with --force, or choose another --out")
-        val, train = journal.pop("val"), journal.pop("train")
-        return Journal(**journal, val=Totals(**val) if val else None, train=Totals(**train))
-
-
-def digest(value: Any) -> str:
-    """The SHA-256 of something that JSON can hold."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
 class OtherDocuments(ValueError):
     """The documents are not those that an unfinished build was made from."""
 
 
 class Build:
-    """One run of the build: reads documents in order, has them encoded by workers, writes shards, keeps the journal."""
+    """One run of the build: reads documents in order, has them encoded by workers, fills one shard after the other.
 
-    def __init__(self, request: BuildRequest, tokenizer: Tokenizer, journal: Journal) -> None:
-        self.request, self.tokenizer, self.journal = request, tokenizer, journal
+    A shard that is there already, of the same build interrupted, is not written again but compared.
+    """
+
+    def __init__(self, request: BuildRequest, tokenizer: Tokenizer) -> None:
+        self.request, self.tokenizer = request, tokenizer
         self.documents = Documents(request.docs)
         self.progress = Progress("build", self.documents.bytes_total)
-        self.resume_at, self.seen, self.skip_entries = journal.block, journal.seen, journal.entries
+        self.val, self.train = Totals(), Totals()
         self.val_keys: set[bytes] = set()
-        self.shard: ShardFile | None = None
-        if journal.val:
-            self.val_keys = set(map(document_key, split_documents(read_shard(request.out / VAL_TOKENS))[1]))
+        self.shard: ShardFile | ShardCheck | None = None
+        self.faults: list[str] = []
 
     def run(self) -> dict[str, Any]:
         """Build everything that is not there yet; returns the manifest."""
@@ -772,89 +742,87 @@ class Build:
         return manifest
 
     def fill(self) -> None:
-        """Fill all shards that are not full yet."""
-        journal, val, passed = self.journal, Totals(), 0
-        tokens, charges = (None, None) if journal.val else (self._open(VAL_TOKENS), self._open(VAL_BYTES))
+        """Fill all shards."""
+        tokens, charges, passed = self.open(VAL_TOKENS), self.open(VAL_BYTES), 0
         for encoded in results(self._calls(), self.request.workers):
-            if not encoded.is_val:
-                self._append_train(encoded.without(self.val_keys))
-            elif journal.val is None:
+            if encoded.is_val:
                 tokens.append(encoded.tokens)
                 charges.append(encoded.charges)
-                val.count(encoded)
+                self.val.count(encoded)
                 self.val_keys.update(filter(None, encoded.keys))
                 passed += len(encoded.lengths)
                 if passed == self.request.val_docs and tokens.entries:
-                    val.files = [tokens.finish(), charges.finish()]
-                    journal.val = val
-                    self._save(encoded.block, 0)
+                    self.val.files = [tokens.finish(), charges.finish()]
+            else:
+                self._append_train(encoded.without(self.val_keys))
             self._say(encoded)
-        if journal.val is None or not journal.train.documents:
+            self.judge()
+        if not self.val.files or not self.train.documents:
             there = sum(source["documents"] for source in self.documents.finished)
             raise ValueError(f"{', '.join(self.request.docs)}: {there} documents in all, --val-docs {self.request.val_docs}"
                              " would leave none to train on, or none to validate on: use another --val-docs")
         if self.shard:
-            journal.train.files.append(self.shard.finish())
+            self.train.files.append(self.shard.finish())
+        unfilled = self.there() - {entry["file"] for entry in self.val.files + self.train.files}
+        self.faults += [f"{self.request.out / name}: the documents do not fill it" for name in sorted(unfilled)]
+        self.judge()
+
+    def open(self, name: str) -> ShardFile | ShardCheck:
+        """The shard to fill next."""
+        path = self.request.out / name
+        try:
+            return ShardCheck(path, read_shard(path), self.faults) if path.exists() else ShardFile(path)
+        except ValueError as error:
+            raise OtherDocuments(f"{error}, or give --force too") from None
+
+    def there(self) -> set[str]:
+        """The shards in the folder."""
+        return {path.name for path in self.request.out.glob("*.bin")}
+
+    def judge(self) -> None:
+        """OtherDocuments if a shard is not what the documents make of it."""
+        if self.faults:
+            raise OtherDocuments(f"{', '.join(self.request.docs)}: not what the unfinished build in {self.request.out} was made from"
+                                 f" ({self.faults[0]}); give the same documents, or build again with --force")
 
     def _calls(self) -> Iterator[Call[EncodedBlock]]:
-        """What is still to be encoded, block by block; `entries` of the first one may be in shards already."""
-        passed, block = 0, None
+        """What is to be encoded, block by block, the one with the last validation document in two parts."""
+        passed = 0
         for block in self.documents.blocks():
             val = min(max(self.request.val_docs - passed, 0), len(block.lines))
             passed += len(block.lines)
-            if block.number == self.resume_at and block.seen != self.seen:
-                break
-            if block.number >= self.resume_at:
-                parts = ((block._replace(lines=block.lines[:val]), True),
-                         (block._replace(lines=block.lines[val:], first=block.first + val), False))
-                yield from ((encode_block, self.request, self.tokenizer.sha256, *part) for part in parts if part[0].lines)
-            else:
-                self.progress = Progress("build", self.documents.bytes_total, self.documents.bytes_read)
-        else:
-            if self.resume_at < 0 or block and block.number >= self.resume_at:
-                return
-        raise OtherDocuments(f"{', '.join(self.request.docs)}: not what the unfinished build in {self.request.out} was made"
-                             " from; give the same documents, or build again with --force")
+            parts = ((block._replace(lines=block.lines[:val]), True),
+                     (block._replace(lines=block.lines[val:], first=block.first + val), False))
+            yield from ((encode_block, self.request, self.tokenizer.sha256, *part) for part in parts if part[0].lines)
 
     def _append_train(self, encoded: EncodedBlock) -> None:
         """Put a block's documents into train shards, closing each that becomes full."""
-        at, self.skip_entries = self.skip_entries, 0  # entries that an earlier run wrote
+        at = 0
         while at < len(encoded.tokens):
-            if self.shard is None:
-                self.shard = self._open(TRAIN_TOKENS.format(len(self.journal.train.files)))
+            self.shard = self.shard or self.open(TRAIN_TOKENS.format(len(self.train.files)))
             take = min(self.request.shard_entries - self.shard.entries, len(encoded.tokens) - at)
             self.shard.append(encoded.tokens[at:at + take])
             at += take
             if self.shard.entries == self.request.shard_entries:
-                self.journal.train.files.append(self.shard.finish())
+                self.train.files.append(self.shard.finish())
                 self.shard = None
-                self._save(encoded.block, at)
-        self.journal.train.count(encoded)
-
-    def _open(self, name: str) -> ShardFile:
-        return ShardFile(self.request.out / name)
-
-    def _save(self, block: Block, entries: int) -> None:
-        """Note in the journal that all up to this block, and so many of its entries for training, is in finished shards."""
-        self.journal.block, self.journal.seen, self.journal.entries = block.number, block.seen, entries
-        self.journal.save(self.request.out)
+        self.train.count(encoded)
 
     def _say(self, encoded: EncodedBlock) -> None:
         """The bad documents that are left out, and how far the build is."""
         for index, fault in sorted(encoded.faults.items()):
             say(f"build skipped: {encoded.block.name(index)} {fault}")
-        val = self.journal.val or Totals()
-        self.progress.at(self.documents.bytes_read, f" documents:{val.documents + self.journal.train.documents}")
+        self.progress.at(self.documents.bytes_read, f" documents:{self.val.documents + self.train.documents}")
 
     def _manifest(self) -> dict[str, Any]:
         """What the data set is, for people and for --verify."""
-        request, tokenizer, journal = self.request, self.tokenizer, self.journal
+        request, tokenizer = self.request, self.tokenizer
         return {
             "name": request.out.name, "transform": tokenizer.transform.name,
             "program": {"name": "prepare_caseops_data.py", "version": PROGRAM_VERSION},
             "tokenizer": {"name": request.model.name, "sha256": tokenizer.sha256,
                           "vocab_size": tokenizer.vocab_size, "lossless": tokenizer.lossless},
-            "splits": {"val": asdict(journal.val), "train": asdict(journal.train)},
+            "splits": {"val": asdict(self.val), "train": asdict(self.train)},
             **request.options(),
             "sources": [source | {"path": os.path.relpath(source["path"], request.out)} for source in self.documents.finished]}
 
@@ -893,47 +861,34 @@ def standing(request: BuildRequest, tokenizer: Tokenizer) -> dict[str, Any] | No
     return manifest
 
 
-def unfinished(request: BuildRequest, wanted: dict[str, Any]) -> Journal | None:
-    """The journal of an unfinished build that this one can go on with; None: there is none, or --force gives it up.
+def begin(request: BuildRequest, wanted: dict[str, Any], afresh: bool = False) -> None:
+    """Make the folder ready: `build.json` says what is built there, shards of the same build stay unless it begins `afresh`.
 
     Raises:
-        ValueError: it is of another request, damaged, or lacks a shard.
+        ValueError: there are shards of something else, which --force deletes, or others' files, which nothing does.
     """
-    out = request.out
-    try:
-        journal = Journal.load(out)
-        if journal is None or (out / MANIFEST).exists():
-            return None
-        if differing := [key for key in wanted if journal.request.get(key) != wanted[key]]:
-            raise ValueError(f"{out} holds an unfinished build with another {', '.join(differing)}: build again with --force, or"
-                             " choose another --out")
-        for entry in journal.files():
-            read_shard(out / entry["file"], entry["entries"])
-    except ValueError:
-        if request.force:
-            return None
-        raise
-    return journal
-
-
-def begin(request: BuildRequest, wanted: dict[str, Any]) -> Journal:
-    """The journal to go on with, or a new one, saved; what --force replaces is deleted. ValueError names foreign shards."""
-    out, there = request.out, unfinished(request, wanted)
-    journal = there or Journal(wanted)
-    to_come = [TRAIN_TOKENS.format(len(journal.train.files))] if journal.val else [VAL_TOKENS, VAL_BYTES]
-    expected = {entry["file"] for entry in journal.files()} | set(to_come if there else [])
-    others = {path.name for path in out.glob("*.bin")} - expected
-    if foreign := sorted(name for name in others if not (request.force and OWN_NAMES.fullmatch(name))):
+    out, kept = request.out, set()
+    names = {path.name for path in out.glob("*.bin")}
+    if (out / JOURNAL).exists() and not (out / MANIFEST).exists() and not afresh:
+        try:
+            there = read_json(out / JOURNAL, {"request": dict})["request"]
+            if differing := [key for key in wanted if there.get(key) != wanted[key]]:
+                raise ValueError(f"{out} holds an unfinished build with another {', '.join(differing)}: build again with --force, or"
+                                 " choose another --out")
+            kept = names & {VAL_TOKENS, VAL_BYTES, *map(TRAIN_TOKENS.format, range(len(names)))}
+        except ValueError:
+            if not request.force:
+                raise
+    if foreign := sorted(name for name in names - kept if not (request.force and OWN_NAMES.fullmatch(name))):
         raise ValueError(f"{out} holds {', '.join(foreign[:3])}{' …' if foreign[3:] else ''}, not of this build: move it away,"
                          " choose another --out, or delete the shards of earlier builds with --force")
-    journal.save(out)
+    write_file(out / JOURNAL, json.dumps({"request": wanted}).encode())
     (out / MANIFEST).unlink(missing_ok=True)
     for path in out.iterdir():
-        if path.name in others or path.name.endswith(".tmp") and OWN_NAMES.fullmatch(path.name):
+        if path.name in names - kept or path.name.endswith(".tmp") and OWN_NAMES.fullmatch(path.name):
             path.unlink()
-    if journal.val:
-        say(f"build resume blocks:{journal.block} train_shards:{len(journal.train.files)}")
-    return journal
+    if kept:
+        say(f"build resume shards:{len(kept)}, to be compared with the documents, not written again")
 
 
 def build(request: BuildRequest) -> dict[str, Any]:
@@ -947,24 +902,26 @@ def build(request: BuildRequest) -> dict[str, Any]:
         if not request.force and (manifest := standing(request, tokenizer)):
             return manifest
         try:
-            return Build(request, tokenizer, begin(request, wanted)).run()
+            begin(request, wanted)
+            return Build(request, tokenizer).run()
         except OtherDocuments:
             if not request.force:
                 raise
-        Journal(wanted).save(request.out)  # gives up what was built of them
-        return Build(request, tokenizer, begin(request, wanted)).run()
+        begin(request, wanted, afresh=True)
+        return Build(request, tokenizer).run()
 
 
 # ------------------------------------------------------------------------------------------------------------ download
-PUBLISHED = "fineweb10B_sp8192_lossless_caps_caseops_v1_reserved"
+PUBLISHED = "fineweb10B_sp8192_{}_reserved"  # of its CaseOps version
 PUBLISHED_FOLDER = "fineweb10B_sp8192_caseops"
-PUBLISHED_TOKENIZER = "fineweb_8192_bpe_lossless_caps_caseops_v1_reserved.model"
+PUBLISHED_TOKENIZER = "fineweb_8192_bpe_{}_reserved.model"
 DATA_REPO, DOCS_REPO = "romeerp/parameter-golf-caseops-v1", "willdepueoai/parameter-golf"
 DOCS_FILES = ("docs_selected.jsonl", "docs_selected.source_manifest.json")
 HUB_FORM = {"datasets": [{"name": str, "tokenizer_name": str, "stats": {"files_train": int, "files_val": int}}],
             "tokenizers": [{"name": str, "model_path": str}]}
 WAITS_S = (1, 4, 16, 60)  # before the next attempts, on top of those that the client makes at a file
 PARALLEL_DOWNLOADS = 4
+STAGING = ".download"  # beside the files; goes when all are there
 
 
 class Listed(NamedTuple):
@@ -1038,12 +995,12 @@ class Hub:
     def fetch(self, base: Path, names: list[str]) -> None:
         """Files under the root to the same places under `base`; those that are there, whole, stay.
 
-        They come into a folder of their own first, where an interrupted download goes on, and are moved when all are whole.
+        They come into the folder STAGING first, where an interrupted download goes on, and are moved when all are whole.
         """
         wanted = {base / name: listed for name, listed in self.listing(names).items() if not listed.is_at(base / name)}
         if not wanted:
             return
-        staging, total = base / ".download", sum(listed.size for listed in wanted.values())
+        staging, total = base / STAGING, sum(listed.size for listed in wanted.values())
         lacking = total - folder_bytes(staging) - shutil.disk_usage(base).free
         if lacking > 0:
             raise ValueError(f"{base}: the disk lacks {lacking / 1e9:.2f} GB of the {total / 1e9:.2f} GB to download; make room,"
@@ -1060,7 +1017,6 @@ class Hub:
         for target, listed in wanted.items():
             target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(staging / listed.path, target)
-        shutil.rmtree(staging)
 
     def _snapshot(self, staging: Path, paths: list[str]) -> None:
         self.client.snapshot_download(self.repo, repo_type="dataset", allow_patterns=paths, local_dir=staging,
@@ -1096,29 +1052,30 @@ def download_progress(folder: Path, total: int) -> Iterator[None]:
         thread.join()
 
 
-def download_published(data_dir: Path, train_shards: int | None) -> Path:
+def download_published(data_dir: Path, train_shards: int | None, transform: str = V1.name) -> Path:
     """The published shards, all or the first `train_shards` for training, and their tokenizer; returns their folder."""
-    hub, base = Hub(DATA_REPO), data_dir / "datasets" / PUBLISHED_FOLDER / "datasets"
+    hub, base, name = Hub(DATA_REPO), data_dir / "datasets" / PUBLISHED_FOLDER / "datasets", PUBLISHED.format(transform)
     with folder_lock(base):
         hub.fetch(base, [MANIFEST])
         manifest = read_json(base / MANIFEST, HUB_FORM)
-        data_set = next((entry for entry in manifest["datasets"] if entry["name"] == PUBLISHED), None)
+        data_set = next((entry for entry in manifest["datasets"] if entry["name"] == name), None)
         tokenizer = next((entry for entry in manifest["tokenizers"]
                           if data_set and entry["name"] == data_set["tokenizer_name"]), None)
         if tokenizer is None:
-            raise ValueError(f"{MANIFEST} of {hub.repo} lists no data set {PUBLISHED} with its tokenizer: check"
+            raise ValueError(f"{MANIFEST} of {hub.repo} lists no data set {name} with its tokenizer: check"
                              " MATCHED_FINEWEB_REPO_ID")
         there = data_set["stats"]["files_train"]
         if train_shards is not None and train_shards > there:
             raise ValueError(f"--train-shards {train_shards}: {hub.repo} has {there}")
         counts = {"train": there if train_shards is None else train_shards, "val": data_set["stats"]["files_val"]}
         counts["val_bytes"] = counts["val"]
-        names = [f"datasets/{PUBLISHED}/fineweb_{kind}_{number:06d}.bin" for kind, count in counts.items()
+        names = [f"datasets/{name}/fineweb_{kind}_{number:06d}.bin" for kind, count in counts.items()
                  for number in range(count)]
         hub.fetch(base, [*names, tokenizer["model_path"], *filter(None, [tokenizer.get("vocab_path")])])
-        for name in names:
-            read_shard(base / name)
-    return base / "datasets" / PUBLISHED
+        for file in names:
+            read_shard(base / file)
+        shutil.rmtree(base / STAGING, ignore_errors=True)
+    return base / "datasets" / name
 
 
 def download_documents(data_dir: Path) -> Path:
@@ -1126,6 +1083,7 @@ def download_documents(data_dir: Path) -> Path:
     base = data_dir / "datasets"
     with folder_lock(base):
         Hub(DOCS_REPO).fetch(base, list(DOCS_FILES))
+        shutil.rmtree(base / STAGING, ignore_errors=True)
     return base / DOCS_FILES[0]
 
 
@@ -1133,43 +1091,21 @@ def download_documents(data_dir: Path) -> Path:
 FAULTS_SHOWN = 5  # of each check
 
 
-class ShardCheck:
-    """Stands for a `ShardFile` where a build is only compared with what is there."""
-
-    def __init__(self, path: Path, there: np.ndarray | None, faults: list[str]) -> None:
-        self.path, self.there, self.faults, self.entries = path, there, faults, 0
-        if there is None:
-            faults.append(f"{path}: the documents fill this shard too, but it is not there")
-
-    def append(self, entries: np.ndarray) -> None:
-        """Compare (n,) uint16 entries with those that come next."""
-        if self.there is not None:
-            there = self.there[self.entries:self.entries + len(entries)]
-            wrong = np.flatnonzero(there != entries[:len(there)])
-            if len(wrong):
-                at = int(wrong[0])
-                self.faults.append(f"{self.path} entry {self.entries + at}: {there[at]}, by the documents {entries[at]}")
-        self.entries += len(entries)
-
-    def finish(self) -> dict[str, Any]:
-        """Compare the lengths."""
-        if self.there is not None and len(self.there) != self.entries:
-            self.faults.append(f"{self.path}: {len(self.there)} entries, by the documents {self.entries}")
-        return {"file": self.path.name}
-
-
 class Replay(Build):
     """A build that writes nothing: its shards are compared with those of a data set."""
 
     def __init__(self, request: BuildRequest, tokenizer: Tokenizer, shards: dict[str, np.ndarray]) -> None:
-        super().__init__(request, tokenizer, Journal({}))
-        self.shards, self.faults = shards, []
+        super().__init__(request, tokenizer)
+        self.shards = shards
 
-    def _open(self, name: str) -> ShardCheck:
+    def open(self, name: str) -> ShardCheck:
         return ShardCheck(self.request.out / name, self.shards.get(name), self.faults)
 
-    def _save(self, block: Block, entries: int) -> None:
-        pass
+    def there(self) -> set[str]:
+        return set(self.shards)
+
+    def judge(self) -> None:
+        """All faults are wanted, not the first."""
 
 
 class Sample(NamedTuple):
@@ -1313,9 +1249,7 @@ class Verification:
             replay.fill()
         except ValueError as error:
             replay.faults.append(str(error))
-        splits = {"val": asdict(replay.journal.val or Totals()), "train": asdict(replay.journal.train)}
-        built = {entry["file"] for split in splits.values() for entry in split["files"]}
-        replay.faults += [f"{self.folder / name}: the documents do not fill it" for name in sorted(self.shards.keys() - built)]
+        splits = {"val": asdict(replay.val), "train": asdict(replay.train)}
         if self.manifest:
             replay.faults += [f"{MANIFEST}: {self.manifest['splits'][split][key]} {key} in {split}, by the documents {count}"
                               for split in splits for key, count in splits[split].items()
@@ -1437,8 +1371,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
                         help="where data sets are kept (default: the variable DATA_DIR, or ./data)")
     parser.add_argument("--vocab-size", type=whole_number(1, 1 << 16), default=8192, help="pieces of a new tokenizer")
     parser.add_argument("--sample-bytes", type=whole_number(0), default=0, help="text to train a tokenizer on (default: all)")
-    parser.add_argument("--transform", choices=VERSIONS, default=V1.name, help="version of CaseOps of a new tokenizer and of the sample"
-                        " (default: %(default)s); elsewhere that of the tokenizer")
+    parser.add_argument("--transform", choices=VERSIONS, default=V1.name, help="version of CaseOps of a new tokenizer, of the"
+                        " sample and of what is downloaded (default: %(default)s); elsewhere that of the tokenizer")
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--lossless", action="store_true", default=True,
                       help="a new tokenizer keeps every byte (default)")
@@ -1458,18 +1392,20 @@ def run(options: argparse.Namespace) -> int:
                                          options.sample_bytes, not options.nfkc, options.transform))
         return 0
     if options.download:
-        print(f"data path:{download_published(options.data_dir, options.train_shards)}")
+        print(f"data path:{download_published(options.data_dir, options.train_shards, options.transform)}")
         return 0
     if options.download_docs:
         print(f"docs path:{download_documents(options.data_dir)}")
         return 0
     if options.verify:
-        if options.verify.name == PUBLISHED and not options.sp:
-            model = options.verify.parent.parent / "tokenizers" / PUBLISHED_TOKENIZER
+        published = [version for version in VERSIONS if options.verify.name == PUBLISHED.format(version)]
+        if published and not options.sp:
+            model = options.verify.parent.parent / "tokenizers" / PUBLISHED_TOKENIZER.format(*published)
         request = BuildRequest(tuple(options.docs or ()), options.verify, model, workers=options.workers)
         return verify(request, options.round_trips)
     if options.sample:
-        docs, out = [str(sample_documents(sample_folder))], options.out or options.data_dir / "datasets" / SAMPLE_NAME.format(options.transform)
+        docs = [str(sample_documents(sample_folder))]
+        out = options.out or options.data_dir / "datasets" / SAMPLE_NAME.format(options.transform)
     elif options.docs and options.out:
         docs, out = options.docs, options.out
     else:

@@ -34,9 +34,12 @@ began=$SECONDS
 install requirements.txt
 export DATA_DIR=${DATA_DIR:-./data} ARTIFACT_DIR=${ARTIFACT_DIR:-./runs}
 echo "[$((SECONDS - began)) s] data"
-.venv/bin/python prepare_caseops_data.py --sample --data-dir "$DATA_DIR"
-export DATA_PATH=${DATA_PATH:-$DATA_DIR/datasets/sample_sp8192_lossless_caps_caseops_v1}
-export TOKENIZER_PATH=${TOKENIZER_PATH:-tokenizers/caseops_8192_lossless.model}
+export CASEOPS_VERSION=${CASEOPS_VERSION:-lossless_caps_caseops_v1}
+.venv/bin/python prepare_caseops_data.py --sample --transform "$CASEOPS_VERSION" --data-dir "$DATA_DIR"
+export DATA_PATH=${DATA_PATH:-$DATA_DIR/datasets/sample_sp8192_$CASEOPS_VERSION}
+tokenizer=tokenizers/${CASEOPS_VERSION}_8192.model
+[ -f "$tokenizer" ] || tokenizer=tokenizers/caseops_8192_lossless.model # of the first version
+export TOKENIZER_PATH=${TOKENIZER_PATH:-$tokenizer}
 
 while IFS= read -r line; do # settings that the caller made stay
     name=${line%%=*}

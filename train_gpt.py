@@ -60,6 +60,8 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch loads: threads that spin slow a busy CPU down tenfold
+
 import brotli
 import numpy as np
 import safetensors
@@ -120,7 +122,7 @@ def each(check: Check, most: int = 16) -> Check:
                  lambda value: len(value) <= most and all(map(check.accepts, value)))
 
 
-TEXT = Check("text without line breaks, up to 1000 characters", lambda v: len(v) <= 1000 and v.isprintable())
+TEXT = Check("text without line breaks, up to 1000 characters", lambda v: len(v) <= 1000 and v.encode(errors="replace").decode().isprintable())
 FLAG = Check("0 or 1", lambda value: True)
 SECONDS, RATE = between(0, 1e7), between(0, 10)
 
@@ -173,15 +175,15 @@ class Config:
     # the model
     vocab_size: int = model_setting(8192, "tokens in the alphabet", between(8, 65536))
     num_layers: int = model_setting(11, "physical layers", between(1, 256))
-    model_dim: int = model_setting(512, "width", between(2, 16384))
-    num_heads: int = model_setting(8, "query heads", between(1, 1024))
-    num_kv_heads: int = model_setting(4, "key and value heads", between(1, 1024))
+    model_dim: int = model_setting(512, "width", between(2, 4096))
+    num_heads: int = model_setting(8, "query heads", between(1, 256))
+    num_kv_heads: int = model_setting(4, "key and value heads", between(1, 256))
     mlp_mult: int = model_setting(4, "hidden width of the MLP over MODEL_DIM", between(1, 64))
     xsa_last_n: int = model_setting(11, "layers, from the last, with exclusive self-attention", between(0, 256))
     rope_base: float = model_setting(10000.0, "base of the rotary frequencies", above(1, 1e9))
-    rope_dims: int = model_setting(16, "dimensions of a head that rotate", between(0, 16384))
+    rope_dims: int = model_setting(16, "dimensions of a head that rotate", between(0, 4096))
     qk_gain_init: float = setting(5.0, "initial gain of the queries", above(0, 1000))
-    logit_softcap: float = model_setting(30.0, "logits are cap * tanh(logits / cap)", above(0, 1e4))
+    logit_softcap: float = model_setting(30.0, "logits are cap * tanh(logits / cap)", between(0.001, 1e4))
     ln_scale: bool = model_setting(True, "layer i reads its normalised input over sqrt(i + 1)", FLAG)
     skip_gates_enabled: bool = model_setting(True, "skips are mixed in through a gate; 0: added", FLAG)
     tied_embed_init_std: float = setting(0.005, "standard deviation of the initial embedding", above(0, 100))
@@ -202,7 +204,7 @@ class Config:
     sparse_attn_gate_scale: float = model_setting(1.0, "factor inside the sigmoid of that gate", above(0, 100))
     mlp_gate_enabled: bool = model_setting(False, "one sigmoid gate on the MLP's output", FLAG)
     smear_gate_enabled: bool = model_setting(False, "each embedding takes a share of the one before it in its segment", FLAG)
-    gate_window: int = model_setting(12, "dimensions that a narrow gate reads", between(1, 16384))
+    gate_window: int = model_setting(12, "dimensions that a narrow gate reads", between(1, 4096))
     # the optimizers
     matrix_lr: float = setting(0.026, "learning rate of Muon, the four banks", RATE)
     tied_embed_lr: float = setting(0.03, "learning rate of AdamW on the embedding", RATE)
@@ -220,7 +222,7 @@ class Config:
     adam_wd: float = setting(0.02, "weight decay of the small parameters", RATE)
     beta1: float = setting(0.9, "AdamW", below(0, 1))
     beta2: float = setting(0.95, "AdamW", below(0, 1))
-    adam_eps: float = setting(1e-8, "AdamW", above(0, 1))
+    adam_eps: float = setting(1e-8, "AdamW", between(1e-20, 1))
     grad_clip_norm: float = setting(0.3, "norm of the averaged gradient, at most; 0: no limit", between(0, 1e6))
     ema_decay: float = setting(0.9965, "moving average of the weights, a step; these are exported", below(0, 1))
     # the artifact
@@ -234,6 +236,11 @@ class Config:
     mlp_clip_sigmas: float = setting(12.0, "range of MLP matrices", above(0, 1000))
     attn_clip_sigmas: float = setting(13.0, "range of attention matrices", above(0, 1000))
     embed_clip_sigmas: float = setting(15.0, "range of the embedding", above(0, 1000))
+    lqer_enabled: bool = model_setting(False, "low-rank terms in small integers for what GPTQ leaves of the worst matrices", FLAG)
+    lqer_rank: int = model_setting(4, "their rank", between(1, 64))
+    lqer_group: int = model_setting(32, "numbers that share a scale in their wide factor", between(1, 2**16))
+    lqer_column_scales: bool = model_setting(True, "a scale for each column of their tall factor; 0: one, as published", FLAG)
+    lqer_top_k: int = setting(3, "matrices with such a term, those of largest error", between(1, 1000))
     gptq_calibration_batches: int = setting(16, "training batches for the Hessians", between(1, 10**6))
     gptq_reserve_seconds: float = setting(4.0, "training time kept for the Hessians, at least", SECONDS)
     # test-time training
@@ -245,7 +252,7 @@ class Config:
     ttt_lora_alpha: float = score_setting(0.0, "adapters count alpha / rank times; 0: once", between(0, 1e6))
     ttt_lora_lr: float = score_setting(1e-4, "learning rate of the adapters", RATE)
     ttt_lora_lr_power: float = score_setting(0.0, "update n of a document has the learning rate times n to this power", between(-1, 0))
-    ttt_chunk_size: int = score_setting(48, "tokens scored between two updates", between(1, 2**20))
+    ttt_chunk_size: int = score_setting(48, "tokens scored between two updates", between(1, 2**16))
     ttt_chunk_doubles_at: tuple[int, ...] = score_setting(
         (), "positions in a document from which chunks are twice as large", each(between(1, 2**30), 8))
     ttt_eval_seq_len: int = score_setting(
@@ -271,6 +278,9 @@ class Config:
     ngram_tilt_order: int = score_setting(16, "tokens of an n-gram, the predicted one included", between(2, 64))
     ngram_tilt_threshold: float = score_setting(0.8, "least share of the earlier occurrences that agree", between(0, 1))
     ngram_tilt_beta: float = score_setting(2.625, "nats by which the hint is raised before all is normalised again", between(0, 100))
+    ngram_tilt_betas: tuple[float, ...] = score_setting(
+        (), "instead of threshold and one beta: 25, for 1, 2, 4, 8, 16 occurrences and more by shares from 0, 1/4, 1/2, 3/4, 1 "
+        "(bench/tilt.py fits them on training documents)", each(between(0, 100), 25))
     phased_ttt_prefix_docs: int = score_setting(2000, "documents that the global SGD may learn from", between(0, 10**9))
     phased_ttt_num_phases: int = score_setting(3, "parts of the prefix, each followed by global SGD", between(1, 1000))
     phased_ttt_leave_out: int = score_setting(
@@ -287,7 +297,8 @@ class Config:
         """Read every setting from `environ`; ValueError names the variable, its value and what is allowed."""
         given = {f.name: parse_setting(f, environ[f.name.upper()]) for f in fields(cls) if f.name.upper() in environ}
         cfg = cls(**given)
-        cfg.check_together()
+        if not cfg.eval_only:  # else the artifact may replace what does not go together
+            cfg.check_together()
         return cfg
 
     def check_together(self) -> None:
@@ -306,10 +317,13 @@ class Config:
             (self.max_wallclock_seconds == 0 or self.gptq_reserve_seconds < self.max_wallclock_seconds,
              "GPTQ_RESERVE_SECONDS must be below MAX_WALLCLOCK_SECONDS"),
             (self.train_batch_tokens % 8 == 0, "TRAIN_BATCH_TOKENS must be a multiple of 8"),
+            (not self.lqer_enabled or all(self.lqer_rank * width % self.lqer_group == 0 for width in (self.model_dim, self.mlp_dim)),
+             "LQER_RANK times the width of every matrix (MODEL_DIM, and times MLP_MULT) must be a multiple of LQER_GROUP"),
             (self.val_batch_tokens // 8 >= self.eval_seq_len, "VAL_BATCH_TOKENS must be at least 8 * EVAL_SEQ_LEN"),
             (self.chunk_sizes[-1] <= self.ttt_eval_seq_len,
              "TTT_CHUNK_SIZE, doubled by TTT_CHUNK_DOUBLES_AT, must be at most TTT_EVAL_SEQ_LEN"),
             (not doubles or self.ttt_context == "cache", "TTT_CHUNK_DOUBLES_AT needs TTT_CONTEXT=cache"),
+            (len(self.ngram_tilt_betas) in (0, 25), "NGRAM_TILT_BETAS must be 25 numbers or none"),
             (not self.ttt_short_chunks or self.ttt_context == "window" and len(self.ttt_short_chunks) % 2 == 0
              and max(self.ttt_short_chunks[1::2]) <= self.ttt_eval_seq_len,
              "TTT_SHORT_CHUNKS must be pairs, with chunks of at most TTT_EVAL_SEQ_LEN, and TTT_CONTEXT=window"),
@@ -319,6 +333,9 @@ class Config:
         for holds, message in rules:
             if not holds:
                 raise ValueError(f"{message} (here: {self.named_in(message)})")
+        if (weights := sum(math.prod(row.shape) for row in parameter_table(self))) > ARTIFACT_MAX_WEIGHTS:
+            message = f"{weights:,} weights are more than the {ARTIFACT_MAX_WEIGHTS:,} of an artifact: set NUM_LAYERS, MODEL_DIM or VOCAB_SIZE lower"
+            raise ValueError(f"{message} (here: {self.named_in(message)}, MLP_MULT={self.mlp_mult})")
 
     def named_in(self, message: str) -> str:
         """The values of the settings that a message mentions."""
@@ -458,6 +475,9 @@ class Ranks:
     @classmethod
     def start(cls, environ: Mapping[str, str], timeout_seconds: float = 1800.0) -> Ranks:
         """Join the other processes that torchrun started, if any; NCCL on CUDA, gloo on a CPU."""
+        for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
+            if not re.fullmatch("[0-9]{1,5}", environ.get(name, "0")):
+                raise ValueError(f"{name}={environ[name]!r} is no number: leave it to torchrun")
         world, local_rank = int(environ.get("WORLD_SIZE", 1)), int(environ.get("LOCAL_RANK", 0))
         device = torch.device("cpu")
         if torch.cuda.is_available():
@@ -471,9 +491,13 @@ class Ranks:
             return cls(device=device)
         warnings.filterwarnings("ignore", ".*deprecated.*(reduce_scatter|all_gather)_single", FutureWarning)  # not in torch 2.11
         timeout = timedelta(seconds=timeout_seconds + 10)  # the watch speaks before that
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout,
-                                             device_id=device if device.type == "cuda" else None)
-        host_group = torch.distributed.new_group(backend="gloo", timeout=timeout)
+        try:
+            torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout,
+                                                 device_id=device if device.type == "cuda" else None)
+            host_group = torch.distributed.new_group(backend="gloo", timeout=timeout)
+        except RuntimeError as error:
+            raise ValueError(f"not all of the {world} ranks have come within {timeout.total_seconds():g} s ({str(error).splitlines()[0]}): "
+                             "look for what the others said, or for one that was not started") from None
         store = torch.distributed.TCPStore(environ["MASTER_ADDR"], int(environ["MASTER_PORT"]), is_master=False,
                                            timeout=timedelta(seconds=30))
         board = torch.distributed.PrefixStore(f"start {environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)  # torchrun's outlives us
@@ -545,10 +569,21 @@ class Ranks:
             return {-1: "the process that held the ranks together has ended"}
 
 
+def write_line(stream: Any, text: str) -> str:
+    """A line to a console; why it cannot be written, else "". Then all that is still to come goes nowhere, quietly."""
+    try:
+        print(text, file=stream, flush=True)
+        return ""
+    except OSError as error:
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return error.strerror or str(error)
+
+
 class Log:
     """Writes lines to standard output and appends them to a file, which it locks; silent on other ranks than 0.
 
-    A file that cannot be written any more costs its lines, not the run: they still go to standard output.
+    A file or a console that cannot be written any more costs its lines, not the run.
     """
 
     def __init__(self, path: Path | None, enabled: bool = True) -> None:
@@ -564,6 +599,8 @@ class Log:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"another process is writing {self.path}: wait for it to end, or choose another RUN_ID") from None
+        if self.path.read_bytes()[-1:] not in (b"", b"\n"):  # a kill cut the last line
+            self.file.write("\n")
 
     def take_over(self) -> None:
         """Speak from this rank, because rank 0 cannot, even where a stopped rank 0 still holds the file."""
@@ -576,16 +613,17 @@ class Log:
         """One line of prose."""
         if not self.enabled:
             return
-        with_escapes = text.encode(sys.stdout.encoding or "utf-8", "backslashreplace").decode(sys.stdout.encoding or "utf-8")
-        print(with_escapes, flush=True)
+        encoding, lost = getattr(sys.stdout, "encoding", None) or "utf-8", {}
+        lost["standard output"] = write_line(sys.stdout, text.encode(encoding, "backslashreplace").decode(encoding))
         try:
             if self.file is not None:
                 self.file.write(text + "\n")
                 self.file.flush()
         except OSError as error:
-            print(f"warning: {self.path} cannot be written any more ({error.strerror}); the run goes on without it",
-                  file=sys.stderr, flush=True)
-            self.file = None
+            self.file, lost[str(self.path)] = None, error.strerror
+        for name, reason in lost.items():
+            if reason:
+                write_line(sys.stderr, f"warning: {name} cannot be written any more ({reason}); the run goes on without it")
 
     def record(self, word: str, /, **values: Any) -> None:
         """One line `word key:value key:value` for programs."""
@@ -855,8 +893,9 @@ def read_manifest(folder: Path) -> Manifest:
         record = json.loads(path.read_bytes())
         files = {entry["file"]: entry for split in ("val", "train") for entry in record["splits"][split]["files"]}
         manifest = Manifest(files, record.get("transform", ""), record.get("tokenizer", {}).get("sha256", ""))
-        if not files or type(manifest.transform) is not str or not all(
-                SHARD_NAME.fullmatch(name) and type(entry["entries"]) is int and type(entry["sha256"]) is str for name, entry in files.items()):
+        right = [SHARD_NAME.fullmatch(name) and type(entry["entries"]) is int and type(entry["sha256"]) is str
+                 for name, entry in files.items()]
+        if not right or not all(right) or type(manifest.transform) is not str:
             raise ValueError("its list of shards is not in the form of a build")
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is not the manifest of a data set ({type(error).__name__}: {error}); move it away if it "
@@ -1398,8 +1437,8 @@ def rms_norm(x: Tensor) -> Tensor:
 
 
 def add(x: Tensor, y: Tensor) -> Tensor:
-    """x + y, of one dtype. Added in float32 it joins the norm behind it; else the product before it, for which x is copied first."""
-    return (x.float() + y.float()).to(x.dtype)
+    """x + y, of one dtype. A plain sum the compiler would join to the product before it, copying x for that; this joins the norm behind."""
+    return (x.float() + y.float()).to(x.dtype) if torch.compiler.is_compiling() else x + y
 
 
 @torch.library.custom_op(f"{OPERATORS}::rotary_tables", mutates_args=())
@@ -1521,13 +1560,12 @@ class GPT(nn.Module):
         lanes = None
         for j, layer in enumerate(schedule.decoder):
             visit = len(schedule.encoder) + j
-            skip = skips.pop() if j < self.skip_weights.size(0) and skips else None
+            skip = (j, skips.pop()) if j < self.skip_weights.size(0) and skips else None
             if layer < cfg.parallel_start_layer:
-                x = x if skip is None else self._mix_skip(j, skip, x)
-                x = self._serial_block(context, layer, visit, x, x0)
+                x = self._serial_block(context, layer, visit, x, x0, skip)
             else:
                 lane0, lane1 = (x, x) if lanes is None else lanes
-                lane0 = lane0 if skip is None else self._mix_skip(j, skip, lane0)
+                lane0 = lane0 if skip is None else self._mix_skip(skip, lane0)
                 lanes = self._parallel_block(context, layer, visit, (lane0, lane1), x0)
         if lanes is not None:
             x = {"mean": 0.5 * (lanes[0] + lanes[1]), "attn": lanes[0], "mlp": lanes[1]}[cfg.parallel_final_lane]
@@ -1556,18 +1594,20 @@ class GPT(nn.Module):
         gate = torch.sigmoid(F.linear(embedded[:, : self.cfg.gate_window], self.smear_gate.weight))
         return self.smear_lambda * gate * (previous >= 0)[:, None] * F.embedding(previous.clamp_min(0), self.tok_emb.weight)
 
-    def _mix_skip(self, row: int, skip: Tensor, x: Tensor) -> Tensor:
-        weighted = self.skip_weights[row].to(self.dtype) * skip
-        if not self.cfg.skip_gates_enabled:
-            return x + weighted
-        return torch.lerp(weighted, x, torch.sigmoid(self.skip_gates[row]).to(self.dtype))
+    def _mix_skip(self, skip: tuple[int, Tensor], x: Tensor, scale: Tensor | float = 1.0) -> Tensor:
+        """`scale` times x (T, d) with a skip, (row, (T, d)), mixed in: one factor a channel for each, so that no sum between is kept."""
+        row, skipped = skip
+        gate = torch.sigmoid(self.skip_gates[row]) if self.cfg.skip_gates_enabled else torch.ones_like(self.skip_gates[row])
+        share = (1 - gate if self.cfg.skip_gates_enabled else 1.0) * self.skip_weights[row]
+        return (scale * gate).to(self.dtype) * x + (scale * share).to(self.dtype) * skipped
 
     def _normed(self, x: Tensor, layer: int) -> Tensor:
         return rms_norm(x) / math.sqrt(layer + 1) if self.cfg.ln_scale else rms_norm(x)
 
-    def _serial_block(self, context: Context, layer: int, visit: int, x: Tensor, x0: Tensor) -> Tensor:
+    def _serial_block(self, context: Context, layer: int, visit: int, x: Tensor, x0: Tensor,
+                      skip: tuple[int, Tensor] | None = None) -> Tensor:
         mix = context.layers[layer].resid_mix
-        x = mix[0] * x + mix[1] * x0
+        x = (mix[0] * x if skip is None else self._mix_skip(skip, x, mix[0])) + mix[1] * x0
         x = add(x, self._attention(context, layer, visit, self._normed(x, layer)))
         return add(x, self._mlp(context, layer, visit, x))
 
@@ -1586,7 +1626,6 @@ class GPT(nn.Module):
         q, k, v = (t.unflatten(-1, (-1, cfg.head_dim)) for t in (q, k, v))
         q = rotate(head_norm(q, weights.q_gain), context.cos, context.sin).to(self.dtype)
         k = rotate(head_norm(k), context.cos, context.sin).to(self.dtype)
-        v = v.contiguous()  # attention and XSA both want it so: one copy serves them, forward and backward
         y = context.attend(visit, q, k, v)
         gate = torch.sigmoid(gate) if gate.size(-1) else torch.ones_like(y[..., 0])
         y = exclude_self(y, v, gate) if layer >= cfg.num_layers - cfg.xsa_last_n else y * gate.unsqueeze(-1)
@@ -1855,8 +1894,11 @@ def compiled(run: Run, function: Callable[..., Any], dynamic: bool = False) -> C
     if not run.compile:
         return function
     torch._dynamo.config.cache_size_limit = 64  # one entry a depth and use; a full cache would be an error
+    from torch._functorch import config as functorch
     from torch._inductor import config as inductor
 
+    functorch.ban_recompute_long_fusible_chains = False  # keep no float32 input of a norm where the bfloat16 one gives it again
+    inductor.comprehensive_padding = False  # rows of other strides than the operators were traced with: v would be copied for each
     if hasattr(inductor.triton, "mix_order_reduction"):  # torch 2.13 has it
         inductor.triton.mix_order_reduction = False  # it spills registers in the norms' backwards and saves 0.2 % of the bytes
     graph = torch.compile(function, fullgraph=True, dynamic=dynamic)
@@ -2224,12 +2266,59 @@ def check_memory(run: Run, model: GPT, layout: SpanLayout) -> None:
 class Quantized:
     """A matrix, or a bank of matrices, as small integers with one scale a row.
 
-    codes: int8 (..., rows, cols); scales: float16 (..., rows); method: the quantizer that gives weights back from them.
+    codes: int8 (..., rows, cols); scales: float16 (..., rows); method: the quantizer that gives weights back from them;
+    low_rank: what is added to some of the matrices.
     """
 
     codes: Tensor
     scales: Tensor
     method: str = "scalar"
+    low_rank: tuple[LowRank, ...] = ()
+
+
+class LowRank(NamedTuple):
+    """A product A B for matrix `index` of a bank, in small integers: most of what GPTQ left of it (LQER, Zhang et al. 2024)."""
+
+    index: int
+    a: Tensor  # (rows, rank) int8, -2..1
+    a_scales: Tensor  # (rank,) float16, or (1,) for all
+    b: Tensor  # (rank, cols) int8, -8..7
+    b_scales: Tensor  # (rank * cols / LQER_GROUP,) float16
+
+    @classmethod
+    def of(cls, index: int, a: Tensor, b: Tensor, cfg: Config) -> LowRank:
+        """In integers: a (rows, rank), b (rank, cols)."""
+        groups = b.reshape(-1, cfg.lqer_group)
+        a_scales = (a.std(0) if cfg.lqer_column_scales else a.abs().max().reshape(1) / 1.5).clamp_min(2.0**-24).half()
+        b_scales = (groups.abs().amax(1) / 7.5).clamp_min(2.0**-24).half()
+        codes = (groups / b_scales.float()[:, None]).round().clamp(-8, 7).reshape(b.shape)
+        a_codes = (a / a_scales.float()).round().clamp(-2, 1)
+        return cls(index, a_codes.to(torch.int8).cpu(), a_scales.cpu(), codes.to(torch.int8).cpu(), b_scales.cpu())
+
+    def product(self) -> Tensor:
+        """(rows, cols) float32."""
+        groups = self.b.reshape(len(self.b_scales), -1).float() * self.b_scales.float()[:, None]
+        return (self.a.float() * self.a_scales.float()) @ groups.reshape(self.b.shape)
+
+
+def best_product(error: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """A (rows, rank) and B (rank, cols) nearest to an error. The levels are lopsided, so the sign is ruled: each row of B has its entry
+    of largest size positive."""
+    u, s, vt = torch.linalg.svd(error, full_matrices=False)
+    signs = vt[:rank].gather(1, vt[:rank].abs().argmax(1, keepdim=True)).sign()
+    return u[:, :rank] * s[:rank] * signs.T, vt[:rank] * signs
+
+
+def correct_largest(cfg: Config, model: GPT, tensors: Tensors) -> None:
+    """Give the LQER_TOP_K matrices with the largest errors their low-rank terms."""
+    errors: dict[tuple[str, int], Tensor] = {}
+    for row in parameter_table(cfg):
+        if row.matrices:
+            left = model.get_parameter(row.name).detach() - dequantize(tensors[row.name]).to(model.tok_emb.weight.device)
+            errors |= {(row.name, i): error for i, error in enumerate(left.reshape(-1, *row.shape[-2:]))}
+    for name, i in sorted(errors, key=lambda key: -float(errors[key].norm()))[: cfg.lqer_top_k]:
+        term = LowRank.of(i, *best_product(errors[name, i], cfg.lqer_rank), cfg)
+        tensors[name] = replace(tensors[name], low_rank=(*tensors[name].low_rank, term))
 
 
 class ScalarQuantizer:
@@ -2277,8 +2366,11 @@ QUANTIZERS = {"scalar": ScalarQuantizer(), "trellis": TrellisQuantizer()}
 
 
 def dequantize(quantized: Quantized) -> Tensor:
-    """The weights that the codes stand for: levels * scales, float32 (..., rows, cols)."""
-    return QUANTIZERS[quantized.method].levels(quantized.codes) * quantized.scales.float().unsqueeze(-1)
+    """The weights that the codes stand for: levels * scales and the low-rank terms, float32 (..., rows, cols)."""
+    weights = QUANTIZERS[quantized.method].levels(quantized.codes) * quantized.scales.float().unsqueeze(-1)
+    for term in quantized.low_rank:
+        weights.view(-1, *weights.shape[-2:])[term.index] += term.product()
+    return weights
 
 
 class Calibration:
@@ -2545,6 +2637,8 @@ def quantize(run: Run, model: GPT, hessians: dict[str, Tensor], clip_factor: flo
             tensors[row.name] = Quantized(codes.to(torch.int8).cpu(), scales.cpu())
         else:
             tensors[row.name] = value.clamp(-65504.0, 65504.0).to(torch.float16).cpu()
+    if run.cfg.lqer_enabled:
+        correct_largest(run.cfg, model, tensors)
     return tensors, total_error
 
 
@@ -2583,9 +2677,19 @@ def quantize_and_pack(run: Run, model: GPT, hessians: dict[str, Tensor], code_by
     """
     cfg, target, factor = run.cfg, run.cfg.artifact_target_bytes, 1.0
     best, best_size, error_as_set = ({}, b""), math.inf, 0.0
+    progress = Progress(run.log)
+
+    def tick(done: float, total: float) -> None:
+        progress("pack", done, total)
+        if run.watch is not None and run.watch.number:
+            raise Stopped(run.watch.number)
+
     for attempt in range(TARGET_ROUNDS):
         tensors, error = quantize(run, model, hessians, factor)
-        data = pack_artifact(tensors, cfg) if run.ranks.rank == 0 else b""
+        data = b""
+        with suppress(Stopped):  # which all ranks hear of in the next line
+            data = pack_artifact(tensors, cfg, tick) if run.ranks.rank == 0 else b""
+        run.check_stop()
         size = run.ranks.agree(len(data)) + code_bytes
         if not target and size <= ARTIFACT_CAP_BYTES:
             return tensors, data
@@ -2637,9 +2741,9 @@ def model_from_tensors(run: Run, tensors: Tensors) -> GPT:
 
 ARTIFACT_MAGIC = b"\x89CAPSGP2"
 ARTIFACT_PREFIX = struct.Struct("<8sI32s")
-ARTIFACT_MAX_FILE_BYTES = 1 << 26
+ARTIFACT_MAX_FILE_BYTES = 1 << 27
 ARTIFACT_MAX_PLAIN_BYTES = 1 << 28
-ARTIFACT_MAX_WEIGHTS = 1 << 27
+ARTIFACT_MAX_WEIGHTS = 1 << 26  # whatever their bits, the bounds above hold
 ARTIFACT_MAX_CODES_PER_BYTE = 128  # a sixteenth of a bit each: bounds the work that a small file can ask for
 
 
@@ -2657,8 +2761,11 @@ def uses_coder(row: Row, compressor: str) -> bool:
     return compressor == "rans" and bool(row.matrices)
 
 
-def pack_artifact(tensors: Tensors, cfg: Config) -> bytes:
-    """The bytes of an artifact file; unpack_artifact gives back the same integers and the same floats, bit for bit."""
+def pack_artifact(tensors: Tensors, cfg: Config, tick: Callable[[float, float], None] = lambda done, total: None) -> bytes:
+    """The bytes of an artifact file; unpack_artifact gives back the same integers and the same floats, bit for bit.
+
+    `tick` hears now and then how many bytes of how many are compressed.
+    """
     header = {"compressor": cfg.compressor, "settings": stored_settings(cfg)}
     plain = {"settings": torch.frombuffer(bytearray(json.dumps(header, allow_nan=False).encode()), dtype=torch.uint8)}
     banks = []
@@ -2668,12 +2775,16 @@ def pack_artifact(tensors: Tensors, cfg: Config) -> bytes:
             plain[row.name] = tensor.contiguous()
             continue
         plain[row.name + ".scales"] = tensor.scales.contiguous()
+        for term in tensor.low_rank:
+            plain |= {f"{row.name}.low{term.index}.{part}": t.contiguous() for part, t in zip(LowRank._fields[1:], term[1:])}
         if uses_coder(row, cfg.compressor):
             banks.append(as_bank(tensor))
         else:
             plain[row.name + ".codes"] = tensor.codes.mT.contiguous()
-    packed = brotli.compress(safetensors.torch.save(plain), quality=11, lgwin=24)
     coded = join_streams(encode_codes(banks)) if banks else b""
+    if sum(bank.codes.size for bank in banks) > ARTIFACT_MAX_CODES_PER_BYTE * len(coded):  # hardly anything but zeros, in banks of any size
+        return pack_artifact(tensors, replace(cfg, compressor="brotli"), tick)
+    packed = compress(safetensors.torch.save(plain), tick)
     start = struct.pack("<8sI", ARTIFACT_MAGIC, len(packed))
     return start + hashlib.sha256(start + packed + coded).digest() + packed + coded
 
@@ -2733,10 +2844,9 @@ def stored_config(stored: Tensor) -> tuple[Config, str]:
 def take_tensors(cfg: Config, compressor: str, plain: dict[str, Tensor], coded: bytes) -> Tensors:
     """The tensors of the parameter table out of an artifact's two parts, which they use up."""
     table = parameter_table(cfg)
-    weights = sum(math.prod(row.shape) for row in table)
     codes = sum(math.prod(row.shape) for row in table if uses_coder(row, compressor))
-    if weights > ARTIFACT_MAX_WEIGHTS or codes > ARTIFACT_MAX_CODES_PER_BYTE * len(coded):
-        raise ArtifactError(f"the artifact's settings ask for {weights} weights, which cannot be in it")
+    if codes > ARTIFACT_MAX_CODES_PER_BYTE * len(coded):
+        raise ArtifactError(f"the artifact's settings ask for {codes} codes, which cannot be in {len(coded)} bytes")
 
     def take(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
         tensor = plain.pop(name, None)
@@ -2756,12 +2866,22 @@ def take_tensors(cfg: Config, compressor: str, plain: dict[str, Tensor], coded: 
         stored = (*row.shape[:-2], row.shape[-1], row.shape[-2])
         coded_apart = uses_coder(row, compressor)
         values = torch.zeros(row.shape, dtype=torch.int8) if coded_apart else take(row.name + ".codes", torch.int8, stored).mT
-        tensors[row.name] = Quantized(values.contiguous(), scales, cfg.quantizer if row.matrices else "scalar")
+        low_rank = tuple(
+            LowRank(i, *(take(f"{row.name}.low{i}.{part}", dtype, shape) for part, (dtype, shape) in low_rank_shapes(cfg, row).items()))
+            for i in range(math.prod(row.shape[:-2])) if cfg.lqer_enabled and f"{row.name}.low{i}.a" in plain)
+        tensors[row.name] = Quantized(values.contiguous(), scales, cfg.quantizer if row.matrices else "scalar", low_rank)
     if plain or (coded and compressor != "rans"):
         raise ArtifactError(f"the artifact holds more than its model: {', '.join([*plain][:3]) or f'{len(coded)} bytes'}")
     if compressor == "rans":
         decode_codes(cut_streams(coded), [as_bank(tensors[row.name]) for row in table if uses_coder(row, compressor)])
     return tensors
+
+
+def low_rank_shapes(cfg: Config, row: Row) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Types and shapes of the parts of a LowRank of one matrix of a bank, by name."""
+    (rows, cols), rank = row.shape[-2:], cfg.lqer_rank
+    return {"a": (torch.int8, (rows, rank)), "a_scales": (torch.float16, (rank if cfg.lqer_column_scales else 1,)),
+            "b": (torch.int8, (rank, cols)), "b_scales": (torch.float16, (rank * cols // cfg.lqer_group,))}
 
 
 def as_bank(quantized: Quantized) -> Bank:
@@ -2784,6 +2904,15 @@ def cut_streams(joined: bytes) -> list[bytes]:
     if ends[-1] != len(joined):
         raise ArtifactError("the artifact's streams do not add up to its coded part")
     return [joined[start:end] for start, end in zip(ends, ends[1:])]
+
+
+def compress(data: bytes, tick: Callable[[float, float], None], step: int = 1 << 18) -> bytes:
+    """brotli.compress at its best, half a megabyte a second or so."""
+    packer, parts = brotli.Compressor(quality=11, lgwin=24), []
+    for at in range(0, len(data), step):
+        tick(at, len(data))
+        parts.append(packer.process(data[at: at + step]))
+    return b"".join([*parts, packer.finish()])
 
 
 def decompress(stream: bytes, limit: int) -> bytes:
@@ -3606,7 +3735,7 @@ class Documents:
         order = np.argsort(-(ends - starts), kind="stable")
         self.starts, self.lengths = starts[order], (ends - starts)[order]
         self.byte_sums = np.add.reduceat(np.append(val.byte_counts[1:], 0).astype(np.int64), starts)[order]
-        self.hints: np.ndarray | None = None  # (N,) by entry, -1 where there is none
+        self.hints: tuple[np.ndarray, np.ndarray] | None = None  # (N,) by entry: a token, -1 where there is none, and its beta, then 0
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -3625,9 +3754,12 @@ class NgramHints(NamedTuple):
     count: np.ndarray  # (n,) how often it did
     total: np.ndarray  # (n,) occurrences
 
-    def gated(self, threshold: float) -> NgramHints:
-        """Those whose top token has at least this share, compared in float32."""
-        return NgramHints(*(a[self.count.astype(np.float32) / self.total.astype(np.float32) >= np.float32(threshold)] for a in self))
+    def betas(self, cfg: Config) -> np.ndarray:
+        """(n,) float32 nats by which the hints are raised: by bin, or one where the share, in float32, is at least the threshold."""
+        share = self.count.astype(np.float32) / self.total.astype(np.float32)
+        if not cfg.ngram_tilt_betas:
+            return np.where(share >= np.float32(cfg.ngram_tilt_threshold), np.float32(cfg.ngram_tilt_beta), np.float32(0))
+        return np.array(cfg.ngram_tilt_betas, np.float32)[5 * np.minimum(np.log2(self.total).astype(int), 4) + (4 * share).astype(int)]
 
 
 def ngram_hints(documents: Documents, order: int) -> NgramHints:
@@ -3636,41 +3768,47 @@ def ngram_hints(documents: Documents, order: int) -> NgramHints:
     Contexts lie within a document, its BOS included. Nothing at or behind a target, in that order, has a part in its hint. Contexts
     that occur once, nearly all, are told by their hashes; the others are compared token by token.
     """
-    width, lengths, tokens = order - 1, documents.lengths, documents.tokens
-    place = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    at = (np.repeat(documents.starts + 1, lengths) + place)[place + 1 >= width]  # entries of targets with a whole context
-    rng, hashes = np.random.default_rng(0), np.zeros(len(tokens), np.uint64)
-    for back in range(1, width + 1):
-        hashes[width:] += tokens[width - back: -back] * (rng.integers(2**63, dtype=np.uint64) * np.uint64(2) + np.uint64(1))
-    keys = hashes[at]
-    keys ^= keys >> np.uint64(29)
-    keys *= np.uint64(0x9E3779B97F4A7C15)
-    bucket = (keys >> np.uint64(38)).astype(np.int64)
-    repeated = np.flatnonzero(np.bincount(bucket, minlength=1 << 26)[bucket] > 1)
-    repeated = repeated[np.argsort(keys[repeated], kind="stable")]  # occurrences of one context side by side, in scoring order
-    same = keys[repeated[1:]] == keys[repeated[:-1]] if len(repeated) else np.zeros(0, bool)
-    repeated = repeated[np.append(same, False) | np.insert(same, 0, False)[: len(repeated)]]
-    at, keys = at[repeated], keys[repeated].tolist()
-    found, counts, state = [], {}, [0, 0, 0]
-    contexts = np.lib.stride_tricks.sliding_window_view(tokens, width)[at - width] if len(at) else np.zeros((0, width), np.uint16)
-    targets, before = tokens[at].tolist(), None
-    differs = np.append(False, (contexts[1:] != contexts[:-1]).any(1)).tolist()  # a hash that two contexts share would show here
-    for i, (key, target) in enumerate(zip(keys, targets)):
-        if key != before or differs[i]:
-            counts, state, before = {}, [0, 0, 0], key
-        if state[2]:
-            found.append((int(at[i]), *state))
-        counts[target] = count = counts.get(target, 0) + 1
-        state[2] += 1
-        if count > state[1]:
-            state[0], state[1] = target, count
-    return NgramHints(*np.array(sorted(found), dtype=np.int64).reshape(-1, 4).T)
+    width, tokens, by_start = order - 1, documents.tokens, np.argsort(documents.starts)
+    rng, keys = np.random.default_rng(0), np.zeros(len(tokens), np.uint64)  # a target's entry: hash of the tokens before it
+    factors = rng.integers(2**63, size=width, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
+    for begin in range(width, len(tokens), 1 << 18):  # what a processor's cache holds
+        part = keys[begin: begin + (1 << 18)]
+        for back, factor in enumerate(factors, 1):
+            part += tokens[begin - back: begin - back + len(part)] * factor
+        part ^= part >> np.uint64(29)
+        part *= np.uint64(0x9E3779B97F4A7C15)
+    seen, repeats = np.sort(keys), np.zeros(1 << 24, bool)
+    repeats[seen[1:][seen[1:] == seen[:-1]] >> np.uint64(40)] = True
+    crosses = (documents.starts[:, None] + np.arange(1, width)).ravel()  # contexts that begin before their document
+    whole = repeats[keys >> np.uint64(40)]
+    whole[:width], whole[crosses[crosses < len(tokens)]] = False, False
+    at = np.flatnonzero(whole)
+    document = by_start[np.searchsorted(documents.starts[by_start], at) - 1]
+    at = at[np.lexsort((at, document, keys[at]))]  # occurrences of one context side by side, in scoring order
+    return count_followers(at, keys[at], tokens[at[:, None] + np.arange(-width, 0)], tokens[at].astype(np.int64))
 
 
-def tilted(losses: Tensor, hint_losses: Tensor, hit: Tensor, known: Tensor, beta: float) -> Tensor:
-    """Losses under p'(a) ~ p(a) e^(beta [a = hint]), normalised in closed form; untouched where no hint is known. All (T,)."""
-    normaliser = torch.log1p(torch.exp(-hint_losses) * math.expm1(beta))
-    return torch.where(known, losses - beta * hit + normaliser, losses)
+def count_followers(at: np.ndarray, keys: np.ndarray, contexts: np.ndarray, targets: np.ndarray) -> NgramHints:
+    """Hints at the entries `at`, (n,), from those of the same key and context (n, width) that stand before them."""
+    place = np.arange(len(at))
+    fresh = np.append(True, (keys[1:] != keys[:-1]) | (contexts[1:] != contexts[:-1]).any(1))[: len(at)]  # a hash may serve two contexts
+    group = np.cumsum(fresh)
+    order = np.lexsort((targets, group))  # one target after one context, in order
+    pair = group[order] << 16 | targets[order]
+    first = np.maximum.accumulate(np.where(np.append(True, pair[1:] != pair[:-1])[: len(at)], place, 0))
+    count = np.empty_like(place)
+    count[order] = place - first + 1  # how often this target has come, now included
+    most = np.maximum.accumulate(group * (len(at) + 1) + count) - group * (len(at) + 1)
+    better = np.maximum.accumulate(np.where(fresh | (most > np.roll(most, 1)), place, 0))  # where the present top token got ahead
+    known = np.flatnonzero(~fresh)
+    known = known[np.argsort(at[known])]
+    total = known - np.maximum.accumulate(np.where(fresh, place, 0))[known]
+    return NgramHints(at[known], targets[better[known - 1]], most[known - 1], total)
+
+
+def tilted(losses: Tensor, hint_losses: Tensor, hit: Tensor, betas: Tensor) -> Tensor:
+    """Losses under p'(a) ~ p(a) e^(beta [a = hint]), normalised in closed form; untouched where beta is 0. All (T,)."""
+    return losses - betas * hit + torch.log1p(torch.exp(-hint_losses) * torch.expm1(betas))
 
 
 class Chunk(NamedTuple):
@@ -3680,10 +3818,11 @@ class Chunk(NamedTuple):
     rows: Tensor | None  # (documents * chunk size,) the tokens of the batch that are scored; None: all of them
     weights: Tensor  # (documents * chunk size,) shares in the training loss; 0 in a document's last chunk
     hints: Tensor | None = None  # (documents * chunk size,) tokens that n-grams point to, -1 where none does
+    betas: Tensor | None = None  # by how much they are raised
 
     def tensors(self) -> list[Tensor]:
         """All that a captured step reads."""
-        return [t for t in (*self.batch[:5], self.rows, self.weights, self.hints) if t is not None]
+        return [t for t in (*self.batch[:5], self.rows, self.weights, self.hints, self.betas) if t is not None]
 
 
 def make_chunk(run: Run, documents: Documents, members: range, begin: int, end: int) -> Chunk:
@@ -3702,12 +3841,12 @@ def make_chunk(run: Run, documents: Documents, members: range, begin: int, end: 
     batch = make_batch(tokens, targets, np.arange(count) * width, width, run.device, begin if cached else 0, before)
     weights = ((chunk < stops[:, None]) & (end < lengths)[:, None]) / np.float32(end - begin)
     rows = np.arange(count)[:, None] * width + np.clip(chunk - firsts[:, None], 0, width - 1)
-    hints = None
+    hints = []
     if documents.hints is not None:
-        entries = np.where(chunk < stops[:, None], starts[:, None] + 1 + chunk, 0)
-        hints = to_device(np.where(chunk < stops[:, None], documents.hints[entries], -1).astype(np.int64).ravel(), run.device)
+        entries = np.where(chunk < stops[:, None], starts[:, None] + 1 + chunk, 0).ravel()  # the first entry is nobody's target
+        hints = [to_device(values[entries], run.device) for values in documents.hints]
     scored = None if cached else to_device(rows.ravel(), run.device)
-    return Chunk(batch, scored, to_device(weights.astype(np.float32).ravel(), run.device), hints)
+    return Chunk(batch, scored, to_device(weights.astype(np.float32).ravel(), run.device), *hints)
 
 
 class KVCache:
@@ -3856,7 +3995,7 @@ class TTTScorer:
                 self.adapters.learn(((losses if hints is None else losses[0]) * chunk.weights).sum(), leaves)
         if hints is not None:
             targets = chunk.batch.targets if chunk.rows is None else chunk.batch.targets[chunk.rows]
-            scored = tilted(*scored, (hints == targets).float(), hints >= 0, self.run.cfg.ngram_tilt_beta)
+            scored = tilted(*scored, (hints == targets).float(), chunk.betas)
         if self.cache is not None:
             self.cache.store(made)
         return scored
@@ -3888,7 +4027,7 @@ class TTTScorer:
         tokens = np.random.default_rng(cfg.seed).integers(4, cfg.vocab_size, lengths.sum()).astype(np.uint16)
         tokens[np.cumsum(lengths) - lengths] = BOS_ID
         documents = Documents(ValData(tokens, np.ones_like(tokens), len(lengths)))
-        documents.hints = tokens.astype(np.int32) if cfg.ngram_tilt_enabled else None
+        documents.hints = (tokens.astype(np.int64), np.ones(len(tokens), np.float32)) if cfg.ngram_tilt_enabled else None
         return documents
 
     def _run_widest_step(self) -> None:
@@ -4053,13 +4192,15 @@ class TTTProgress:
 
 def take_hints(run: Run, documents: Documents) -> None:
     """Find the n-gram hints on rank 0 and give them to all; a collective."""
-    began, hints = time.perf_counter(), None
+    began, found = time.perf_counter(), None
     if run.ranks.rank == 0:
-        hints = ngram_hints(documents, run.cfg.ngram_tilt_order).gated(run.cfg.ngram_tilt_threshold)
-    hints = NgramHints(*run.ranks.agree(hints))
-    documents.hints = np.full(len(documents.tokens), -1, np.int32)
-    documents.hints[hints.at] = hints.top
-    run.log.record("tilt", hints=len(hints.at), targets=int(documents.lengths.sum()), time_ms=int(since_ms(began)))
+        hints = ngram_hints(documents, run.cfg.ngram_tilt_order)
+        betas = hints.betas(run.cfg)
+        found = [values[betas > 0] for values in (hints.at, hints.top, betas)]
+    at, top, betas = run.ranks.agree(found)
+    documents.hints = np.full(len(documents.tokens), -1), np.zeros(len(documents.tokens), np.float32)
+    documents.hints[0][at], documents.hints[1][at] = top, betas
+    run.log.record("tilt", hints=len(at), targets=int(documents.lengths.sum()), time_ms=int(since_ms(began)))
 
 
 def score_with_ttt(run: Run, model: GPT, val: ValData) -> Score:
@@ -4624,6 +4765,8 @@ def adopt_settings(cfg: Config, stored: Config, environ: Collection[str]) -> tup
         if differs:
             words.append(f"{f.name.upper()}={format_setting(given)} differs from the artifact's {format_setting(value)}: "
                          + ("it is scored with yours" if f.metadata["score"] else "the artifact's is used"))
+    if "VAL_BATCH_TOKENS" not in environ:
+        taken["val_batch_tokens"] = max(cfg.val_batch_tokens, 8 * taken["eval_seq_len"])
     cfg = replace(cfg, **taken)
     cfg.check_together()
     return cfg, words
@@ -4661,7 +4804,7 @@ def describe(error: BaseException) -> tuple[str, int]:
         return f"out of GPU memory: {str(error).splitlines()[0]}; {hint}", EXIT_USER_ERROR
     if isinstance(error, (ValueError, OSError)):
         return str(error), EXIT_USER_ERROR
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # torch has no kind of its own for it on a CPU
         return "out of memory: smaller batches, models or data take less", EXIT_USER_ERROR
     if isinstance(error, KeyboardInterrupt):
         return "stopped by SIGINT; the same command goes on from what is there", 128 + signal.SIGINT
@@ -4687,7 +4830,7 @@ def fail(error: BaseException, ranks: Ranks | None, log: Log | None) -> int:
     if log is not None:
         log(f"error: {text}")
     elif first:
-        print(f"error: {text}", file=sys.stderr, flush=True)
+        write_line(sys.stderr, f"error: {text}")
     if not alone:
         time.sleep(1.0 if first else 0.0)
         sys.stdout.flush()

@@ -1,22 +1,20 @@
 """Is a setting worth it? Small models trained in pairs; the difference in bits per byte at each stage, with standard errors.
 
     python bench/lab.py bench/lab.env --try EMA_DECAY=0.97 --try "flat: TRAIN_LOOP_PHASE_DEPTHS=3 EVAL_LOOP_DEPTH=3" --seeds 3
-        [--leave-out] [--artifact FILE] [--jobs N] [--out runs/lab] [--rows bench/results/lab.jsonl] [--plot FILE.png]
+        [--leave-out] [--artifact FILE] [--ttt-pairs N] [--jobs N] [--out runs/lab] [--rows bench/results/lab.jsonl] [--plot FILE.png]
 
-BASE is a file of NAME=VALUE lines; settings in the environment go over it (DATA_PATH and TOKENIZER_PATH mostly come from there).
-A --try is NAME=VALUE words on top of the base, perhaps with a label and a colon before them; several are tried each alone.
-`--try placebo` changes the draw of the first weights, nothing else. Another data set is a setting like another: scores are compared
-in bits by document, so the texts of the validation documents must be the same, the tokens need not be. With --leave-out all is
-compared with the whole, BASE with every try, and a row is the whole without one of them.
+BASE is a file of NAME=VALUE lines; settings in the environment go over it (mostly DATA_PATH and TOKENIZER_PATH). A --try is NAME=VALUE
+words on top of it, perhaps with a label and a colon before them; several are tried each alone. `--try placebo` changes the draw of the
+first weights, nothing else. Another data set is a setting like another: scores are compared in bits by document, so the texts of the
+validation documents must be the same, the tokens need not. With --leave-out a row is the whole, BASE with every try, without one.
 
 A pair of seed S has the same first weights (SEED=S) and the same training documents in the same order, which S draws. A try that
-changes only how an artifact is scored is not trained: the base's artifact of each seed is scored again, or with --artifact that
-file, base and all. On a CPU a run has one thread, and --jobs says how many go side by side; with GPUs each run has one to
-itself, and by default as many run as there are.
+changes only how an artifact is scored is not trained: the base's artifact of each pair is scored again, or with --artifact that
+file, base and all. On a CPU a run has one thread, and --jobs says how many go side by side; on GPUs each has one, by default all.
 
-Stages: `ema` the averaged weights, `quantized` the artifact, `quantized_ttt` with test-time training. A finished run is one line
-of --rows, whole or not there; what has its line is not run again, and what was killed goes on from its checkpoint in --out when
-the same command is given. A run that fails is reported and the others go on; the exit status is then 1.
+Stages: `ema` the averaged weights, `quantized` the artifact, `quantized_ttt` with test-time training (--ttt-pairs 1: of the first
+pair alone). A finished run is one line of --rows, whole or not there; what has its line is not run again, and what was killed goes on
+from its checkpoint in --out when the same command is given. A run that fails is reported, the others go on, and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -65,8 +63,8 @@ class Job:
     def key(self) -> str:
         """What the run is, wherever it ran: every setting that is not default, the data, the pair, the artifact."""
         cfg = g.Config.from_env(self.settings)
-        own = {name: g.format_setting(getattr(cfg, f.name)) for name, f in KNOWN.items() if name not in PLACES}
-        own = {name: value for name, value in own.items() if value != g.format_setting(KNOWN[name].default)}
+        own = {name: g.format_setting(value) for name, f in KNOWN.items()
+               if name not in PLACES and (value := getattr(cfg, f.name)) != f.default}
         parts = [own, data_digest(cfg.shards_dir), self.pair, self.of]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -83,11 +81,11 @@ def settings_of(words: list[str]) -> Settings:
     pairs = [word.partition("=") for word in words]
     if wrong := [word for word, (name, equals, _) in zip(words, pairs) if word != "placebo" and (name not in KNOWN or not equals)]:
         raise SystemExit(f"error: {wrong[0]} is no NAME=VALUE of a setting (python train_gpt.py --help lists them)")
-    return {"SEED" if name == "placebo" else name: value or name for name, _, value in pairs}
+    return {name if equals else "SEED": value if equals else name for name, equals, value in pairs}
 
 
-def plan(base: Settings, texts: list[str], leave_out: bool, pairs: range, artifact: str) -> tuple[list[Job], dict[str, list[Job]]]:
-    """The jobs that are compared with, one a pair, and by label those of every row; `artifact` names the one that all are to score."""
+def plan(base: Settings, texts: list[str], leave_out: bool, pairs: int, artifact: str = "", ttt_pairs: int = 10**9) -> tuple[list, dict]:
+    """The jobs that are compared with, one a pair, and by label a list of those to compare; `artifact`: name of the one that all score."""
     own, jobs = {}, {}
     for text in texts:
         label, colon, words = text.partition(": ")
@@ -98,9 +96,10 @@ def plan(base: Settings, texts: list[str], leave_out: bool, pairs: range, artifa
         base = dict(ChainMap(*own.values(), base))
 
     def job(settings: Settings, pair: int, of: str) -> Job:
-        return Job(settings | {"SEED": str(pair + 1_000_000 * (settings.get("SEED") == "placebo"))}, pair, of)
+        seed = {"SEED": str(pair + 1_000_000 * (settings.get("SEED") == "placebo"))}
+        return Job(settings | seed | ({"TTT_ENABLED": "0"} if pair > ttt_pairs else {}), pair, of)
 
-    bases = [job(base, pair, artifact) for pair in pairs]
+    bases = [job(base, pair, artifact) for pair in range(1, 1 + pairs)]
     for label, settings in rows.items():
         changed = {name for name in base | settings if base.get(name) != settings.get(name)}
         if artifact and not changed <= SCORING:
@@ -117,17 +116,20 @@ def data_of_pair(folder: Path, pair: int, out: Path) -> Path:
     result = out / "data" / f"{data_digest(folder)}-{pair}"
     if result.exists():
         return result
-    tokens = np.concatenate(g.read_shards(folder, "train"))
+    tokens, shards = np.concatenate(g.read_shards(folder, "train")), g.dataset_shards(folder)
     documents = np.split(tokens, np.flatnonzero(tokens == g.BOS_ID)[1:])
     header = np.zeros(g.SHARD_HEADER_INTS, dtype="<i4")
     header[:3] = g.SHARD_MAGIC, g.SHARD_VERSION, len(tokens)
     shuffled = [documents[i].tobytes() for i in np.random.default_rng(pair).permutation(len(documents))]
-    part = result.with_name(f"{result.name}.{os.urandom(4).hex()}")
+    part, train = result.with_name(f"{result.name}.{os.urandom(4).hex()}"), shards["train"][0].name
     part.mkdir(parents=True)
-    (part / "lab_train_000000.bin").write_bytes(b"".join([header.tobytes(), *shuffled]))
-    for kind in ("val", "val_bytes"):
-        for i, path in enumerate(g.shard_paths(folder, kind)):
-            (part / f"lab_{kind}_{i:06d}.bin").symlink_to(path.resolve())
+    (part / train).write_bytes(data := b"".join([header.tobytes(), *shuffled]))
+    for path in shards["val"] + shards["val_bytes"]:
+        (part / path.name).symlink_to(path.resolve())
+    if (manifest := folder / g.MANIFEST).exists():  # it says of which CaseOps version the data is
+        record = json.loads(manifest.read_text())
+        record["splits"]["train"]["files"] = [{"file": train, "entries": len(tokens), "sha256": hashlib.sha256(data).hexdigest()}]
+        (part / g.MANIFEST).write_text(json.dumps(record))
     with suppress(OSError):  # another run of the pair was first
         part.rename(result)
     return result
@@ -148,14 +150,14 @@ def row_of(job: Job, out: Path) -> Row:
     val, losses = g.load_val(cfg := g.Config.from_env(job.settings)), np.load(out / f"{job.key}.npz")
     lines = [line.split() for line in (out / f"{job.key}.out").read_text().splitlines()]
     said = {line[0]: dict(word.split(":", 1) for word in line[1:] if ":" in word) for line in lines if line[:1] in (["code"], ["final"])}
-    starts = val.document_starts()
+    starts, final = val.document_starts(), said["final"]
     bits = {stage: np.add.reduceat(losses[stage].astype(np.float64), starts) / math.log(2) for stage in STAGES if stage in losses}
     row = {"key": job.key, "pair": job.pair, "of": job.of, "data": cfg.shards_dir.name, "code": said["code"]["sha256"][:12],
            "device": "cuda" if torch.cuda.is_available() else "cpu", "targets": len(val.tokens) - 1,
            "settings": {name: value for name, value in job.settings.items() if name not in PLACES}}
-    row |= {name: int(said["final"][name]) for name in ("steps", "train_ms", "eval_ms", "total_bytes") if name in said["final"]}
-    row["bpb"] = {stage: round(float(b.sum()) / val.num_bytes, 6) for stage, b in bits.items()}
-    return row | {"bytes": np.add.reduceat(val.byte_counts[1:].astype(int), starts).tolist(),
+    row |= {name: int(final[name]) for name in ("steps", "train_ms", "eval_ms", "total_bytes") if name in final}
+    return row | {"bpb": {stage: round(float(b.sum()) / val.num_bytes, 6) for stage, b in bits.items()},
+                  "bytes": np.add.reduceat(val.byte_counts[1:].astype(int), starts).tolist(),
                   "bits": {stage: b.round(1).tolist() for stage, b in bits.items()}}
 
 
@@ -165,9 +167,7 @@ class Lab:
     def __init__(self, out: Path, rows: Path, jobs: int) -> None:
         self.out, self.path, self.jobs = out.resolve(), rows, jobs
         self.out.mkdir(parents=True, exist_ok=True)
-        self.processes: list[subprocess.Popen] = []
-        self.places: queue.SimpleQueue[Settings] = queue.SimpleQueue()
-        gpus = torch.cuda.device_count()
+        self.processes, self.places, gpus = [], queue.SimpleQueue(), torch.cuda.device_count()
         for i in range(jobs):
             self.places.put({"CUDA_VISIBLE_DEVICES": str(i % gpus)} if gpus else {"OMP_NUM_THREADS": "1"})
 
@@ -187,10 +187,9 @@ class Lab:
         said, losses = self.out / f"{job.key}.out", self.out / f"{job.key}.npz"
         if losses.exists() and "quantized" in np.load(losses):  # it ended after the lab that started it
             return row_of(job, self.out)
-        place = self.places.get()
+        env, place = environment(job, self.out), self.places.get()
         with said.open("a") as file:
-            env = environment(job, self.out) | place
-            self.processes.append(process := subprocess.Popen([sys.executable, str(PROGRAM)], env=env, stdout=file, stderr=file))
+            self.processes.append(process := subprocess.Popen([sys.executable, str(PROGRAM)], env=env | place, stdout=file, stderr=file))
         status = process.wait()
         self.places.put(place)
         if status:
@@ -204,7 +203,8 @@ class Lab:
             futures = {pool.submit(self.run, job): job for job in {job.key: job for job in jobs if job.key not in kept}.values()}
             try:
                 for done, future in enumerate(as_completed(futures), 1):
-                    words, error = f"run {done}/{len(futures)} key:{futures[future].key} pair:{futures[future].pair}", future.exception()
+                    error, job = future.exception(), futures[future]
+                    words = f"run {done}/{len(futures)} key:{job.key} pair:{job.pair}"
                     if error is None:
                         self.keep(row := future.result())
                         words += "".join(f" {stage}:{bpb:.5f}" for stage, bpb in row["bpb"].items())
@@ -224,28 +224,26 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--leave-out", action="store_true")
     parser.add_argument("--artifact", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--ttt-pairs", type=int, default=10**9)
     parser.add_argument("--jobs", type=int, default=max(1, torch.cuda.device_count()))
     parser.add_argument("--out", type=Path, default=Path("runs/lab"))
     parser.add_argument("--rows", type=Path, default=ROOT / "bench" / "results" / "lab.jsonl")
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    lines = [line for line in options.base.read_text().splitlines() if line.strip() and not line.startswith("#")]
-    given = {name: value for name, value in os.environ.items() if name in KNOWN}
-    lab, artifact, pairs = Lab(options.out, options.rows, options.jobs), "", range(1, options.seeds + 1)
+    words = [line for line in options.base.read_text().splitlines() if line.strip() and not line.startswith("#")]
+    words += [f"{name}={value}" for name, value in os.environ.items() if name in KNOWN]
+    lab, artifact, pairs = Lab(options.out, options.rows, options.jobs), "", options.seeds
     if options.artifact:
-        artifact, pairs = hashlib.sha256(data := options.artifact.read_bytes()).hexdigest()[:12], range(1, 2)
+        artifact, pairs = hashlib.sha256(data := options.artifact.read_bytes()).hexdigest()[:12], 1
         g.write_atomically(lab.out / f"{artifact}.artifact", data)
-    base, tries = plan(settings_of(lines) | given, options.tries, options.leave_out, pairs, artifact)
+    base, tries = plan(settings_of(words), options.tries, options.leave_out, pairs, artifact, options.ttt_pairs)
     every = [job for jobs in zip(base, *tries.values()) for job in jobs]  # the first pair of each try, the second ...
     failed = sum(lab.run_all([job for job in every if bool(job.of) == scores]) for scores in (False, True))
-    rows = lab.rows()
-    found = compare({label: [(rows[t.key], rows[b.key]) for t, b in zip(jobs, base) if {t.key, b.key} <= rows.keys()]
-                     for label, jobs in tries.items()})
-    print(table(found))
+    print(table(found := compare(lab.rows(), {label: [(t.key, b.key) for t, b in zip(jobs, base)] for label, jobs in tries.items()})))
     if options.plot and found:
         draw(found, options.plot)
-    return 1 if failed else 0
+    return min(failed, 1)
 
 
 if __name__ == "__main__":

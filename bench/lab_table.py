@@ -39,12 +39,13 @@ def difference(tried: list[Row], base: list[Row], stage: str) -> Difference:
                       math.sqrt((rest ** 2).sum() * documents / max(documents - 1, 1)) / sizes.sum())
 
 
-def compare(pairs: dict[str, list[tuple[Row, Row]]]) -> Found:
-    """From the (row of the try, row of the base) of each label, at the stages that both have."""
+def compare(rows: dict[str, Row], pairs: dict[str, list[tuple[str, str]]]) -> Found:
+    """From rows by key, and by label the keys of the try and of the base of each pair, where both are there and have the stage."""
     found = {}
-    for label, rows in pairs.items():
+    for label, keys in pairs.items():
+        there = [(rows[tried], rows[base]) for tried, base in keys if {tried, base} <= rows.keys()]
         for stage in STAGES:
-            if both := [pair for pair in rows if all(stage in row["bits"] for row in pair)]:
+            if both := [pair for pair in there if all(stage in row["bits"] for row in pair)]:
                 found[label, stage] = difference([tried for tried, _ in both], [base for _, base in both], stage)
     return found
 

@@ -166,7 +166,8 @@ class Traffic:
     """How many elements of each pointer an Inductor kernel reads and writes, read off its source.
 
     An access `pointer + (expression)` touches as many elements as the index variables in it have values: an operand that is
-    broadcast counts once, and of a wide buffer only the columns that are used.
+    broadcast counts once, and of a wide buffer only the columns that are used. What a program reads again a few columns to
+    the side, as halves of a head that rotate, comes out of the cache and counts once.
     """
 
     def __init__(self, name: str, source: str) -> None:
@@ -201,12 +202,28 @@ class Traffic:
             axes[axis] = min(axes.get(axis, 1) * values, sizes[f"{axis}numel"])
         return math.prod(axes.values())
 
+    def together(self, expressions: set[str], sizes: dict[str, int]) -> int:
+        """Elements that accesses of one pointer touch: those that differ by a constant are one, wider by that constant."""
+        groups: dict[Any, list[int]] = {}
+        for expression in sorted(expressions):
+            names = sorted(set(re.findall(r"\b[a-z]\w*\b", expression)))
+            linear = not re.search(r"//|%", expression) and set(names) <= set(self.variables)
+            at = [eval(expression, {name: int(name == one) for name in names}) for one in ("", *names)] if linear else [0]
+            steps = tuple((name, value - at[0]) for name, value in zip(names, at[1:]))
+            groups.setdefault(steps if linear else expression, [self.elements(expression, sizes)]).append(at[0])
+        total = 0
+        for steps, (elements, *offsets) in groups.items():
+            inner = [self.range_of(name, sizes)[1] for name, step in steps if step == 1] if len(offsets) > 1 else []
+            once = elements + elements * (max(offsets) - min(offsets)) // max(inner) if inner else elements * len(offsets)
+            total += min(once, elements * len(offsets))
+        return total
+
     def moved(self, role: str, numel: int, sizes: dict[str, int]) -> int:
         """Elements read plus elements written of a tensor of `numel`; all of it where the source does not tell."""
         total = 0
         for expressions in filter(None, self.accesses.get(role, {}).values()):
             try:
-                total += min(numel, sum(self.elements(expression, sizes) for expression in expressions))
+                total += min(numel, self.together(expressions, sizes))
             except (ValueError, KeyError):
                 total += numel
         return total

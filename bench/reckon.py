@@ -43,6 +43,7 @@ MEMORY_VISIT_GB = 1.58  # a visit's activations of STEP_TOKENS. Null device: 22.
 PUBLISHED_MEMORY_VISIT_GB = 2.08  # of the published code: 46.6 GB at 20 visits in its logs, the rest as ours
 TTT_TOKEN_KB = 14.7  # a visit's activations of a window token and its adapters' terms. Null device: 48.6 GB, 131,072 tokens, 20 visits
 TTT_VALUE_BYTES = 16  # of a value of the adapters: itself, its gradient, two moments
+HINT_SECONDS = 1.4e-7  # of a token: 6.6 CPU seconds for 47.85 M, order 16, a shared core (2026-11-25)
 VAL_DOCUMENTS, VAL_TOKENS = g.PUBLISHED_VAL["documents"], g.PUBLISHED_VAL["tokens"]
 MADE_UP_LENGTHS = (6.28, 0.915, 0.08)  # log length = a + b z + c z^2 at the normal quantile z: fitted to the published set
 MADE_UP_LONGEST = 62_000  # tokens; the 16 longest published documents have 46,000 on average
@@ -57,6 +58,7 @@ INSTRUCTIONS = 132 * 4 * 1.755e9 * 0.7 * 32  # a second: 4 warps of 32 issue on 
 COLLECTIVE_BYTES = 350e9  # a second over NVLink, of a tensor that is summed or gathered over 8 ranks
 APPLY_CHUNK = 65_536  # elements of a block of torch's multi-tensor kernels
 UNKNOWN_THREAD_BYTES = 16  # moved by a thread of an eager kernel of which only the grid is known: four float32
+SUMMING_THREAD_BYTES = 24  # of FlashAttention 2's sums over two grouped heads: four sums of two bfloat16
 SMALL_BYTES = 3_000_000  # a kernel that moves less is one of the small ones in the table
 
 
@@ -153,7 +155,8 @@ def sgd_seconds(cfg: g.Config, lengths: np.ndarray, world: int) -> tuple[float, 
 
 def ttt_parts(cfg: g.Config, lengths: np.ndarray, plans: Sequence[g.PhasePlan], world: int) -> list[Part]:
     """Test-time training as planned: each phase, and the global SGD behind it."""
-    parts = []
+    took = HINT_SECONDS * int(lengths.sum())
+    parts = [Part("n-gram hints, on the host", took, (took,) * world, f"order {cfg.ngram_tilt_order}")] if cfg.ngram_tilt_enabled else []
     for i, plan in enumerate(plans, 1):
         note = f"{len(plan.documents)} documents in {len(plan.batches)} batches"
         parts.append(Part(f"ttt phase {i}/{len(plans)}", max(plan.seconds), plan.seconds, note))
@@ -299,7 +302,7 @@ def eager_cost(line: str) -> tuple[str, float, float]:
     elif elements > 0:
         size = float(elements * width * (int(arrays[1]) if arrays else 3))
     else:
-        size = float(blocks * threads * UNKNOWN_THREAD_BYTES)
+        size = float(blocks * threads * (SUMMING_THREAD_BYTES if width == 2 and "reduce_kernel" in line else UNKNOWN_THREAD_BYTES))
     return "eager kernels" if size >= SMALL_BYTES else "small kernels", size, streamed(size)
 
 

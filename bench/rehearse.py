@@ -1,6 +1,6 @@
 """The dress rehearsal of a record run on a machine without a GPU, and the plan of a whole run.
 
-    bash bench/rehearse.sh [PART...]       every part at the record's size on a null CUDA device; see the script
+    bash bench/rehearse.sh [PART...] [NAME=VALUE...]       every part at the record's size on a null CUDA device; see the script
     python bench/rehearse.py plan --gpus 8 [--lengths FILE | --data FOLDER] [--published] [--env FILE] [NAME=VALUE...]
 
     steps        the warm-up as a run does it, a training step at depths 1, 3 and 4, the optimizer
@@ -46,12 +46,15 @@ PEAK_LIMIT_GB = 75.0  # of the 80 that an H100 has
 
 
 def read_settings(file: Path | None, words: list[str]) -> dict[str, str]:
-    """NAME=VALUE lines of a file, then those of the command line."""
+    """NAME=VALUE lines of a file, then those of the command line; a warning for a name that looks misspelt."""
     lines = [] if file is None else file.read_text().splitlines()
     lines = [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")] + words
     if wrong := [line for line in lines if "=" not in line]:
         raise ValueError(f"{wrong[0]!r} is no NAME=VALUE")
-    return dict(line.split("=", 1) for line in lines)
+    settings = dict(line.split("=", 1) for line in lines)
+    for found, meant in g.misspelt_settings(settings):
+        print(f"warning: {found} is no setting; did you mean {meant}? It has no effect")
+    return settings
 
 
 def plan_table(parts: list[reckon.Part], world: int) -> str:
@@ -68,8 +71,6 @@ def plan(options: argparse.Namespace) -> int:
     """Print the plan; 3 if it is over a budget."""
     settings = read_settings(options.env, options.settings)
     cfg = g.Config.from_env(settings)
-    for found, meant in g.misspelt_settings(settings):
-        print(f"warning: {found} is no setting; did you mean {meant}? It has no effect")
     if options.data:
         lengths = reckon.lengths_of_data(replace(cfg, data_path=str(options.data)))
     else:
@@ -96,13 +97,14 @@ def plan(options: argparse.Namespace) -> int:
 # ------------------------------------------------------------------------------------------------------------- rehearsal
 
 
-def run_part(part: str, out: Path) -> list[dict]:
-    """The rows of a part, run in a process of its own on the null device; a fault is a row as well."""
+def run_part(part: str, settings: dict[str, str], out: Path) -> list[dict]:
+    """The rows of a part with these settings, run in a process of its own on the null device; a fault is a row as well."""
     command = [sys.executable, str(Path(__file__).with_name("rehearse_parts.py")), part, str(out)]
     file, began = out / f"{part}.json", time.perf_counter()
     file.unlink(missing_ok=True)
     with (out / f"{part}.txt").open("w") as log:
-        status = subprocess.run(command, env={**os.environ, **null_hopper.environment()}, stdout=log, stderr=subprocess.STDOUT).returncode
+        env = {**os.environ, **null_hopper.environment(), "REHEARSE_SETTINGS": json.dumps(settings)}
+        status = subprocess.run(command, env=env, stdout=log, stderr=subprocess.STDOUT).returncode
     rows = json.loads(file.read_text()) if file.exists() else []
     if status:
         lines = [line for line in (out / f"{part}.txt").read_text(errors="replace").splitlines() if line.strip()]
@@ -152,10 +154,19 @@ def details(rows: list[dict]) -> str:
 
 
 def rehearse(options: argparse.Namespace) -> int:
-    """Run the parts, print and write the table; 1 if a row is not as it must be."""
+    """Run the parts, print and write the table; 1 if a row is not as it must be.
+
+    Raises:
+        ValueError: a word is neither a part nor a setting.
+    """
+    settings = read_settings(None, [word for word in options.words if "=" in word])
+    g.Config.from_env(settings)
+    words = [word for word in options.words if "=" not in word] or PARTS
+    parts = [part for word in words for part in (GPU_PARTS if word == "gpu" else (word,))]
+    if unknown := set(parts) - {*PARTS, *ONLY_BY_NAME}:
+        raise ValueError(f"{sorted(unknown)[0]!r} is no part: {', '.join([*PARTS, *ONLY_BY_NAME, 'gpu'])}")
     options.out.mkdir(parents=True, exist_ok=True)
-    parts = [part for word in options.parts or PARTS for part in (GPU_PARTS if word == "gpu" else (word,))]
-    rows = [row for part in parts for row in run_part(part, options.out.resolve())]
+    rows = [row for part in parts for row in run_part(part, settings, options.out.resolve())]
     table = rehearsal_table(rows)
     (options.out / "table.md").write_text(f"{table}\n{details(rows)}\n")
     print(f"\n{table}\n\nby kind of launch, with the largest kernels: {options.out / 'table.md'}")
@@ -170,8 +181,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     running = commands.add_parser("run", help="the rehearsal, on the null CUDA device")
-    running.add_argument("parts", nargs="*", choices=[*PARTS, *ONLY_BY_NAME, "gpu", []], metavar="PART",
-                         help=", ".join([*PARTS, *ONLY_BY_NAME, "gpu"]))
+    running.add_argument("words", nargs="*", metavar="PART|NAME=VALUE",
+                         help=f"parts ({', '.join([*PARTS, *ONLY_BY_NAME, 'gpu'])}) and settings of train_gpt.py")
     running.add_argument("--out", type=Path, default=Path("runs/rehearsal"), help="folder for logs, launches and the table")
     planning = commands.add_parser("plan", help="what a whole run takes, in seconds, on a CPU")
     planning.add_argument("--gpus", type=int, default=8, help="ranks, one a GPU")

@@ -3,6 +3,7 @@
 #
 #   bash bench/rehearse.sh                   all parts; the table is printed last, exit status 1 if a row is not as it must be
 #   bash bench/rehearse.sh steps sgd         some parts (see bench/rehearse.py)
+#   bash bench/rehearse.sh evaluate sgd EVAL_SEQ_LEN=3072       with settings of train_gpt.py
 #
 # Needs Linux on x86-64, g++, 16 GB of memory. The first call makes .venv-cuda with the CUDA build of torch. Logs, launches and
 # the table go to runs/rehearsal (OUT=... names another folder). REPO=... takes train_gpt.py from another checkout.

@@ -30,7 +30,6 @@ import reckon  # noqa: E402
 import train_gpt as g  # noqa: E402
 
 TOKENS, CONTEXT = 98_304, 500.0  # of a rank's share of a step; tokens that one sees on average (bench/roofline.py's assumption)
-FULL_BATCH = [int(n) for n in np.linspace(2400, 2060, g.Config().ttt_batch_size)]  # all see a whole window, then end one by one
 KERNELS_BUILT = 6  # the largest of Inductor's kernels of a row, built by ptxas for their registers
 CONTEXT_BYTES = 530 << 20  # of device memory that a CUDA context takes
 
@@ -62,7 +61,8 @@ class Stage:
 
     def run(self, **settings: Any) -> g.Run:
         """A compiled run of one rank with an eighth of the record's batch, the attention resolved."""
-        cfg = g.Config(**({"train_batch_tokens": TOKENS, "artifact_dir": str(self.out), "run_id": "rehearsal"} | settings))
+        given = g.Config.from_env(json.loads(os.environ.get("REHEARSE_SETTINGS", "{}")))
+        cfg = replace(given, **({"train_batch_tokens": TOKENS, "artifact_dir": str(self.out), "run_id": "rehearsal"} | settings))
         cfg.check_together()
         run = g.Run(cfg, g.Ranks.start({}), g.Log(None, enabled=False), compile=True)
         g.resolve_attention(cfg.attn_backend, run.device)
@@ -205,10 +205,11 @@ def part_quantize(stage: Stage) -> None:
         g.model_from_tensors(run, g.unpack_artifact(g.pack_artifact(tensors, run.cfg))[1])
 
 
-def score_documents(stage: Stage, part: str, lengths: list[int], **settings: Any) -> None:
-    """The row of a batch of documents of these lengths, longest first, after the warm-up of a run."""
+def score_documents(stage: Stage, part: str, **settings: Any) -> None:
+    """The row of a full batch of documents after the warm-up of a run: all see a whole window, then end one by one."""
     run = stage.run(**settings)
     cfg, scorer = run.cfg, g.TTTScorer(run, stage.model(run).requires_grad_(False))
+    lengths = [int(n) for n in np.linspace(cfg.ttt_eval_seq_len + 352, cfg.ttt_eval_seq_len + 12, cfg.ttt_batch_size)]
     documents = g.Documents(made_up_documents(lengths, cfg.vocab_size))
     scorer.warm_up()
     bounds = np.array(g.chunk_bounds(cfg, int(documents.lengths[0])))
@@ -223,12 +224,12 @@ def score_documents(stage: Stage, part: str, lengths: list[int], **settings: Any
 
 def part_ttt_window(stage: Stage) -> None:
     """Windowed test-time training, the record's."""
-    score_documents(stage, "ttt window", FULL_BATCH)
+    score_documents(stage, "ttt window")
 
 
 def part_ttt_cache(stage: Stage) -> None:
     """Cached test-time training, steps captured as CUDA graphs."""
-    score_documents(stage, "ttt cache", FULL_BATCH, ttt_context="cache", ttt_chunk_size=16)
+    score_documents(stage, "ttt cache", ttt_context="cache", ttt_chunk_size=16)
 
 
 def part_sgd(stage: Stage) -> None:

@@ -150,6 +150,14 @@ def global_sgd(run: tg.Run, model: tg.GPT, tokens: np.ndarray) -> None:
     tg.GlobalSGD(run, model).learn(tokens, "1/1")
 
 
+def low_rank(error: Tensor, settings: dict[str, object], like: Tensor) -> tg.LowRank:
+    """The low-rank term of an error, each pair of vectors turned to the sign of `like` (rank, cols)."""
+    cfg = tg.Config.from_env(known_settings(settings))
+    a, b = tg.best_product(error, cfg.lqer_rank)
+    signs = (b * like).sum(1).sign()
+    return tg.LowRank.of(0, a * signs, b * signs[:, None], cfg)
+
+
 def tilt(golden: Arrays, order: int, log_probs: Tensor) -> dict[str, np.ndarray]:
     """Hints in scoring order and tilted losses of every target of one stream; log_probs (T, V) are the model's."""
     tokens, config = golden["tokens"], config_of(golden)
@@ -158,10 +166,12 @@ def tilt(golden: Arrays, order: int, log_probs: Tensor) -> dict[str, np.ndarray]
     found = {name: np.zeros(len(tokens) - 1, np.int64) for name in ("hint", "total", "top_count", "gate")}
     for name, values in (("hint", hints.top), ("total", hints.total), ("top_count", hints.count)):
         found[name][hints.at - 1] = values
-    found["gate"][hints.gated(config["threshold"]).at - 1] = 1
+    betas = np.zeros(len(tokens) - 1, np.float32)
+    betas[hints.at - 1] = hints.betas(tg.Config(ngram_tilt_threshold=config["threshold"], ngram_tilt_beta=config["beta"]))
+    found["gate"] = betas > 0
     targets, top = torch.from_numpy(tokens[1:].astype(np.int64)), torch.from_numpy(found["hint"])
     losses = -log_probs.gather(1, torch.stack([targets, top], 1)).T
-    found["nll"] = tg.tilted(*losses, (targets == top).float(), torch.from_numpy(found["gate"]) > 0, config["beta"]).numpy()
+    found["nll"] = tg.tilted(*losses, (targets == top).float(), torch.from_numpy(betas)).numpy()
     return found
 
 
@@ -426,6 +436,30 @@ def warm_ttt(path: Path, settings: dict[str, object]) -> Iterator[Difference]:
             yield largest(f"{kind}: B of the head", heads, 5e-3)
 
 
+def lqer(path: Path, settings: dict[str, object]) -> Iterator[Difference]:
+    """Codes, scales and what they add, and which matrices are chosen; those coded symmetrically because a group does not fit are left out."""
+    golden = read(path)
+    config = config_of(golden)
+    norms = {name: float(e.norm()) for name, e in ((n, torch.from_numpy(v)) for n, v in under(golden, "e").items())}
+    for kind, case in config["runs"].items():
+        if not case.get("lqer_asym_enabled", True) or case.get("awq_lite_enabled"):
+            continue
+        ours = sorted(norms, key=lambda name: -norms[name])[: case["lqer_top_k"]]
+        yield Difference(f"{kind}: other matrices chosen", float(len({*ours} ^ {*case["chosen"]})), 0.0)
+        codes, added = {}, {}
+        for name in case["chosen"]:
+            if f"{kind}/{name}/lqA_a" not in golden:
+                continue
+            exact = under(golden, f"{kind}/{name}")
+            found = low_rank(torch.from_numpy(golden[f"e/{name}"]), settings | {
+                "LQER_RANK": case["lqer_rank"], "LQER_GROUP": case["lqer_asym_group"]}, torch.from_numpy(exact["lqB_a"]).float())
+            keys = {"lqA_a": found.a, "lqAs_a": found.a_scales[0], "lqB_a": found.b, "lqBs_a": found.b_scales}
+            codes |= {f"{name} {key}": (ours, exact[key]) for key, ours in keys.items()}
+            added[name] = (torch.from_numpy(golden[f"gptq/{name}"]) + found.product(), exact["reconstructed"])
+        yield largest(f"{kind}: codes and scales", codes, 0.0)
+        yield largest(f"{kind}: weights", added, 1e-6)
+
+
 def newton_schulz(path: Path, _: dict[str, object], coefficients: str) -> Iterator[Difference]:
     golden = read(path)
     pairs = {name: (orthogonalized(torch.from_numpy(golden["input/" + name.split("/")[0]]), int(name[-1]), coefficients), matrix)
@@ -471,7 +505,7 @@ LEVERS = (
     Lever("Polar Express", {"MUON_NS": "polar"}, "lever_muon.npz", partial(newton_schulz, coefficients="polar")),
     Lever("learning rate", {}, "lever_muon.npz", learning_rate),
     Lever("Muon's momentum", {}, "lever_muon.npz", momentum),
-    Lever("LQER", {"LQER_ENABLED": 1}, "lever_lqer.npz"),
+    Lever("LQER", {"LQER_ENABLED": 1, "LQER_COLUMN_SCALES": 0}, "lever_lqer.npz", lqer),
     Lever("AWQ-lite", {"AWQ_LITE_ENABLED": 1}, "lever_lqer.npz"),
     Lever("warm A in TTT", {"TTT_WARM_START_A": 1}, "lever_ttt.npz", warm_ttt),
     Lever("n-gram tilt", {"NGRAM_TILT_ENABLED": 1}, "lever_tilt.npz", ngram_tilt),

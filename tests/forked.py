@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -56,6 +57,21 @@ def wait(child: int, seconds: float = 60.0) -> int:
     raise AssertionError(f"still running after {seconds:g} s")
 
 
+def wait_for_all(children: list[int], grace_seconds: float = 5.0) -> list[int]:
+    """Exit statuses; when one has failed the others are killed a little later, as torchrun does."""
+    statuses, end = {}, math.inf
+    while len(statuses) < len(children):
+        for child in set(children) - statuses.keys():
+            found, status = os.waitpid(child, os.WNOHANG)
+            if found:
+                statuses[child] = os.waitstatus_to_exitcode(status)
+                end = min(end, time.monotonic() + (grace_seconds if statuses[child] else 60.0))
+            elif time.monotonic() > end:
+                os.kill(child, 9)
+        time.sleep(0.01)
+    return [statuses[child] for child in children]
+
+
 def run(env: dict[str, str], ranks: int = 1, fault: Fault | None = None, faulty: int = 0, said: Path | None = None,
         own: Mapping[int, dict[str, str]] | None = None) -> list[int]:
     """Exit statuses of all ranks of a run; the fault is in rank `faulty`, and each rank has its `own` variables beside the common ones."""
@@ -66,7 +82,7 @@ def run(env: dict[str, str], ranks: int = 1, fault: Fault | None = None, faulty:
               "TORCHELASTIC_USE_AGENT_STORE": "True"}
     children = [start({**shared, "RANK": str(r), "LOCAL_RANK": str(r), **(own or {}).get(r, {})}, fault if r == faulty else None, said)
                 for r in range(ranks)]
-    return [wait(child) for child in children]
+    return wait_for_all(children)
 
 
 def environment(data: Path, out: Path, **changes: object) -> dict[str, str]:
@@ -133,4 +149,33 @@ def killed_at_change(number: int, counter: Path) -> Fault:
 
         os.fdopen, os.fsync = watched, synced
         sys.addaudithook(audit)
+    return arm
+
+
+def killed_at_log_line(number: int, counter: Path) -> Fault:
+    """A fault: the process ends, as by SIGKILL, half way through the number-th line of its log (from 1)."""
+    def arm() -> None:
+        original, left = tg.Log.open, [number]
+
+        class Writer:
+            def __init__(self, file: object) -> None:
+                self.file = file
+
+            def __getattr__(self, name: str) -> object:
+                return getattr(self.file, name)
+
+            def write(self, text: str) -> None:
+                left[0] -= 1
+                if left[0] == 0:
+                    self.file.write(text[: len(text) // 2])
+                    self.file.flush()
+                    counter.write_text("struck")
+                    os._exit(9)
+                self.file.write(text)
+
+        def opened(log: tg.Log) -> None:
+            original(log)
+            log.file = Writer(log.file)
+
+        tg.Log.open = opened
     return arm

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import Field, fields
+from pathlib import Path
 
 import pytest
 
 import train_gpt as tg
 
+RECORDS = Path(tg.__file__).parent / "records"
 PUBLISHED_COMMAND = (
     "DATA_DIR=./data CASEOPS_ENABLED=1 PHASED_TTT_ENABLED=1 PHASED_TTT_PREFIX_DOCS=2000 PHASED_TTT_NUM_PHASES=3 "
     "MLP_CLIP_SIGMAS=12.0 ATTN_CLIP_SIGMAS=13.0 EMBED_BITS=7 EMBED_CLIP_SIGMAS=15.0 MATRIX_LR=0.026 GPTQ_RESERVE_SECONDS=4 "
@@ -43,6 +45,15 @@ def test_defaults_are_the_records() -> None:
         name, value = words.split()
         field = next(f for f in fields(tg.Config) if f.name == name.lower())
         assert tg.parse_setting(field, value) == field.default, name
+
+
+@pytest.mark.parametrize("path", sorted(RECORDS.rglob("*.env")), ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_environment_files_of_the_records_are_accepted(path: Path) -> None:
+    lines = [line for line in path.read_text().splitlines() if line and not line.startswith("#")]
+    settings = dict(line.split("=", 1) for line in lines)
+    known = {f.name.upper() for f in fields(tg.Config)} | {"NCCL_NET"}  # NCCL's own
+    assert len(settings) == len(lines) and settings.keys() <= known
+    tg.Config.from_env(settings)
 
 
 @pytest.mark.parametrize(("setting", "told"), [

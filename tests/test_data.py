@@ -170,7 +170,7 @@ def test_what_a_build_writes_is_what_a_run_reads() -> None:
     import prepare_caseops_data as prepare
 
     assert (prepare.SHARD_MAGIC, prepare.SHARD_VERSION, prepare.HEADER_INTS) == (tg.SHARD_MAGIC, tg.SHARD_VERSION, tg.SHARD_HEADER_INTS)
-    assert (prepare.MANIFEST, prepare.JOURNAL, prepare.PUBLISHED) == (tg.MANIFEST, tg.JOURNAL, tg.PUBLISHED_NAME)
+    assert (prepare.MANIFEST, prepare.JOURNAL, prepare.PUBLISHED.format(prepare.V1.name)) == (tg.MANIFEST, tg.JOURNAL, tg.PUBLISHED_NAME)
     for name in (prepare.VAL_TOKENS, prepare.VAL_BYTES, prepare.TRAIN_TOKENS.format(7)):
         assert tg.SHARD_NAME.fullmatch(name) and prepare.OWN_NAMES.fullmatch(name)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -14,13 +15,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote
 
+import huggingface_hub.constants
+import kills
 import numpy as np
 import pytest
 
 import prepare_caseops_data as prepare
 
 PROGRAM = Path(prepare.__file__)
-NAME = prepare.PUBLISHED
+NAME = prepare.PUBLISHED.format(prepare.V1.name)
 MODEL = "tokenizers/fineweb_8192_bpe_lossless_caps_caseops_v1_reserved.model"
 COMMIT = "0" * 40
 
@@ -218,6 +221,24 @@ def test_a_cut_connection_goes_on_where_it_stopped(hub: HubServer, tmp_path: Pat
     assert re.search(r"download mb:\d+ of_mb:12 mb_s:", done.stderr), "progress in bytes"
     ranges = [wanted for command, asked, wanted in hub.asked if command == "GET" and asked == path]
     assert len(ranges) == 2 and ranges[1] and 0 < int(ranges[1].removeprefix("bytes=").rstrip("-")) <= 11_000_000
+
+
+def test_killed_at_any_change_of_a_file_a_download_goes_on_and_leaves_nothing(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.endpoint)
+    template = f"{hub.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(prepare, "WAITS_S", ())
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for step in itertools.count(0, 13):
+        folder = tmp_path / str(step)
+        died = kills.dies(step, prepare, lambda: prepare.download_published(folder, 0))
+        prepare.download_published(folder, 0)
+        assert_complete(hub, folder, 0)
+        if not died:
+            break
+    assert step > 40
 
 
 def test_a_wrong_size_is_refused_and_mended_by_the_next_run(hub: HubServer, tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def wrong_streams(data: bytes) -> Iterator[tuple[str, bytes]]:
 
 def asking_much(data: bytes) -> Iterator[tuple[str, bytes]]:
     """A small file of a model that is not in it."""
-    for changes in ({"num_layers": 256, "model_dim": 16384, "num_heads": 1024}, {"vocab_size": 65536, "model_dim": 2048},
+    for changes in ({"num_layers": 256, "model_dim": 4096, "num_heads": 256}, {"vocab_size": 65536, "model_dim": 2048},
                     {"mlp_mult": 64, "num_layers": 200}, {"num_loops": 63, "eval_loop_depth": 64, "loop_start": 0, "loop_end": 7}):
         yield f"{changes}", with_settings(data, **changes)
 

@@ -41,6 +41,13 @@ print("code file:x sha256:0123456789abcdef\\nfinal seed:1 val_bpb:1.0 steps:5 tr
 """
 
 
+def test_the_labs_settings_are_settings_and_keep_the_topology() -> None:
+    lines = (ROOT / "bench" / "lab.env").read_text().splitlines()
+    cfg, record = g.Config.from_env(lab.settings_of([line for line in lines if line and line[0] != "#"])), g.Config()
+    for name in ("num_layers", "loop_start", "loop_end", "train_loop_phase_depths", "eval_loop_depth", "vocab_size"):
+        assert getattr(cfg, name) == getattr(record, name), name
+
+
 def row(bits: list[float], sizes: list[int] | None = None) -> dict:
     sizes = sizes or [10, 20, 30]
     return {"bytes": sizes, "bits": {"ema": bits}, "bpb": {"ema": sum(bits) / sum(sizes)}}
@@ -56,7 +63,8 @@ def test_the_difference_and_its_errors_are_those_computed_by_hand() -> None:
     # means by document (3, 6, 3), less 0.2 * bytes (2, 4, 6): (1, 2, -3), squares 14, times 3/2, root, over 60
     assert found.error_by_document == pytest.approx(math.sqrt(21) / 60)
     assert found.bpb == pytest.approx((66 + 78) / 2 / 60)
-    several = lab_table.compare({"a": list(zip(tried, base)), "b": [(tried[0], base[0])]})
+    rows = dict(zip(["t1", "t2", "b1", "b2"], tried + base))
+    several = lab_table.compare(rows, {"a": [("t1", "b1"), ("t2", "b2")], "b": [("t1", "b1"), ("t3", "b3")]})
     sd, freedom = lab_table.spread(several, "ema")
     assert (sd, freedom) == (pytest.approx(math.sqrt(0.02)), 1)  # the try of one pair says nothing about the spread
     assert math.isnan(several["b", "ema"].error_by_seed)
@@ -69,27 +77,29 @@ def test_rows_of_other_documents_are_not_compared() -> None:
 
 def test_each_try_stands_alone_and_leave_out_takes_one_from_the_whole(tiny_data: Path) -> None:
     base, texts = BASE | {"DATA_PATH": str(tiny_data)}, ["a: BETA2=0.9 BETA1=0.8", "MATRIX_LR=0.02", "placebo"]
-    bases, jobs = lab.plan(base, texts, False, range(1, 3), "")
+    bases, jobs = lab.plan(base, texts, False, 2)
     assert [b.settings["SEED"] for b in bases] == ["1", "2"] == [j.settings["SEED"] for j in jobs["a"]]
     assert [j.settings["SEED"] for j in jobs["placebo"]] == ["1000001", "1000002"]
     assert jobs["a"][0].settings.items() - bases[0].settings.items() == {("BETA2", "0.9"), ("BETA1", "0.8")}
     assert not jobs["a"][0].of and not jobs["placebo"][0].of
-    bases, jobs = lab.plan(base, texts[:2], True, range(1, 2), "")
+    bases, jobs = lab.plan(base, texts[:2], True, 1)
     assert (bases[0].settings["BETA2"], bases[0].settings["MATRIX_LR"]) == ("0.9", "0.02")
     assert "MATRIX_LR" not in jobs["without MATRIX_LR=0.02"][0].settings and "BETA2" not in jobs["without a"][0].settings
+    bases, _ = lab.plan(base, [], False, 2, ttt_pairs=1)
+    assert [b.settings.get("TTT_ENABLED") for b in bases] == [None, "0"]
     with pytest.raises(SystemExit, match="EMA_DECEY"):
-        lab.plan(base, ["EMA_DECEY=0.9"], False, range(1, 2), "")
+        lab.plan(base, ["EMA_DECEY=0.9"], False, 1)
 
 
 def test_what_only_changes_the_scoring_scores_the_artifact_of_its_pair(tiny_data: Path) -> None:
     base = BASE | {"DATA_PATH": str(tiny_data)}
-    bases, jobs = lab.plan(base, ["TTT_LORA_RANK=2"], False, range(1, 3), "")
+    bases, jobs = lab.plan(base, ["TTT_LORA_RANK=2"], False, 2)
     assert [j.of for j in jobs["TTT_LORA_RANK=2"]] == [b.key for b in bases]
-    _, jobs = lab.plan(base, ["TTT_LORA_RANK=2"], False, range(1, 2), "given")
+    _, jobs = lab.plan(base, ["TTT_LORA_RANK=2"], False, 1, "given")
     assert jobs["TTT_LORA_RANK=2"][0].of == "given"
     for training in ("BETA2=0.9", "placebo"):
         with pytest.raises(SystemExit, match="trained already"):
-            lab.plan(base, [training], False, range(1, 2), "given")
+            lab.plan(base, [training], False, 1, "given")
 
 
 def test_a_run_is_known_by_what_it_is_and_not_by_where(tmp_path: Path, tiny_data: Path) -> None:
@@ -109,6 +119,11 @@ def test_a_pair_sees_the_same_documents_in_the_same_order_whatever_the_tokens(tm
         entries[512:][entries[512:] > 1] ^= 1
         path.write_bytes(entries.tobytes())
 
+    files = {kind: [{"file": path.name, "entries": len(g.read_shard(path)), "sha256": "0"} for path in paths]
+             for kind, paths in g.dataset_shards(folders[1]).items()}
+    (folders[1] / "manifest.json").write_text(json.dumps({"transform": "a_version", "splits": {
+        "val": {"files": files["val"] + files["val_bytes"]}, "train": {"files": files["train"]}}}))
+
     def documents(pair: int, folder: Path) -> list[tuple[int, ...]]:
         result = lab.data_of_pair(folder, pair, tmp_path / "out")
         assert (g.read_shards(result, "val")[0] == g.read_shards(folder, "val")[0]).all() and len(g.read_shards(result, "val_bytes")) == 1
@@ -118,6 +133,8 @@ def test_a_pair_sees_the_same_documents_in_the_same_order_whatever_the_tokens(tm
     first, again, other = documents(1, folders[0]), documents(2, folders[0]), documents(1, folders[1])
     assert first != again and sorted(first) == sorted(again) and len(first) == 400
     assert [tuple(t ^ 1 if t > 1 else t for t in part) for part in other] == first
+    kept = json.loads((lab.data_of_pair(folders[1], 1, tmp_path / "out") / "manifest.json").read_text())
+    assert kept["transform"] == "a_version" and [entry["entries"] for entry in kept["splits"]["train"]["files"]] == [sum(map(len, first))]
 
 
 def call(monkeypatch: pytest.MonkeyPatch, folder: Path, data: Path, *arguments: str) -> int:
@@ -126,7 +143,8 @@ def call(monkeypatch: pytest.MonkeyPatch, folder: Path, data: Path, *arguments: 
     (folder / "base.env").write_text("# base\n" + "".join(f"{name}={value}\n" for name, value in BASE.items()) + "MATRIX_LR=1\n")
     monkeypatch.setattr(lab, "PROGRAM", folder / "program.py")
     monkeypatch.setenv("DATA_PATH", str(data))
-    return lab.main([str(folder / "base.env"), "--out", str(folder / "out"), "--rows", str(folder / "lab.jsonl"), "--jobs", "2", *arguments])
+    places = ("--out", str(folder / "out"), "--rows", str(folder / "lab.jsonl"))
+    return lab.main([str(folder / "base.env"), *places, "--jobs", "2", *arguments])
 
 
 def test_a_failed_run_is_reported_and_only_what_is_missing_is_run_again(tmp_path: Path, tiny_data: Path, capsys, monkeypatch) -> None:

@@ -14,8 +14,10 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -144,8 +146,8 @@ def test_blocks_hold_all_documents_whatever_their_size(
     found = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare, "BLOCK_BYTES", size)
-        for number, block in enumerate(documents.blocks()):
-            assert (block.number, block.first) == (number, len(found) % count)
+        for block in documents.blocks():
+            assert block.first == len(found) % count
             texts_of_block, faults = block.texts(replace_surrogates=False)
             assert not faults
             found += [text.decode() for text in texts_of_block]
@@ -258,7 +260,7 @@ def test_killed_at_any_change_of_a_file_the_same_command_ends_with_the_same_byte
             kills.dies(step // 3, prepare, lambda: prepare.build(small(tmp_path)))
         prepare.build(small(tmp_path))
         assert_finished(tmp_path / "set", expected)
-    assert step > 40
+    assert step > 30
 
 
 def test_killed_while_it_replaces_another_data_set(tmp_path: Path) -> None:
@@ -282,6 +284,34 @@ def test_killed_while_it_replaces_another_data_set(tmp_path: Path) -> None:
     assert not whole
 
 
+def alive(mark: str) -> set[int]:
+    """Processes with this variable, itself or its value, in their environment."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):
+            if mark.encode() in path.read_bytes():
+                found.add(int(path.parent.name))
+    return found
+
+
+def test_a_killed_build_with_workers_leaves_no_process_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few_documents(tmp_path)
+    monkeypatch.setattr(prepare, "BLOCK_BYTES", 3000)
+    prepare.build(small(tmp_path))
+    expected = contents(tmp_path / "set")
+    monkeypatch.setenv("MARK_OF_THIS_BUILD", str(tmp_path))  # the workers are new processes and inherit it
+    for step in (20, 34):  # while the shards for validation, for training are written
+        shutil.rmtree(tmp_path / "set")
+        assert kills.dies(step, prepare, lambda: prepare.build(small(tmp_path, workers=2)))
+        end = time.monotonic() + 20
+        while workers := alive(f"MARK_OF_THIS_BUILD={tmp_path}"):
+            assert time.monotonic() < end, workers
+            time.sleep(0.05)
+        assert not (tmp_path / "set/manifest.json").exists()
+        prepare.build(small(tmp_path))
+        assert_finished(tmp_path / "set", expected)
+
+
 def test_a_full_disk_is_said_and_the_same_command_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -289,7 +319,7 @@ def test_a_full_disk_is_said_and_the_same_command_goes_on(
     arguments[arguments.index(str(VAL_DOCS))], arguments[-1] = "4", "900"
     assert prepare.main(arguments) == 0
     expected = contents(tmp_path / "set")
-    for fits in range(0, 20, 3):
+    for fits in range(0, 17, 2):
         shutil.rmtree(tmp_path / "set")
         kills.FullDisk.left = fits
         with monkeypatch.context() as patch:
@@ -300,20 +330,31 @@ def test_a_full_disk_is_said_and_the_same_command_goes_on(
         assert_finished(tmp_path / "set", expected)
 
 
-def interrupt(folder: Path, step: int = 42) -> None:
-    """Leave an unfinished build with some finished shards."""
-    assert kills.dies(step, prepare, lambda: prepare.build(small(folder)))
-    assert json.loads((folder / "set/build.json").read_bytes())["journal"]["train"]["files"]
+def interrupt(folder: Path) -> None:
+    """Leave an unfinished build with two finished train shards."""
+    go_on = prepare.Build.open
+
+    def stop(build: prepare.Build, name: str) -> object:
+        if name == prepare.TRAIN_TOKENS.format(2):
+            raise KeyboardInterrupt
+        return go_on(build, name)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(prepare.Build, "open", stop)
+        prepare.build(small(folder))
+    assert (folder / "set/build.json").exists() and len(list((folder / "set").glob("fineweb_train_*.bin"))) == 2
 
 
 def test_a_resumed_build_does_not_write_finished_shards_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     few_documents(tmp_path)
     interrupt(tmp_path)
-    written = json.loads((tmp_path / "set/build.json").read_bytes())["journal"]["train"]["files"]
-    times = {entry["file"]: (tmp_path / "set" / entry["file"]).stat().st_mtime_ns for entry in written}
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "set").glob("*.bin")}
+    gone = tmp_path / "set/fineweb_train_000001.bin"
+    gone.unlink()
     prepare.build(small(tmp_path))
-    assert "build resume" in capsys.readouterr().err
-    assert all((tmp_path / "set" / name).stat().st_mtime_ns == value for name, value in times.items())
+    assert f"build resume shards:{len(times) - 1}" in capsys.readouterr().err
+    assert all((path.stat().st_mtime_ns == value) is (path != gone) for path, value in times.items())
+    assert_finished(tmp_path / "set", contents(tmp_path / "set"))
 
 
 def change_first(folder: Path) -> None:
@@ -321,13 +362,20 @@ def change_first(folder: Path) -> None:
     (folder / "few.jsonl").write_text("".join(['{"text": "changed"}\n', *lines[1:]]))
 
 
+def drop_last(folder: Path) -> None:
+    lines = (folder / "few.jsonl").read_text().splitlines(keepends=True)
+    (folder / "few.jsonl").write_text("".join(lines[:8]))
+
+
 UNFINISHED = {
     "val_docs": (lambda folder: None, {"val_docs": 5}, "unfinished build with another val_docs"),
     "skip_bad": (lambda folder: None, {"skip_bad": True}, "unfinished build with another skip_bad"),
-    "documents": (change_first, {}, "not what the unfinished build"),
-    "no documents": (lambda folder: (folder / "few.jsonl").write_text(""), {}, "not what the unfinished build"),
-    "shard gone": (lambda folder: (folder / "set/fineweb_train_000000.bin").unlink(), {}, "train_000000.bin cannot be read"),
-    "journal damaged": (lambda folder: data_tools.flip(folder / "set/build.json", 200), {}, "build.json is"),
+    "documents": (change_first, {}, "not what the unfinished build.*val_000000.bin entry 1: "),
+    "no documents": (lambda folder: (folder / "few.jsonl").write_text(""), {}, "0 documents in all"),
+    "fewer documents": (drop_last, {}, "not what the unfinished build.*train_00000[0-9].bin"),
+    "shard cut": (lambda folder: os.truncate(folder / "set/fineweb_train_000000.bin", 1400), {}, "train_000000.bin: the header promises"),
+    "shard damaged": (lambda folder: data_tools.damage(folder / "set/fineweb_train_000001.bin", 5, 9), {}, "000001.bin entry 5: 9, by the"),
+    "journal damaged": (lambda folder: data_tools.flip(folder / "set/build.json", 90), {}, "unfinished build with another"),
     "foreign shard": (lambda folder: (folder / "set/mine_train_000000.bin").touch(), {}, "holds mine_train_000000.bin, not of"),
     "stray shard": (lambda folder: (folder / "set/fineweb_train_000077.bin").touch(), {}, "holds fineweb_train_000077.bin, not"),
 }

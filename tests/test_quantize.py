@@ -115,6 +115,54 @@ def test_weights_that_are_not_finite_are_an_error() -> None:
         tg.gptq(weights, hessian, 6, 12.0, SILENT)
 
 
+@pytest.mark.parametrize("columns", [0, 1])
+def test_low_rank_terms_are_small_integers_and_take_most_of_what_can_be_taken(columns: int) -> None:
+    cfg = tg.Config.from_env({"LQER_ENABLED": "1", "LQER_COLUMN_SCALES": str(columns)})
+    generator = torch.Generator().manual_seed(4)
+    parts = [torch.randn(200, 4, generator=generator) * torch.tensor([8.0, 4, 2, 1]), torch.randn(4, 64, generator=generator)]
+    error = parts[0] @ parts[1] + 0.1 * torch.randn(200, 64, generator=generator)
+    a, b = tg.best_product(error, 4)
+    left = (error - a @ b).square().sum()
+    assert left == pytest.approx(torch.linalg.svdvals(error)[4:].square().sum().item(), rel=1e-3), "no product is nearer"
+    assert (b.gather(1, b.abs().argmax(1, keepdim=True)) > 0).all() and torch.allclose(b @ b.T, torch.eye(4), atol=1e-5)
+    other = tg.best_product(-error, 4)
+    assert torch.allclose(other[1], b, atol=1e-4) and torch.allclose(other[0], -a, atol=1e-3), "the sign is that of B alone"
+    term = tg.LowRank.of(7, a, b, cfg)
+    assert term.a.min() >= -2 and term.a.max() <= 1 and term.b.min() >= -8 and term.b.max() <= 7 and term.index == 7
+    assert term.a_scales.shape == (4 if columns else 1,) and term.b_scales.shape == (8,)
+    expected = (term.a.double() * term.a_scales.double()) @ (
+        term.b.double().reshape(8, 32) * term.b_scales.double()[:, None]).reshape(4, 64)
+    torch.testing.assert_close(term.product().double(), expected, atol=1e-4, rtol=1e-4)
+    assert (error - term.product()).square().sum() < (0.3 if columns else 0.6) * error.square().sum()
+
+
+def test_the_worst_matrices_get_low_rank_terms_and_the_artifact_keeps_them() -> None:
+    settings = {**tiny.SETTINGS, "LQER_ENABLED": 1, "LQER_TOP_K": 3, "LQER_RANK": 2}
+    run = tg.Run(tg.Config.from_env({k: str(v) for k, v in settings.items()}), tg.Ranks(), SILENT)
+    model = tg.GPT(run.cfg)
+    model.init_weights(1)
+    with torch.no_grad():
+        for i, factor in ((2, 40.0), (5, 20.0)):
+            model.mlp_up_bank[i] *= factor
+    tensors, _ = tg.quantize(run, model, {name: torch.eye(h.size(-1)).expand_as(h).clone()
+                                          for name, h in tg.Calibration(run.cfg, run.device).hessians.items()})
+    assert [term.index for term in tensors["mlp_up_bank"].low_rank][:2] == [2, 5]
+    assert sum(len(t.low_rank) for t in tensors.values() if isinstance(t, tg.Quantized)) == 3
+    plain = tg.dequantize(tg.replace(tensors["mlp_up_bank"], low_rank=()))
+    for i in (2, 5):
+        worse, better = ((w[i] - model.mlp_up_bank[i]).square().sum() for w in (plain, tg.dequantize(tensors["mlp_up_bank"])))
+        assert better < 0.97 * worse
+    data = tg.pack_artifact(tensors, run.cfg)
+    loaded = tg.model_from_tensors(run, tg.unpack_artifact(data)[1])
+    assert torch.equal(loaded.mlp_up_bank, tg.dequantize(tensors["mlp_up_bank"]))
+    small = tensors["mlp_up_bank"].low_rank[0]._replace(a=torch.zeros(3, 2, dtype=torch.int8))
+    without = tg.replace(tensors["mlp_up_bank"], low_rank=(small,))
+    with pytest.raises(tg.ArtifactError, match="does not hold this model"):
+        tg.unpack_artifact(tg.pack_artifact({**tensors, "mlp_up_bank": without}, run.cfg))
+    with pytest.raises(tg.ArtifactError, match="more than its model"):
+        tg.unpack_artifact(tg.pack_artifact(tensors, tg.replace(run.cfg, lqer_enabled=False)))
+
+
 def test_hessians_add_up_over_visits() -> None:
     cfg = tg.Config.from_env({k: str(v) for k, v in tiny.SETTINGS.items()})
     calibration = tg.Calibration(cfg, torch.device("cpu"))

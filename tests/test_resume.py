@@ -35,10 +35,10 @@ def whole(few_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
     return found
 
 
-def goes_on(env: dict[str, str], expected: bytes, ranks: int = 1) -> None:
+def goes_on(env: dict[str, str], expected: bytes, ranks: int = 1, said: Path | None = None) -> None:
     """The same command ends with the artifact of a run never interrupted and leaves nothing else; if it had ended already, it says so."""
     out = Path(env["ARTIFACT_DIR"])
-    status = forked.run(env, ranks)
+    status = forked.run(env, ranks, said=said)
     complete = json.loads((out / "run.run.json").read_text())["stage"] == "done"
     assert complete and set(status) <= {0, tg.EXIT_USER_ERROR}, (out / "run.log").read_text()[-2000:]
     assert (out / "run.artifact").read_bytes() == expected
@@ -57,6 +57,19 @@ def test_a_kill_at_any_change_of_a_file_loses_nothing(few_data: Path, whole: Who
         assert statuses[0] == 9 and set(statuses[1:]) <= {0, 1, 2}, "rank 1 may be done"
         goes_on(env, whole[ranks], ranks)
     raise AssertionError("no end of changes")
+
+
+def test_a_kill_within_a_line_of_the_log_spoils_that_line_alone(few_data: Path, whole: Whole, tmp_path: Path) -> None:
+    for number in range(1, 400, 29):
+        out, struck, said = tmp_path / str(number), tmp_path / f"{number}.struck", tmp_path / f"{number}.said"
+        env = forked.environment(few_data, out)
+        statuses = forked.run(env, fault=forked.killed_at_log_line(number, struck))
+        if not struck.exists():
+            assert statuses == [0] and number > 140
+            return
+        assert statuses == [9]
+        goes_on(env, whole[1], said=said)
+        assert (out / "run.log").read_text().endswith("\n" + said.read_text())
 
 
 PLACES = {

@@ -211,7 +211,7 @@ def test_another_source_and_another_tokenizer_are_noticed(
 def test_published_constants_are_checked_by_the_folder_name(
     lossless: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = tmp_path / prepare.PUBLISHED
+    folder = tmp_path / prepare.PUBLISHED.format(prepare.V1.name)
     shutil.copytree(lossless / "set", folder)
     (folder / "manifest.json").unlink()  # the hub has none beside the shards
     code = prepare.verify(prepare.BuildRequest((), folder, data_tools.tokenizer("lossless").path), 1)

@@ -398,22 +398,25 @@ def test_another_validation_set_than_the_log_says_is_found(tmp_path: Path) -> No
     assert verify.check_which_data(record, val, data).status == verify.FAIL
 
 
-def test_a_sidecar_that_charges_too_much_is_found(tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", ["lossless_caps_caseops_v1", "lossless_caps_caseops_v2"])
+def test_a_sidecar_that_charges_too_much_is_found(version: str, tmp_path: Path) -> None:
     """The 3 bytes of an operator are no bytes of the text; made with the real tokenizer."""
     import sentencepiece
 
-    from lossless_caps import V1, ByteCounter
+    from lossless_caps import VERSIONS, ByteCounter
+    from prepare_caseops_data import OUR_TOKENIZERS
 
-    model = tiny.ROOT / "tokenizers" / "caseops_8192_lossless.model"
+    model, transform = OUR_TOKENIZERS[version], VERSIONS[version]
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(model))
     text = "A Tale of TWO Cities,\n  by McDonald \u2013 na\u00efve \ue001 \ufb01ne"
-    ids = np.array([1, *tokenizer.encode(V1.encode(text))], np.uint16)
-    counter = ByteCounter(V1)
+    ids = np.array([1, *tokenizer.encode(transform.encode(text))], np.uint16)
+    counter = ByteCounter(transform)
     pieces, _ = verify.tokenizer_pieces(model)
     counts = np.array([0, *(len(pieces[i]) for i in ids[1:])], np.uint16)
     decoded = b"".join(pieces[i] for i in ids[1:]).decode()
     operators = len(decoded.encode()) - counter.feed(decoded)
     record = verify.open_folder(made().record)
+    record.runs[0].settings["CASEOPS_VERSION"] = version
     # The operators' bytes are taken from the first tokens that have enough; only the sum of a document is compared.
     honest = counts.copy()
     for i in np.flatnonzero(np.isin(ids, range(4, 8)))[: operators // 3]:
