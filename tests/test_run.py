@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import forked
@@ -122,6 +123,28 @@ class Third:
     shipped = tg.shipped_source(source)
     assert ast.dump(ast.parse(shipped)) == ast.dump(ast.parse(expected)) and "#" not in shipped and "  field" not in shipped
     assert tg.shipped_source(shipped) == shipped
+
+
+def test_an_f_string_that_python_takes_apart_is_packed_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From Python 3.12 on it is several tokens, whose blanks are text."""
+    source = 'x = f"a  {b!r:>{c}} {{d}}"  # words\ny = f\'\'\'e  {f"g  {h}"}\n    i\'\'\'\n'
+    expected, tokens = tg.shipped_source(source), tg.tokenize.generate_tokens
+
+    def in_pieces(readline) -> Iterator[tg.tokenize.TokenInfo]:
+        for token in tokens(readline):
+            if not token.string.startswith("f"):
+                yield token
+                continue
+            (row, column), (last, end) = token.start, token.end
+            for kind, text, start, stop in ((900, "f'", token.start, (row, column + 2)), (901, "a {", (row, column + 2), (last, end - 1)),
+                                            (900, "f'", (row, column + 9), (row, column + 11)), (902, "'", (row, column + 11), (row, column + 12)),
+                                            (902, "'", (last, end - 1), token.end)):
+                yield tg.tokenize.TokenInfo(kind, text, start, stop, token.line)
+
+    names = {900: "FSTRING_START", 901: "FSTRING_MIDDLE", 902: "FSTRING_END"}
+    monkeypatch.setattr(tg.tokenize, "tok_name", {**tg.tokenize.tok_name, **names})
+    monkeypatch.setattr(tg.tokenize, "generate_tokens", in_pieces)
+    assert tg.shipped_source(source) == expected and "a  {b" in expected and "\n    i" in expected
 
 
 def test_a_packed_file_holds_every_byte_of_its_payload(monkeypatch: pytest.MonkeyPatch) -> None:
