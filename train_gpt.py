@@ -51,7 +51,7 @@ import tokenize
 import traceback
 import typing
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import Field, dataclass, field, fields, replace
@@ -2441,6 +2441,7 @@ TRELLIS_STATES = 64
 TRELLIS_TAPS = (17, 54)
 TRELLIS_SEGMENT_ROWS = 256
 TRELLIS_TALL_SEGMENT_ROWS = 128
+TRELLIS_TALL_RATIO = 8
 TRELLIS_STEP = 0.533
 TRELLIS_SHRINK = 0.23
 TRELLIS_ZERO_COST = 0.2
@@ -2449,7 +2450,7 @@ TRELLIS_ZERO_COST = 0.2
 def trellis_segments(rows: int, cols: int) -> int:
     """Independent trellises in a column: row r follows row r - trellis_segments. In a tall matrix, an embedding, there
     are more of them, because the coder takes as many rows at once."""
-    longest = TRELLIS_TALL_SEGMENT_ROWS if rows >= TALL_RATIO * cols else TRELLIS_SEGMENT_ROWS
+    longest = TRELLIS_TALL_SEGMENT_ROWS if rows >= TRELLIS_TALL_RATIO * cols else TRELLIS_SEGMENT_ROWS
     return max(1, -(-rows // longest))
 
 
@@ -2684,7 +2685,7 @@ def pack_artifact(tensors: Tensors, cfg: Config) -> bytes:
             continue
         plain[row.name + ".scales"] = tensor.scales.contiguous()
         if uses_coder(row, cfg.compressor):
-            banks.append(as_bank(tensor))
+            banks += row_banks(row, tensor)
         else:
             plain[row.name + ".codes"] = tensor.codes.mT.contiguous()
     coded = join_streams(encode_codes(banks)) if banks else b""
@@ -2776,13 +2777,14 @@ def take_tensors(cfg: Config, compressor: str, plain: dict[str, Tensor], coded: 
     if plain or (coded and compressor != "rans"):
         raise ArtifactError(f"the artifact holds more than its model: {', '.join([*plain][:3]) or f'{len(coded)} bytes'}")
     if compressor == "rans":
-        decode_codes(cut_streams(coded), [as_bank(tensors[row.name]) for row in table if uses_coder(row, compressor)])
+        decode_codes(cut_streams(coded), [bank for row in table if row.matrices for bank in row_banks(row, tensors[row.name])])
     return tensors
 
 
-def as_bank(quantized: Quantized) -> Bank:
-    """The codes (..., rows, cols) seen as (matrices, rows, cols), sharing memory."""
-    return Bank(quantized.codes.reshape(-1, *quantized.codes.shape[-2:]).numpy(), quantized.method == "trellis")
+def row_banks(row: Row, quantized: Quantized) -> list[Bank]:
+    """The codes of a parameter by groups of matrices (matrices, rows, cols), sharing memory."""
+    codes = quantized.codes.reshape(-1, *quantized.codes.shape[-2:]).numpy()
+    return [Bank(codes[group.first: group.last], quantized.method == "trellis", group.hessian in ("proj", "down")) for group in row.matrices]
 
 
 def join_streams(streams: list[bytes]) -> bytes:
@@ -2826,13 +2828,15 @@ def size_table(data: bytes, tensors: Tensors, cfg: Config) -> list[dict[str, str
     knows nothing but the tensor (and the quantizer of a trellis).
     """
     coded = data[ARTIFACT_PREFIX.size + ARTIFACT_PREFIX.unpack_from(data)[1]:]
-    lengths = [len(s) for s in cut_streams(coded)[2:]] if coded else []
-    banks = [(row.name, tensors[row.name]) for row in parameter_table(cfg) if row.matrices]
-    rows = [{"tensor": name, "weights": t.codes.numel(),
-             **({"bytes": size, "bits_per_weight": f"{8 * size / t.codes.numel():.4f}"} if size else {}),
-             "entropy": f"{table_entropy(t) / t.codes.numel():.4f}"}
-            for (name, t), size in itertools.zip_longest(banks, lengths)]
-    return [*rows, {"tensor": "rest", "bytes": len(data) - sum(lengths)}]
+    lengths, rows, rest = iter(cut_streams(coded)[2:] if coded else ()), [], len(data)
+    for row in parameter_table(cfg):
+        if row.matrices:
+            weights, size = math.prod(row.shape), sum(map(len, itertools.islice(lengths, len(row.matrices))))
+            rows.append({"tensor": row.name, "weights": weights,
+                         **({"bytes": size, "bits_per_weight": f"{8 * size / weights:.4f}"} if size else {}),
+                         "entropy": f"{table_entropy(tensors[row.name]) / weights:.4f}"})
+            rest -= size
+    return [*rows, {"tensor": "rest", "bytes": rest}]
 
 
 def table_entropy(quantized: Quantized) -> float:
@@ -2928,11 +2932,17 @@ def counted_code() -> bytes:
 
 
 # ---- entropy coder ("rans") ----
-# Codes come row by row, all columns and all matrices of a bank at once. What tells most about a code is how large the
-# codes above it in its column were; that mean, known to both sides, picks one of up to 32 frequency tables of the bank.
+# Every matrix reads from the residual stream or writes to it, so all are lists of vectors in one basis: rows, or the columns of a
+# matrix that writes. Elements of a vector hang together, in the same way from matrix to matrix: second moments of the vectors
+# that are known already, those of the matrices before included, say how an element follows from those before it. Their factors
+# (L D L^T, as in Cholesky's method) turn a vector into guesses and innovations, the share that could not be guessed:
+# level_j = sum over k < j of L_jk innovation_k + innovation_j; how far guesses are to be believed is learned on the way too.
+# What is coded is the code less its guess, by one of up to 32 frequency tables: the expected size of the innovation picks it, from
+# the element's sizes in the vectors before times the vector's sizes so far. Vectors come in blocks (side by side in all layers),
+# their elements in groups. All are fixed-point integers, so that every machine makes the same guesses: levels have 8 fractional
+# bits, L 16, moments 12. Matrix products go through float64, in which integers of this size are exact in any order of summation.
 # Symbols go through range asymmetric numeral systems (Duda, 2013; arXiv:1311.2540): up to RANS_MAX_LANES states of
-# 32 bits take turns and share one list of 16-bit words. The decoder computes with integers only, so that every machine gets
-# the same codes. Encoding runs the symbols backwards, so that decoding reads the words forwards.
+# 32 bits take turns and share one list of 16-bit words. Encoding runs the symbols backwards, so that decoding reads forwards.
 
 RANS_BITS = 14
 RANS_MAX_LANES = 1024
@@ -2940,27 +2950,32 @@ RANS_LANE_SYMBOLS = 8192
 RANS_LOW = 1 << 16
 RANS_CONTEXTS = 32
 RANS_CONTEXT_SYMBOLS = 8192
-RANS_PRIOR_ROWS = 4
 RANS_MEAN_UNIT = 32
-_MODEL_FIELDS = np.dtype([("predicted", "u1"), ("lowest", "<i2"), ("symbols", "<u2"), ("mean", "<u2"), ("contexts", "<u2")])
+PREDICT_MAX_ELEMENTS = 2048
+PREDICT_BLOCK = 64  # vectors of the first block; the later ones are a tenth of what is known
+PREDICT_GROUPS = 48
+PREDICT_MEMORY = 4096  # vectors after which a moment counts half
+PREDICT_PANEL = 64
+PREDICT_LIMIT = 1 << 17  # of guesses and innovations: no table can make them overflow
+_MODEL_FIELDS = np.dtype([("lowest", "i1"), ("symbols", "<u2"), ("mean", "<u2"), ("contexts", "u1")])
 
 
 class Bank(NamedTuple):
-    """Codes (matrices, rows, cols), int8, and whether a trellis wrote them."""
+    """Codes (matrices, rows, cols), int8, whether a trellis wrote them, and whether their vectors are the columns."""
 
     codes: np.ndarray
     trellis: bool
+    across: bool = False
 
     @property
-    def can_predict(self) -> bool:
-        """Tall enough to learn on the way how a row's codes hang together."""
-        matrices, rows, cols = self.codes.shape
-        return matrices == 1 and 64 <= cols <= 2048 and rows >= TALL_RATIO * cols
+    def vectors(self) -> np.ndarray:
+        """The codes as (matrices, vectors, elements), sharing memory."""
+        return self.codes.transpose(0, 2, 1) if self.across else self.codes
 
 
 class _Step(NamedTuple):
     """Codes that are coded side by side, and what both sides know of them before: a guess, how far off it may be, and
-    the quantizer (0 when there is no trellis). where: their place in the bank as (matrices, rows, cols)."""
+    the quantizer (0 when there is no trellis). where: their place in the bank's vectors."""
 
     where: tuple
     guesses: np.ndarray
@@ -2972,12 +2987,11 @@ class _Step(NamedTuple):
 class _BankModel:
     """How the codes of one bank are coded: what the encoder chose and the decoder reads.
 
-    predicted: codes are coded as differences to a guess. lowest: smallest difference. mean: mean of |code| in units of
-    1/RANS_MEAN_UNIT. thresholds: (contexts-1,) of the feature, rising. roots: (quantizers, contexts, symbols) uint8,
-    square roots of the frequencies up to a factor, so that a byte serves rare and frequent symbols alike.
+    lowest: smallest difference to a guess. mean: mean of |code| in units of 1/RANS_MEAN_UNIT. thresholds: (contexts-1,) of the
+    feature, rising. roots: (quantizers, contexts, symbols) uint8, square roots of the frequencies up to a factor, so that a
+    byte serves rare and frequent symbols alike.
     """
 
-    predicted: bool
     lowest: int
     mean: int
     thresholds: np.ndarray
@@ -2999,14 +3013,14 @@ class _BankModel:
 
 def encode_codes(banks: list[Bank]) -> list[bytes]:
     """[tables, states, words of each bank], for decode_codes with banks of the same shapes."""
-    models, slots = [], []
+    models, slots, prior = [], [], None
     for bank in banks:
-        fit = _fit_bank(bank)
-        models.append(fit.model)
-        frequencies = fit.model.frequencies()
+        prior = _Predictor(bank, _mean_size(bank.codes), prior)
+        model, contexts, symbols, lengths = _fit_model(bank, prior)
+        models.append(model)
+        frequencies = model.frequencies()
         starts = np.cumsum(frequencies, 1) - frequencies
-        chosen = (fit.contexts, fit.symbols)
-        slots.append((frequencies[chosen].astype(np.uint16), starts[chosen].astype(np.uint16), fit.lengths))
+        slots.append((frequencies[contexts, symbols].astype(np.uint16), starts[contexts, symbols].astype(np.uint16), lengths))
     return [_pack_models(models), *_rans_encode(slots, _lane_count(banks))]
 
 
@@ -3014,14 +3028,13 @@ def decode_codes(streams: list[bytes], banks: list[Bank]) -> None:
     """Fill the codes of banks with those that encode_codes was given."""
     if len(streams) != 2 + len(banks):
         raise ArtifactError(f"the artifact has {len(streams)} streams of codes where its model needs {2 + len(banks)}")
-    tables, states, words = streams[0], streams[1], b"".join(streams[2:])
-    decoder = _RansDecoder(states, words, _lane_count(banks))
-    for bank, model in zip(banks, _unpack_models(tables, banks)):
+    decoder, prior = _RansDecoder(streams[1], b"".join(streams[2:]), _lane_count(banks)), None
+    for bank, model in zip(banks, _unpack_models(streams[0], banks)):
         decoder.load(model.frequencies())
-        for step in _steps(bank, model.predicted, model.mean):
-            symbols = decoder.symbols(model.contexts(step.features, step.quantizers))
-            differences = symbols.astype(np.int64) + (step.guesses + model.lowest)
-            bank.codes[step.where] = differences.reshape(bank.codes[step.where].shape)
+        prior = _Predictor(bank, model.mean, prior)
+        for step in _steps(bank, prior):
+            symbols = decoder.symbols(model.contexts(step.features, step.quantizers).ravel())
+            bank.vectors[step.where] = symbols.reshape(step.guesses.shape) + (step.guesses + model.lowest)  # modulo 256
     decoder.finish()
 
 
@@ -3030,72 +3043,110 @@ def _lane_count(banks: list[Bank]) -> int:
     return min(RANS_MAX_LANES, 1 + sum(bank.codes.size for bank in banks) // RANS_LANE_SYMBOLS)
 
 
-def _steps(bank: Bank, predicted: bool, mean: int) -> Iterator[_Step]:
-    """The steps of a bank in order. Each must have been read, or written to bank.codes, before the next is asked for."""
-    return _predicted_steps(bank) if predicted else _plain_steps(bank, mean)
+def _mean_size(codes: np.ndarray) -> int:
+    return int(round(float(np.abs(codes.astype(np.int16)).mean()) * RANS_MEAN_UNIT))
 
 
-def _plain_steps(bank: Bank, mean: int) -> Iterator[_Step]:
-    """Row by row, all matrices at once: the feature of a code is the mean of |code| above it in its column."""
-    matrices, rows, cols = bank.codes.shape
-    segments, next_states = trellis_segments(rows, cols), trellis_next_states().numpy()
-    states = np.zeros((segments, matrices * cols), np.int64)
-    sums, guesses = np.zeros(matrices * cols, np.int64), np.zeros(matrices * cols, np.int64)
-    for row in range(rows):
-        state = states[row % segments]
-        features = (sums * RANS_MEAN_UNIT + mean * RANS_PRIOR_ROWS) // (row + RANS_PRIOR_ROWS)
-        yield _Step(np.s_[:, row, :], guesses, features, state & 1 if bank.trellis else guesses)
-        codes = bank.codes[:, row, :].ravel().astype(np.int64)
-        sums += np.abs(codes)
+class _Predictor:
+    """What is known of a bank's vectors while they are coded; the next bank begins with it.
+
+    moments: (elements, elements) int64, summed products of the elements' levels over `count` vectors, all matrices alike.
+    sums: (matrices, elements), of |level - guess| over the vectors so far. scale: mean |level|. agreed, energy: (matrices, 1, 1),
+    sums of guess * level and guess^2, which say what part of a guess to believe.
+    """
+
+    def __init__(self, bank: Bank, mean: int, prior: _Predictor | None) -> None:
+        matrices, _, elements = bank.vectors.shape
+        self.scale = mean * (16 if bank.trellis else 8)
+        self.sums = np.zeros((matrices, elements), np.int64)
+        self.moments, self.count = np.zeros(2 * (elements if elements <= PREDICT_MAX_ELEMENTS else 0,), np.int64), 0
+        if prior is not None and prior.count and prior.moments.shape == self.moments.shape:
+            self.count = min(2 * elements, prior.count)  # vectors that those of other banks count for
+            covariance = (prior.moments << 8) // prior.count * self.scale ** 2 // max(prior.scale, 1) ** 2
+            self.moments = covariance * self.count >> 8
+        self.agreed, self.energy = np.full((2, matrices, 1, 1), int(elements * PREDICT_BLOCK * self.scale ** 2 / 100), np.int64)
+
+    def fit(self) -> None:
+        """Take the moments as they are now for the guesses to come."""
+        enough = self.count >= PREDICT_BLOCK // 2 and self.moments.any()
+        self.factor = _fit_predictor(self.moments, self.count) if enough else None
+
+    def spread(self, elements: slice, seen: int) -> np.ndarray:
+        """Expected |level - guess| of some elements after `seen` vectors, (matrices, 1, elements), at least 1."""
+        return np.maximum((self.sums[:, None, elements] + 2 * self.scale) // (seen + 2), 1)
+
+    def believed(self, guesses: np.ndarray) -> np.ndarray:
+        """What is left of guesses (matrices, vectors, elements) when each matrix believes the part that has been right so far."""
+        return guesses * np.clip((self.agreed << 8) // np.maximum(self.energy, 1), 0, 256) >> 8
+
+    def guess(self, innovations: np.ndarray, group: slice) -> np.ndarray:
+        """What a group's levels should be by the innovations (matrices, vectors, elements) of the elements before."""
+        if self.factor is None:
+            return np.zeros((*innovations.shape[:2], group.stop - group.start), np.int64)
+        sums = innovations[:, :, : group.start] @ self.factor[group, : group.start].T
+        return np.clip(np.floor(sums / (1 << 16)), -PREDICT_LIMIT, PREDICT_LIMIT).astype(np.int64)
+
+    def innovations(self, levels: np.ndarray, guesses: np.ndarray, group: slice) -> np.ndarray:
+        """What a group's own elements leave of each other: its levels less all that L makes of the innovations before."""
+        self.agreed += (guesses * levels).sum((1, 2), keepdims=True)
+        self.energy += (guesses * guesses).sum((1, 2), keepdims=True)
+        rest = (levels - guesses).astype(np.float64)
+        for j in range(1, rest.shape[2] if self.factor is not None else 0):
+            rest[:, :, j] -= np.floor(rest[:, :, :j] @ self.factor[group.start + j, group.start: group.start + j] / (1 << 16))
+            np.clip(rest[:, :, j], -PREDICT_LIMIT, PREDICT_LIMIT, out=rest[:, :, j])
+        return np.clip(rest, -PREDICT_LIMIT, PREDICT_LIMIT)
+
+    def learn(self, levels: np.ndarray) -> None:
+        """Add a block of levels (matrices, vectors, elements) to the moments, and fade the older ones."""
+        flat = levels.reshape(-1, levels.shape[2])[:, : len(self.moments)]
+        self.moments = self.moments * PREDICT_MEMORY // (PREDICT_MEMORY + len(flat)) + (flat.T @ flat).astype(np.int64)
+        self.count = self.count * PREDICT_MEMORY // (PREDICT_MEMORY + len(flat)) + len(flat)
+
+
+def _steps(bank: Bank, known: _Predictor) -> Iterator[_Step]:
+    """The steps of a bank in order. Each must have been read, or written to bank.vectors, before the next is asked for."""
+    (matrices, vectors, elements), lanes = bank.vectors.shape, trellis_segments(*bank.codes.shape[1:])
+    states = np.zeros((matrices, vectors, lanes) if bank.across else (matrices, lanes, elements), np.int64)
+    tall, wide = (1, lanes) if bank.across else (lanes, 1)  # blocks and groups end where a step of the trellis ends
+    width, begin = -(-max(2, elements // PREDICT_GROUPS) // wide) * wide, 0
+    while begin < vectors:
+        block = slice(begin, min(vectors, begin + -(-max(PREDICT_BLOCK, begin // 10) // tall) * tall))
+        known.fit()
+        levels, innovations = np.zeros((2, matrices, block.stop - begin, elements))
+        sizes = np.full((matrices, block.stop - begin, 1), 8 << 8, np.int64)  # of each vector's innovations so far, in spreads
+        for left in range(0, elements, width):
+            group = slice(left, min(elements, left + width))
+            guesses = known.guess(innovations, group)
+            believed = known.believed(guesses)
+            levels[:, :, group] = yield from _group_steps(bank, known, states, (block, group), believed, sizes // (8 + left))
+            exact = levels[:, :, group].astype(np.int64) << 8
+            sizes += np.minimum((np.abs(exact - believed) << 8) // known.spread(group, block.stop), 1 << 12).sum(2, keepdims=True)
+            innovations[:, :, group] = known.innovations(exact, guesses, group)
+        known.learn(levels)
+        begin = block.stop
+
+
+def _group_steps(bank: Bank, known: _Predictor, states: np.ndarray, where: tuple[slice, slice], guesses: np.ndarray,
+                 sizes: np.ndarray) -> Generator[_Step, None, np.ndarray]:
+    """The steps of a group of elements of a block of vectors, down the trellis; returns their levels (matrices, vectors, elements)."""
+    next_states, levels, lanes = trellis_next_states().numpy(), np.empty_like(guesses), states.shape[2 if bank.across else 1]
+    for top in range(0, guesses.shape[2 if bank.across else 1], lanes):
+        ahead = slice(top, top + lanes)
+        part = np.s_[:, :, ahead] if bank.across else np.s_[:, ahead]
+        guess = guesses[part]
+        _, vectors, elements = guess.shape
+        first, element = (where[0].start, where[1].start + top) if bank.across else (where[0].start + top, where[1].start)
+        place = np.s_[:, first: first + vectors, element: element + elements]
+        state = states[:, place[1], :elements] if bank.across else states[:, :vectors, place[2]]
+        quantizers = state & 1 if bank.trellis else np.zeros_like(guess)
+        features = np.minimum(known.spread(place[2], first) * (sizes if bank.across else sizes[part]) >> 8, 65535)
+        yield _Step(place, _code_guesses(guess, quantizers, bank.trellis), features, quantizers)
+        level = bank.vectors[place].astype(np.int64)
         if bank.trellis:
-            state[:] = next_states[state, codes & 1]
-
-
-# A tall matrix, the embedding, is coded column by column in blocks of rows, because the codes of a row hang together:
-# once some blocks are known, the second moments of their rows say how each column follows from those before it. The
-# moments' factors (L D L^T, as in Cholesky's method) turn a row into guesses and innovations, the share that could not
-# be guessed: level_j = sum over k < j of L_jk innovation_k + innovation_j. It is all fixed-point integers, so that
-# every machine makes the same guesses: levels have 8 fractional bits, L 16, moments 12. Matrix products go through
-# float64, in which integers of this size are exact in any order of summation.
-
-TALL_RATIO = 8
-TALL_BLOCK_ROWS = 256
-TALL_REFIT = 1.25
-TALL_LEVEL_BITS = 8
-TALL_FACTOR_BITS = 16
-TALL_MOMENT_BITS = 12
-TALL_PANEL = 64
-
-
-def _predicted_steps(bank: Bank) -> Iterator[_Step]:
-    """Column by column through blocks of rows; a feature is the column's expected innovation times the row's so far."""
-    codes, next_states = bank.codes[0], trellis_next_states().numpy()
-    rows, cols = codes.shape
-    block = trellis_segments(rows, cols) if bank.trellis else TALL_BLOCK_ROWS
-    factor, deviations, fitted = np.zeros((cols, cols)), np.full(cols, 1 << TALL_MOMENT_BITS // 2, np.int64), 0
-    moments, levels, states = np.zeros((cols, cols)), np.zeros((rows, cols)), np.zeros((cols, block), np.int64)
-    for begin in range(0, rows, block):
-        if begin and begin >= fitted * TALL_REFIT:
-            moments += levels[fitted:begin].T @ levels[fitted:begin]
-            (factor, deviations), fitted = _fit_predictor(moments.astype(np.int64), begin), begin
-        where = slice(begin, min(begin + block, rows))
-        count = where.stop - begin
-        innovations, sizes = np.zeros((count, cols)), np.full(count, 16 * 205, np.int64)
-        for col in range(cols):
-            exact = innovations[:, :col] @ factor[col, :col]
-            guess = np.floor(exact / (1 << TALL_FACTOR_BITS)).astype(np.int64)
-            state = states[col, :count]
-            quantizers = state & 1 if bank.trellis else np.zeros_like(guess)
-            features = np.minimum(deviations[col] * sizes // (col + 16) >> 5, 65535)
-            yield _Step((slice(0, 1), where, col), _code_guesses(guess, quantizers, bank.trellis), features, quantizers)
-            level = codes[where, col].astype(np.int64)
-            if bank.trellis:
-                state[:] = next_states[state, level & 1]
-                level = trellis_levels(level, quantizers)
-            levels[where, col] = level
-            innovation = (level << TALL_LEVEL_BITS) - guess
-            innovations[:, col] = innovation
-            sizes += np.minimum((np.abs(innovation) << 6) // deviations[col], 1 << 12)
+            state[:], level = next_states[state, level & 1], trellis_levels(level, quantizers)
+        levels[part] = level
+        known.sums[:, place[2]] += np.abs((level << 8) - guess).sum(1)
+    return levels
 
 
 def _code_guesses(guess: np.ndarray, quantizers: np.ndarray, trellis: bool) -> np.ndarray:
@@ -3105,72 +3156,48 @@ def _code_guesses(guess: np.ndarray, quantizers: np.ndarray, trellis: bool) -> n
     return np.clip((guess + quantizers * (np.sign(guess) << 8) + 256) >> 9, -128, 127)
 
 
-def _fit_predictor(moments: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """(factor, deviations) from the summed x^T x of `count` rows of levels, int64 (cols, cols).
+def _fit_predictor(moments: np.ndarray, count: int) -> np.ndarray:
+    """L, float64 that holds integers with 16 fractional bits, from the summed x^T x of `count` vectors of levels, int64.
 
-    factor: L, float64 that holds integers, with TALL_FACTOR_BITS; deviations: (cols,) int64, standard deviations of the
-    innovations with TALL_MOMENT_BITS // 2. What lies off the diagonal counts less the fewer rows there were.
+    What lies off the diagonal counts less the fewer vectors there were.
     """
-    cols = len(moments)
-    doubt = min(max((1 << 16) // 10, (1 << 16) * 3 * cols // (10 * count)), (1 << 16) * 19 // 20)
-    matrix = (moments << TALL_MOMENT_BITS) // count
+    elements = len(moments)
+    doubt = min(max((1 << 16) // 40, (1 << 15) * elements // count), (1 << 16) * 19 // 20)
+    matrix = (moments << 12) // count
     diagonal = np.diagonal(matrix).copy()
     matrix = matrix * ((1 << 16) - doubt) >> 16
     np.fill_diagonal(matrix, diagonal)
-    factor, deviations = np.zeros((cols, cols)), np.empty(cols, np.int64)
-    for begin in range(0, cols, TALL_PANEL):
-        width = min(TALL_PANEL, cols - begin)
-        panel = matrix[begin:, begin : begin + width].copy()
-        for j in range(width):
-            pivot = max(int(panel[j, j]), 64)
-            deviations[begin + j] = math.isqrt(pivot)
-            below = np.clip((panel[j + 1 :, j] << TALL_FACTOR_BITS) // pivot, -(1 << 18), 1 << 18)
+    factor = np.zeros((elements, elements))
+    for begin in range(0, elements, PREDICT_PANEL):
+        end = min(begin + PREDICT_PANEL, elements)
+        panel = matrix[begin:, begin:end].copy()
+        for j in range(end - begin):
+            below = np.clip((panel[j + 1 :, j] << 16) // max(int(panel[j, j]), 64), -(1 << 18), 1 << 18)
             factor[begin + j + 1 :, begin + j] = below
-            panel[j + 1 :, j + 1 :] -= below[:, None] * panel[j + 1 : width, j] >> TALL_FACTOR_BITS
-        done = factor[begin + width :, begin : begin + width] @ panel[width:].T.astype(np.float64)
-        matrix[begin + width :, begin + width :] -= np.floor(done / (1 << TALL_FACTOR_BITS)).astype(np.int64)
-    return factor, deviations
+            panel[j + 1 :, j + 1 :] -= below[:, None] * panel[j + 1 : end - begin, j] >> 16
+        done = factor[end:, begin:end] @ panel[end - begin :].T.astype(np.float64)
+        matrix[end:, end:] -= np.floor(done / (1 << 16)).astype(np.int64)
+    return factor
 
 
-class _Fit(NamedTuple):
-    """A bank's model with what it makes of the bank: 1-d contexts and symbols in coding order, the lengths of the steps,
-    and how often each context saw each symbol, (quantizers, contexts, symbols)."""
-
-    model: _BankModel
-    contexts: np.ndarray
-    symbols: np.ndarray
-    lengths: list[int]
-    counts: np.ndarray
-
-
-def _fit_bank(bank: Bank) -> _Fit:
-    """The better of the models that the bank allows."""
-    fits = [_fit_model(bank, predicted) for predicted in ([False, True] if bank.can_predict else [False])]
-    return min((fit for fit in fits if fit is not None), key=lambda fit: entropy_bits(fit.counts))
-
-
-def _fit_model(bank: Bank, predicted: bool) -> _Fit | None:
-    """A model with the frequencies of this bank; None if it would need more than 256 symbols."""
-    mean = int(round(float(np.abs(bank.codes.astype(np.int16)).mean()) * RANS_MEAN_UNIT))
-    steps, differences = [], []
-    for step in _steps(bank, predicted, mean):
-        steps.append(step)
-        differences.append(bank.codes[step.where].ravel() - step.guesses)
-    differences = np.concatenate(differences)
-    features, quantizers = (np.concatenate([step[i] for step in steps]) for i in (2, 3))
+def _fit_model(bank: Bank, known: _Predictor) -> tuple[_BankModel, np.ndarray, np.ndarray, list[int]]:
+    """A model with the frequencies of this bank; contexts and symbols in coding order, 1-d; the lengths of the steps."""
+    steps, differences, mean = [], [], _mean_size(bank.codes)
+    for step in _steps(bank, known):
+        steps.append((step.features.ravel(), step.quantizers.ravel()))
+        differences.append((bank.vectors[step.where] - step.guesses).astype(np.int8).ravel())  # modulo 256
+    features, quantizers = map(np.concatenate, zip(*steps))
+    differences = np.concatenate(differences).astype(np.int64)
     lowest, symbols = int(differences.min()), int(differences.max() - differences.min()) + 1
-    if symbols > 256:
-        return None
     contexts = int(min(RANS_CONTEXTS, max(1, differences.size // RANS_CONTEXT_SYMBOLS)))
     thresholds = np.unique(np.quantile(features, np.arange(1, contexts) / contexts, method="higher")).astype(np.int64)
     shape = (1 + bank.trellis, len(thresholds) + 1, symbols)
-    context = _BankModel(predicted, lowest, mean, thresholds, np.zeros(shape, np.uint8)).contexts(features, quantizers)
+    context = _BankModel(lowest, mean, thresholds, np.zeros(shape, np.uint8)).contexts(features, quantizers)
     differences -= lowest
     counts = np.bincount(context * symbols + differences, minlength=math.prod(shape)).reshape(shape)
-    largest = np.maximum(counts.max(-1, keepdims=True), 1)
-    roots = np.where(counts > 0, np.maximum(np.rint(255 * np.sqrt(counts / largest)), 1), 0).astype(np.uint8)
-    model = _BankModel(predicted, lowest, mean, thresholds, roots)
-    return _Fit(model, context, differences, [len(step.features) for step in steps], counts)
+    roots = np.rint(255 * np.sqrt(counts / np.maximum(counts.max(-1, keepdims=True), 1)))
+    model = _BankModel(lowest, mean, thresholds, np.where(counts > 0, np.maximum(roots, 1), 0).astype(np.uint8))
+    return model, context, differences, [len(feature) for feature, _ in steps]
 
 
 def entropy_bits(counts: np.ndarray) -> float:
@@ -3183,7 +3210,7 @@ def _pack_models(models: list[_BankModel]) -> bytes:
     parts = []
     for model in models:
         _, contexts, symbols = model.roots.shape
-        parts.append(np.array([(model.predicted, model.lowest, symbols, model.mean, contexts)], _MODEL_FIELDS).tobytes())
+        parts.append(np.array([(model.lowest, symbols, model.mean, contexts)], _MODEL_FIELDS).tobytes())
         parts += [model.thresholds.astype("<u2").tobytes(), model.roots.tobytes()]
     return brotli.compress(b"".join(parts), quality=11)
 
@@ -3195,17 +3222,17 @@ def _unpack_models(stream: bytes, banks: list[Bank]) -> list[_BankModel]:
     for bank in banks:
         if position + _MODEL_FIELDS.itemsize > len(data):
             raise ArtifactError("the artifact's coder tables are cut short")
-        predicted, lowest, symbols, mean, contexts = np.frombuffer(data, _MODEL_FIELDS, 1, position)[0].item()
+        lowest, symbols, mean, contexts = np.frombuffer(data, _MODEL_FIELDS, 1, position)[0].item()
         position += _MODEL_FIELDS.itemsize
         shape = (1 + bank.trellis, contexts, symbols)
         size = 2 * (contexts - 1) + math.prod(shape)
-        in_range = predicted <= bank.can_predict and 1 <= symbols <= 256 and 1 <= contexts <= RANS_CONTEXTS
+        in_range = 1 <= symbols <= 256 and 1 <= contexts <= RANS_CONTEXTS
         if not in_range or position + size > len(data):
             raise ArtifactError("the artifact's coder tables are impossible")
         thresholds = np.frombuffer(data, "<u2", contexts - 1, position).astype(np.int64)
         roots = np.frombuffer(data, np.uint8, math.prod(shape), position + 2 * (contexts - 1))
         position += size
-        model = _BankModel(bool(predicted), lowest, mean, thresholds, roots.reshape(shape))
+        model = _BankModel(lowest, mean, thresholds, roots.reshape(shape))
         if (model.frequencies() < 0).any() or (np.diff(thresholds) < 0).any():
             raise ArtifactError("the artifact's coder tables are impossible")
         models.append(model)
