@@ -2948,8 +2948,10 @@ RANS_BITS = 14
 RANS_MAX_LANES = 1024
 RANS_LANE_SYMBOLS = 8192
 RANS_LOW = 1 << 16
-RANS_CONTEXTS = 32
-RANS_CONTEXT_SYMBOLS = 8192
+RANS_SPREADS = 12
+RANS_SPREAD_SYMBOLS = 1 << 17
+GUESS_EIGHTHS = np.array([1, 3, 5, 7, 10])  # of a code: guesses up to these have tables of their own, and so have those between
+GUESS_KINDS = len(GUESS_EIGHTHS) + 1 + 3
 RANS_MEAN_UNIT = 32
 PREDICT_MAX_ELEMENTS = 2048
 PREDICT_BLOCK = 64  # vectors of the first block; the later ones are a tenth of what is known
@@ -2974,11 +2976,16 @@ class Bank(NamedTuple):
 
 
 class _Step(NamedTuple):
-    """Codes that are coded side by side, and what both sides know of them before: a guess, how far off it may be, and
-    the quantizer (0 when there is no trellis). where: their place in the bank's vectors."""
+    """Codes that are coded side by side, and what both sides know of them before; what is coded is code * sign - offset, modulo 256.
+
+    where: their place in the bank's vectors. signs: of the guesses. offsets: the codes next to large guesses, else 0. kinds: below
+    GUESS_KINDS, where in its code a guess lies. features: how far off it may be. quantizers: 0 where there is no trellis.
+    """
 
     where: tuple
-    guesses: np.ndarray
+    signs: np.ndarray
+    offsets: np.ndarray
+    kinds: np.ndarray
     features: np.ndarray
     quantizers: np.ndarray
 
@@ -2987,9 +2994,9 @@ class _Step(NamedTuple):
 class _BankModel:
     """How the codes of one bank are coded: what the encoder chose and the decoder reads.
 
-    lowest: smallest difference to a guess. mean: mean of |code| in units of 1/RANS_MEAN_UNIT. thresholds: (contexts-1,) of the
-    feature, rising. roots: (quantizers, contexts, symbols) uint8, square roots of the frequencies up to a factor, so that a
-    byte serves rare and frequent symbols alike.
+    lowest: smallest number coded. mean: mean of |code| in units of 1/RANS_MEAN_UNIT. thresholds: (spreads-1,) of the feature, rising.
+    roots: (quantizers, spreads, GUESS_KINDS, symbols) uint8, square roots of the frequencies up to a factor, so that a byte
+    serves rare and frequent symbols alike.
     """
 
     lowest: int
@@ -2998,7 +3005,7 @@ class _BankModel:
     roots: np.ndarray
 
     def frequencies(self) -> np.ndarray:
-        """(quantizers*contexts, symbols) int64, every row adds up to 2**RANS_BITS; integers only."""
+        """(contexts, symbols) int64, every row adds up to 2**RANS_BITS; integers only."""
         squares = self.roots.reshape(-1, self.roots.shape[-1]).astype(np.int64) ** 2
         total = np.maximum(squares.sum(1, keepdims=True), 1)
         scaled = np.where(squares > 0, np.maximum(squares * (1 << RANS_BITS) // total, 1), 0)
@@ -3006,9 +3013,10 @@ class _BankModel:
         scaled[np.arange(len(scaled)), largest] += (1 << RANS_BITS) - scaled.sum(1)
         return scaled
 
-    def contexts(self, features: np.ndarray, quantizers: np.ndarray) -> np.ndarray:
-        """The table of each code, from what is known before it."""
-        return np.searchsorted(self.thresholds, features, side="right") + quantizers * (len(self.thresholds) + 1)
+    def contexts(self, step: _Step) -> np.ndarray:
+        """The table of each code, from what is known before it, 1-d."""
+        spreads = np.searchsorted(self.thresholds, step.features, side="right") + step.quantizers * (len(self.thresholds) + 1)
+        return (spreads * GUESS_KINDS + step.kinds).ravel()
 
 
 def encode_codes(banks: list[Bank]) -> list[bytes]:
@@ -3033,8 +3041,8 @@ def decode_codes(streams: list[bytes], banks: list[Bank]) -> None:
         decoder.load(model.frequencies())
         prior = _Predictor(bank, model.mean, prior)
         for step in _steps(bank, prior):
-            symbols = decoder.symbols(model.contexts(step.features, step.quantizers).ravel())
-            bank.vectors[step.where] = symbols.reshape(step.guesses.shape) + (step.guesses + model.lowest)  # modulo 256
+            symbols = decoder.symbols(model.contexts(step)).reshape(step.signs.shape)
+            bank.vectors[step.where] = step.signs * (symbols + (step.offsets + model.lowest))  # modulo 256
     decoder.finish()
 
 
@@ -3140,7 +3148,7 @@ def _group_steps(bank: Bank, known: _Predictor, states: np.ndarray, where: tuple
         state = states[:, place[1], :elements] if bank.across else states[:, :vectors, place[2]]
         quantizers = state & 1 if bank.trellis else np.zeros_like(guess)
         features = np.minimum(known.spread(place[2], first) * (sizes if bank.across else sizes[part]) >> 8, 65535)
-        yield _Step(place, _code_guesses(guess, quantizers, bank.trellis), features, quantizers)
+        yield _Step(place, *_split_guess(guess, 512 if bank.trellis else 256), features, quantizers)
         level = bank.vectors[place].astype(np.int64)
         if bank.trellis:
             state[:], level = next_states[state, level & 1], trellis_levels(level, quantizers)
@@ -3149,11 +3157,17 @@ def _group_steps(bank: Bank, known: _Predictor, states: np.ndarray, where: tuple
     return levels
 
 
-def _code_guesses(guess: np.ndarray, quantizers: np.ndarray, trellis: bool) -> np.ndarray:
-    """The code nearest to a guess of its level; nearly so near 0 in a trellis."""
-    if not trellis:
-        return np.clip((guess + 128) >> 8, -128, 127)
-    return np.clip((guess + quantizers * (np.sign(guess) << 8) + 256) >> 9, -128, 127)
+def _split_guess(guesses: np.ndarray, code: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Signs, offsets and kinds (see _Step) of guessed levels; `code` is what a code is worth in their unit.
+
+    Codes near 0 stay themselves, because there a trellis has levels of its own.
+    """
+    sizes = np.abs(guesses)
+    nearest = (sizes + code // 2) // code
+    fraction = (5 * (sizes - nearest * code) + code) // (2 * code) + len(GUESS_EIGHTHS) + 2  # up to -1/5 of a code, between, or from 1/5
+    kinds = np.searchsorted(GUESS_EIGHTHS * code // 8, sizes, side="right")
+    large = nearest > 1
+    return np.where(guesses < 0, -1, 1), nearest * large, np.where(large, fraction, kinds)
 
 
 def _fit_predictor(moments: np.ndarray, count: int) -> np.ndarray:
@@ -3182,22 +3196,23 @@ def _fit_predictor(moments: np.ndarray, count: int) -> np.ndarray:
 
 def _fit_model(bank: Bank, known: _Predictor) -> tuple[_BankModel, np.ndarray, np.ndarray, list[int]]:
     """A model with the frequencies of this bank; contexts and symbols in coding order, 1-d; the lengths of the steps."""
-    steps, differences, mean = [], [], _mean_size(bank.codes)
+    steps, coded = [], []
     for step in _steps(bank, known):
-        steps.append((step.features.ravel(), step.quantizers.ravel()))
-        differences.append((bank.vectors[step.where] - step.guesses).astype(np.int8).ravel())  # modulo 256
-    features, quantizers = map(np.concatenate, zip(*steps))
-    differences = np.concatenate(differences).astype(np.int64)
-    lowest, symbols = int(differences.min()), int(differences.max() - differences.min()) + 1
-    contexts = int(min(RANS_CONTEXTS, max(1, differences.size // RANS_CONTEXT_SYMBOLS)))
-    thresholds = np.unique(np.quantile(features, np.arange(1, contexts) / contexts, method="higher")).astype(np.int64)
-    shape = (1 + bank.trellis, len(thresholds) + 1, symbols)
-    context = _BankModel(lowest, mean, thresholds, np.zeros(shape, np.uint8)).contexts(features, quantizers)
-    differences -= lowest
-    counts = np.bincount(context * symbols + differences, minlength=math.prod(shape)).reshape(shape)
+        steps.append(step)
+        coded.append((bank.vectors[step.where] * step.signs - step.offsets).astype(np.int8).ravel())  # modulo 256
+    symbols = np.concatenate(coded).astype(np.int64)
+    lowest, mean = int(symbols.min()), _mean_size(bank.codes)
+    symbols -= lowest
+    spreads = min(RANS_SPREADS, 1 + symbols.size // RANS_SPREAD_SYMBOLS)
+    features = np.concatenate([step.features.ravel() for step in steps])
+    thresholds = np.unique(np.quantile(features, np.arange(1, spreads) / spreads, method="higher")).astype(np.int64)
+    shape = (1 + bank.trellis, len(thresholds) + 1, GUESS_KINDS, int(symbols.max()) + 1)
+    model = _BankModel(lowest, mean, thresholds, np.zeros(shape, np.uint8))
+    contexts = np.concatenate([model.contexts(step) for step in steps])
+    counts = np.bincount(contexts * shape[-1] + symbols, minlength=math.prod(shape)).reshape(shape)
     roots = np.rint(255 * np.sqrt(counts / np.maximum(counts.max(-1, keepdims=True), 1)))
-    model = _BankModel(lowest, mean, thresholds, np.where(counts > 0, np.maximum(roots, 1), 0).astype(np.uint8))
-    return model, context, differences, [len(feature) for feature, _ in steps]
+    model = replace(model, roots=np.where(counts > 0, np.maximum(roots, 1), 0).astype(np.uint8))
+    return model, contexts, symbols, [step.signs.size for step in steps]
 
 
 def entropy_bits(counts: np.ndarray) -> float:
@@ -3209,33 +3224,31 @@ def entropy_bits(counts: np.ndarray) -> float:
 def _pack_models(models: list[_BankModel]) -> bytes:
     parts = []
     for model in models:
-        _, contexts, symbols = model.roots.shape
-        parts.append(np.array([(model.lowest, symbols, model.mean, contexts)], _MODEL_FIELDS).tobytes())
+        _, spreads, _, symbols = model.roots.shape
+        parts.append(np.array([(model.lowest, symbols, model.mean, spreads)], _MODEL_FIELDS).tobytes())
         parts += [model.thresholds.astype("<u2").tobytes(), model.roots.tobytes()]
     return brotli.compress(b"".join(parts), quality=11)
 
 
 def _unpack_models(stream: bytes, banks: list[Bank]) -> list[_BankModel]:
-    limit = len(banks) * (_MODEL_FIELDS.itemsize + RANS_CONTEXTS * (2 + 2 * 256))
-    data = decompress(stream, limit)
+    data = decompress(stream, len(banks) * (_MODEL_FIELDS.itemsize + RANS_SPREADS * (2 + 2 * GUESS_KINDS * 256)))
     models, position = [], 0
-    for bank in banks:
-        if position + _MODEL_FIELDS.itemsize > len(data):
+
+    def take(dtype: Any, count: int) -> np.ndarray:
+        nonlocal position
+        begin, position = position, position + count * np.dtype(dtype).itemsize
+        if position > len(data):
             raise ArtifactError("the artifact's coder tables are cut short")
-        lowest, symbols, mean, contexts = np.frombuffer(data, _MODEL_FIELDS, 1, position)[0].item()
-        position += _MODEL_FIELDS.itemsize
-        shape = (1 + bank.trellis, contexts, symbols)
-        size = 2 * (contexts - 1) + math.prod(shape)
-        in_range = 1 <= symbols <= 256 and 1 <= contexts <= RANS_CONTEXTS
-        if not in_range or position + size > len(data):
+        return np.frombuffer(data, dtype, count, begin)
+
+    for bank in banks:
+        lowest, symbols, mean, spreads = take(_MODEL_FIELDS, 1)[0].item()
+        if not (1 <= symbols <= 256 and 1 <= spreads <= RANS_SPREADS):
             raise ArtifactError("the artifact's coder tables are impossible")
-        thresholds = np.frombuffer(data, "<u2", contexts - 1, position).astype(np.int64)
-        roots = np.frombuffer(data, np.uint8, math.prod(shape), position + 2 * (contexts - 1))
-        position += size
-        model = _BankModel(lowest, mean, thresholds, roots.reshape(shape))
-        if (model.frequencies() < 0).any() or (np.diff(thresholds) < 0).any():
+        thresholds, shape = take("<u2", spreads - 1).astype(np.int64), (1 + bank.trellis, spreads, GUESS_KINDS, symbols)
+        models.append(_BankModel(lowest, mean, thresholds, take(np.uint8, math.prod(shape)).reshape(shape)))
+        if (models[-1].frequencies() < 0).any() or (np.diff(thresholds) < 0).any():
             raise ArtifactError("the artifact's coder tables are impossible")
-        models.append(model)
     if position != len(data):
         raise ArtifactError("the artifact's coder tables have bytes left over")
     return models
