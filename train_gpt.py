@@ -2948,14 +2948,14 @@ RANS_BITS = 14
 RANS_MAX_LANES = 1024
 RANS_LANE_SYMBOLS = 8192
 RANS_LOW = 1 << 16
-RANS_SPREADS = 12
+RANS_SPREADS = 6
 RANS_SPREAD_SYMBOLS = 1 << 17
 GUESS_EIGHTHS = np.array([1, 3, 5, 7, 10])  # of a code: guesses up to these have tables of their own, and so have those between
 GUESS_KINDS = len(GUESS_EIGHTHS) + 1 + 3
 RANS_MEAN_UNIT = 32
 PREDICT_MAX_ELEMENTS = 2048
-PREDICT_BLOCK = 64  # vectors of the first block; the later ones are a tenth of what is known
-PREDICT_GROUPS = 48
+PREDICT_BLOCK = 64  # vectors of the first block; the later ones are an eighth of what is known
+PREDICT_GROUPS = 32
 PREDICT_MEMORY = 4096  # vectors after which a moment counts half
 PREDICT_PANEL = 64
 PREDICT_LIMIT = 1 << 17  # of guesses and innovations: no table can make them overflow
@@ -2978,8 +2978,8 @@ class Bank(NamedTuple):
 class _Step(NamedTuple):
     """Codes that are coded side by side, and what both sides know of them before; what is coded is code * sign - offset, modulo 256.
 
-    where: their place in the bank's vectors. signs: of the guesses. offsets: the codes next to large guesses, else 0. kinds: below
-    GUESS_KINDS, where in its code a guess lies. features: how far off it may be. quantizers: 0 where there is no trellis.
+    where: their place in the bank's vectors. signs: of the guesses. offsets: the codes next to large guesses, else 0. kinds: where
+    in its code a guess lies, below GUESS_KINDS, and as many more for quantizer 1 of a trellis. features: how far off it may be.
     """
 
     where: tuple
@@ -2987,7 +2987,6 @@ class _Step(NamedTuple):
     offsets: np.ndarray
     kinds: np.ndarray
     features: np.ndarray
-    quantizers: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
@@ -2995,7 +2994,7 @@ class _BankModel:
     """How the codes of one bank are coded: what the encoder chose and the decoder reads.
 
     lowest: smallest number coded. mean: mean of |code| in units of 1/RANS_MEAN_UNIT. thresholds: (spreads-1,) of the feature, rising.
-    roots: (quantizers, spreads, GUESS_KINDS, symbols) uint8, square roots of the frequencies up to a factor, so that a byte
+    roots: (kinds, spreads, symbols) uint8, square roots of the frequencies up to a factor, so that a byte
     serves rare and frequent symbols alike.
     """
 
@@ -3015,8 +3014,8 @@ class _BankModel:
 
     def contexts(self, step: _Step) -> np.ndarray:
         """The table of each code, from what is known before it, 1-d."""
-        spreads = np.searchsorted(self.thresholds, step.features, side="right") + step.quantizers * (len(self.thresholds) + 1)
-        return (spreads * GUESS_KINDS + step.kinds).ravel()
+        spreads = np.searchsorted(self.thresholds, step.features, side="right")
+        return (step.kinds * (len(self.thresholds) + 1) + spreads).ravel()
 
 
 def encode_codes(banks: list[Bank]) -> list[bytes]:
@@ -3113,12 +3112,14 @@ class _Predictor:
 
 def _steps(bank: Bank, known: _Predictor) -> Iterator[_Step]:
     """The steps of a bank in order. Each must have been read, or written to bank.vectors, before the next is asked for."""
-    (matrices, vectors, elements), lanes = bank.vectors.shape, trellis_segments(*bank.codes.shape[1:])
-    states = np.zeros((matrices, vectors, lanes) if bank.across else (matrices, lanes, elements), np.int64)
-    tall, wide = (1, lanes) if bank.across else (lanes, 1)  # blocks and groups end where a step of the trellis ends
+    matrices, vectors, elements = bank.vectors.shape
+    lanes = trellis_segments(*bank.codes.shape[1:]) if bank.trellis else 1 << 20  # without a trellis nothing has to wait
+    shape = (matrices, vectors, lanes) if bank.across else (matrices, lanes, elements)
+    states = np.zeros(shape, np.int64) if bank.trellis else np.broadcast_to(np.int64(0), shape)
+    tall, wide = (1, 1) if not bank.trellis else (1, lanes) if bank.across else (lanes, 1)  # blocks and groups end where a step of the trellis ends
     width, begin = -(-max(2, elements // PREDICT_GROUPS) // wide) * wide, 0
     while begin < vectors:
-        block = slice(begin, min(vectors, begin + -(-max(PREDICT_BLOCK, begin // 10) // tall) * tall))
+        block = slice(begin, min(vectors, begin + -(-max(PREDICT_BLOCK, begin // 8) // tall) * tall))
         known.fit()
         levels, innovations = np.zeros((2, matrices, block.stop - begin, elements))
         sizes = np.full((matrices, block.stop - begin, 1), 8 << 8, np.int64)  # of each vector's innovations so far, in spreads
@@ -3146,9 +3147,10 @@ def _group_steps(bank: Bank, known: _Predictor, states: np.ndarray, where: tuple
         first, element = (where[0].start, where[1].start + top) if bank.across else (where[0].start + top, where[1].start)
         place = np.s_[:, first: first + vectors, element: element + elements]
         state = states[:, place[1], :elements] if bank.across else states[:, :vectors, place[2]]
-        quantizers = state & 1 if bank.trellis else np.zeros_like(guess)
+        quantizers = state & 1
         features = np.minimum(known.spread(place[2], first) * (sizes if bank.across else sizes[part]) >> 8, 65535)
-        yield _Step(place, *_split_guess(guess, 512 if bank.trellis else 256), features, quantizers)
+        signs, offsets, kinds = _split_guess(guess, 512 if bank.trellis else 256)
+        yield _Step(place, signs, offsets, kinds + quantizers * GUESS_KINDS, features)
         level = bank.vectors[place].astype(np.int64)
         if bank.trellis:
             state[:], level = next_states[state, level & 1], trellis_levels(level, quantizers)
@@ -3206,7 +3208,7 @@ def _fit_model(bank: Bank, known: _Predictor) -> tuple[_BankModel, np.ndarray, n
     spreads = min(RANS_SPREADS, 1 + symbols.size // RANS_SPREAD_SYMBOLS)
     features = np.concatenate([step.features.ravel() for step in steps])
     thresholds = np.unique(np.quantile(features, np.arange(1, spreads) / spreads, method="higher")).astype(np.int64)
-    shape = (1 + bank.trellis, len(thresholds) + 1, GUESS_KINDS, int(symbols.max()) + 1)
+    shape = (GUESS_KINDS * (1 + bank.trellis), len(thresholds) + 1, int(symbols.max()) + 1)
     model = _BankModel(lowest, mean, thresholds, np.zeros(shape, np.uint8))
     contexts = np.concatenate([model.contexts(step) for step in steps])
     counts = np.bincount(contexts * shape[-1] + symbols, minlength=math.prod(shape)).reshape(shape)
@@ -3224,7 +3226,7 @@ def entropy_bits(counts: np.ndarray) -> float:
 def _pack_models(models: list[_BankModel]) -> bytes:
     parts = []
     for model in models:
-        _, spreads, _, symbols = model.roots.shape
+        _, spreads, symbols = model.roots.shape
         parts.append(np.array([(model.lowest, symbols, model.mean, spreads)], _MODEL_FIELDS).tobytes())
         parts += [model.thresholds.astype("<u2").tobytes(), model.roots.tobytes()]
     return brotli.compress(b"".join(parts), quality=11)
@@ -3245,7 +3247,7 @@ def _unpack_models(stream: bytes, banks: list[Bank]) -> list[_BankModel]:
         lowest, symbols, mean, spreads = take(_MODEL_FIELDS, 1)[0].item()
         if not (1 <= symbols <= 256 and 1 <= spreads <= RANS_SPREADS):
             raise ArtifactError("the artifact's coder tables are impossible")
-        thresholds, shape = take("<u2", spreads - 1).astype(np.int64), (1 + bank.trellis, spreads, GUESS_KINDS, symbols)
+        thresholds, shape = take("<u2", spreads - 1).astype(np.int64), (GUESS_KINDS * (1 + bank.trellis), spreads, symbols)
         models.append(_BankModel(lowest, mean, thresholds, take(np.uint8, math.prod(shape)).reshape(shape)))
         if (models[-1].frequencies() < 0).any() or (np.diff(thresholds) < 0).any():
             raise ArtifactError("the artifact's coder tables are impossible")
