@@ -2784,7 +2784,7 @@ def take_tensors(cfg: Config, compressor: str, plain: dict[str, Tensor], coded: 
 def row_banks(row: Row, quantized: Quantized) -> list[Bank]:
     """The codes of a parameter by groups of matrices (matrices, rows, cols), sharing memory."""
     codes = quantized.codes.reshape(-1, *quantized.codes.shape[-2:]).numpy()
-    return [Bank(codes[group.first: group.last], quantized.method == "trellis", group.hessian in ("proj", "down")) for group in row.matrices]
+    return [Bank(codes[g.first: g.last], quantized.method == "trellis", across=g.hessian in ("proj", "down")) for g in row.matrices]
 
 
 def join_streams(streams: list[bytes]) -> bytes:
@@ -2933,13 +2933,11 @@ def counted_code() -> bytes:
 
 # ---- entropy coder ("rans") ----
 # Every matrix reads from the residual stream or writes to it, so all are lists of vectors in one basis: rows, or the columns of a
-# matrix that writes. Elements of a vector hang together, in the same way from matrix to matrix: second moments of the vectors
-# that are known already, those of the matrices before included, say how an element follows from those before it. Their factors
-# (L D L^T, as in Cholesky's method) turn a vector into guesses and innovations, the share that could not be guessed:
-# level_j = sum over k < j of L_jk innovation_k + innovation_j; how far guesses are to be believed is learned on the way too.
-# What is coded is the code less its guess, by one of up to 32 frequency tables: the expected size of the innovation picks it, from
-# the element's sizes in the vectors before times the vector's sizes so far. Vectors come in blocks (side by side in all layers),
-# their elements in groups. All are fixed-point integers, so that every machine makes the same guesses: levels have 8 fractional
+# matrix that writes. How a vector's elements follow from those before them is much the same from matrix to matrix, and second moments
+# of the vectors already known say it. Their factors (L D L^T, as in Cholesky's method) turn a vector into guesses and innovations,
+# what could not be guessed: level_j = sum over k < j of L_jk innovation_k + innovation_j. What a guess leaves of a code is coded by
+# a table that is picked by where in its code the guess lies and by how far off it may be: the element's misses in earlier vectors
+# times the vector's so far. All are fixed-point integers, so that every machine makes the same guesses: levels have 8 fractional
 # bits, L 16, moments 12. Matrix products go through float64, in which integers of this size are exact in any order of summation.
 # Symbols go through range asymmetric numeral systems (Duda, 2013; arXiv:1311.2540): up to RANS_MAX_LANES states of
 # 32 bits take turns and share one list of 16-bit words. Encoding runs the symbols backwards, so that decoding reads forwards.
@@ -2959,7 +2957,9 @@ PREDICT_GROUPS = 32
 PREDICT_MEMORY = 4096  # vectors after which a moment counts half
 PREDICT_PANEL = 64
 PREDICT_LIMIT = 1 << 17  # of guesses and innovations: no table can make them overflow
-_MODEL_FIELDS = np.dtype([("lowest", "i1"), ("symbols", "<u2"), ("mean", "<u2"), ("contexts", "u1")])
+# How the codes of a bank are coded, in the file: mean of |code| in units of 1/RANS_MEAN_UNIT; what divides the features, rising; square
+# roots of the frequencies of (kinds, spreads, symbols), up to a factor, so that a byte serves rare and frequent symbols alike.
+RANS_MODEL = np.dtype([("mean", "<u2"), ("thresholds", "<u2", RANS_SPREADS - 1), ("roots", "u1", (2 * GUESS_KINDS, RANS_SPREADS, 256))])
 
 
 class Bank(NamedTuple):
@@ -2989,69 +2989,53 @@ class _Step(NamedTuple):
     features: np.ndarray
 
 
-@dataclass(frozen=True, eq=False)
-class _BankModel:
-    """How the codes of one bank are coded: what the encoder chose and the decoder reads.
+def _frequencies(model: np.void) -> np.ndarray:
+    """(contexts, 256) int64 of a RANS_MODEL, every row adds up to 2**RANS_BITS; integers only."""
+    squares = model["roots"].reshape(-1, 256).astype(np.int64) ** 2
+    scaled = squares * (1 << RANS_BITS) // np.maximum(squares.sum(1, keepdims=True), 1)
+    scaled = np.where(squares > 0, np.maximum(scaled, 1), 0)
+    scaled[np.arange(len(scaled)), scaled.argmax(1)] += (1 << RANS_BITS) - scaled.sum(1)
+    return scaled
 
-    lowest: smallest number coded. mean: mean of |code| in units of 1/RANS_MEAN_UNIT. thresholds: (spreads-1,) of the feature, rising.
-    roots: (kinds, spreads, symbols) uint8, square roots of the frequencies up to a factor, so that a byte
-    serves rare and frequent symbols alike.
-    """
 
-    lowest: int
-    mean: int
-    thresholds: np.ndarray
-    roots: np.ndarray
-
-    def frequencies(self) -> np.ndarray:
-        """(contexts, symbols) int64, every row adds up to 2**RANS_BITS; integers only."""
-        squares = self.roots.reshape(-1, self.roots.shape[-1]).astype(np.int64) ** 2
-        total = np.maximum(squares.sum(1, keepdims=True), 1)
-        scaled = np.where(squares > 0, np.maximum(squares * (1 << RANS_BITS) // total, 1), 0)
-        largest = scaled.argmax(1)
-        scaled[np.arange(len(scaled)), largest] += (1 << RANS_BITS) - scaled.sum(1)
-        return scaled
-
-    def contexts(self, step: _Step) -> np.ndarray:
-        """The table of each code, from what is known before it, 1-d."""
-        spreads = np.searchsorted(self.thresholds, step.features, side="right")
-        return (step.kinds * (len(self.thresholds) + 1) + spreads).ravel()
+def _contexts(model: np.void, step: _Step) -> np.ndarray:
+    """The table of each code of a step, 1-d."""
+    return (step.kinds * RANS_SPREADS + np.searchsorted(model["thresholds"].astype(np.int64), step.features, side="right")).ravel()
 
 
 def encode_codes(banks: list[Bank]) -> list[bytes]:
     """[tables, states, words of each bank], for decode_codes with banks of the same shapes."""
-    models, slots, prior = [], [], None
-    for bank in banks:
-        prior = _Predictor(bank, _mean_size(bank.codes), prior)
-        model, contexts, symbols, lengths = _fit_model(bank, prior)
-        models.append(model)
-        frequencies = model.frequencies()
+    models, slots, known = np.zeros(len(banks), RANS_MODEL), [], None
+    for bank, model in zip(banks, models):
+        model["mean"] = int(round(float(np.abs(bank.codes.astype(np.int16)).mean()) * RANS_MEAN_UNIT))
+        known = _Predictor(bank, int(model["mean"]), known)
+        contexts, symbols, lengths = _fit_model(bank, known, model)
+        frequencies = _frequencies(model)
         starts = np.cumsum(frequencies, 1) - frequencies
         slots.append((frequencies[contexts, symbols].astype(np.uint16), starts[contexts, symbols].astype(np.uint16), lengths))
-    return [_pack_models(models), *_rans_encode(slots, _lane_count(banks))]
+    return [brotli.compress(models.tobytes(), quality=11), *_rans_encode(slots, _lane_count(banks))]
 
 
 def decode_codes(streams: list[bytes], banks: list[Bank]) -> None:
     """Fill the codes of banks with those that encode_codes was given."""
     if len(streams) != 2 + len(banks):
         raise ArtifactError(f"the artifact has {len(streams)} streams of codes where its model needs {2 + len(banks)}")
-    decoder, prior = _RansDecoder(streams[1], b"".join(streams[2:]), _lane_count(banks)), None
-    for bank, model in zip(banks, _unpack_models(streams[0], banks)):
-        decoder.load(model.frequencies())
-        prior = _Predictor(bank, model.mean, prior)
-        for step in _steps(bank, prior):
-            symbols = decoder.symbols(model.contexts(step)).reshape(step.signs.shape)
-            bank.vectors[step.where] = step.signs * (symbols + (step.offsets + model.lowest))  # modulo 256
+    tables, size = decompress(streams[0], len(banks) * RANS_MODEL.itemsize), len(banks) * RANS_MODEL.itemsize
+    if len(tables) != size:
+        raise ArtifactError(f"the artifact's coder tables are {len(tables)} bytes, they must be {size}")
+    decoder, known = _RansDecoder(streams[1], b"".join(streams[2:]), _lane_count(banks)), None
+    for bank, model in zip(banks, np.frombuffer(tables, RANS_MODEL)):
+        decoder.load(_frequencies(model))
+        known = _Predictor(bank, int(model["mean"]), known)
+        for step in _steps(bank, known):
+            symbols = decoder.symbols(_contexts(model, step)).reshape(step.signs.shape)
+            bank.vectors[step.where] = step.signs * (symbols + step.offsets)  # modulo 256
     decoder.finish()
 
 
 def _lane_count(banks: list[Bank]) -> int:
     """States of the coder: many are fast, few are small."""
     return min(RANS_MAX_LANES, 1 + sum(bank.codes.size for bank in banks) // RANS_LANE_SYMBOLS)
-
-
-def _mean_size(codes: np.ndarray) -> int:
-    return int(round(float(np.abs(codes.astype(np.int16)).mean()) * RANS_MEAN_UNIT))
 
 
 class _Predictor:
@@ -3066,7 +3050,7 @@ class _Predictor:
         matrices, _, elements = bank.vectors.shape
         self.scale = mean * (16 if bank.trellis else 8)
         self.sums = np.zeros((matrices, elements), np.int64)
-        self.moments, self.count = np.zeros(2 * (elements if elements <= PREDICT_MAX_ELEMENTS else 0,), np.int64), 0
+        self.moments, self.count = np.zeros(2 * (elements * (elements <= PREDICT_MAX_ELEMENTS),), np.int64), 0
         if prior is not None and prior.count and prior.moments.shape == self.moments.shape:
             self.count = min(2 * elements, prior.count)  # vectors that those of other banks count for
             covariance = (prior.moments << 8) // prior.count * self.scale ** 2 // max(prior.scale, 1) ** 2
@@ -3116,7 +3100,9 @@ def _steps(bank: Bank, known: _Predictor) -> Iterator[_Step]:
     lanes = trellis_segments(*bank.codes.shape[1:]) if bank.trellis else 1 << 20  # without a trellis nothing has to wait
     shape = (matrices, vectors, lanes) if bank.across else (matrices, lanes, elements)
     states = np.zeros(shape, np.int64) if bank.trellis else np.broadcast_to(np.int64(0), shape)
-    tall, wide = (1, 1) if not bank.trellis else (1, lanes) if bank.across else (lanes, 1)  # blocks and groups end where a step of the trellis ends
+    tall, wide = (1, lanes) if bank.across else (lanes, 1)  # blocks and groups end where a step of the trellis does
+    if not bank.trellis:
+        tall = wide = 1
     width, begin = -(-max(2, elements // PREDICT_GROUPS) // wide) * wide, 0
     while begin < vectors:
         block = slice(begin, min(vectors, begin + -(-max(PREDICT_BLOCK, begin // 8) // tall) * tall))
@@ -3148,7 +3134,7 @@ def _group_steps(bank: Bank, known: _Predictor, states: np.ndarray, where: tuple
         place = np.s_[:, first: first + vectors, element: element + elements]
         state = states[:, place[1], :elements] if bank.across else states[:, :vectors, place[2]]
         quantizers = state & 1
-        features = np.minimum(known.spread(place[2], first) * (sizes if bank.across else sizes[part]) >> 8, 65535)
+        features = np.minimum(known.spread(place[2], first) * (sizes if bank.across else sizes[part]) >> 8, 65534)
         signs, offsets, kinds = _split_guess(guess, 512 if bank.trellis else 256)
         yield _Step(place, signs, offsets, kinds + quantizers * GUESS_KINDS, features)
         level = bank.vectors[place].astype(np.int64)
@@ -3196,64 +3182,27 @@ def _fit_predictor(moments: np.ndarray, count: int) -> np.ndarray:
     return factor
 
 
-def _fit_model(bank: Bank, known: _Predictor) -> tuple[_BankModel, np.ndarray, np.ndarray, list[int]]:
-    """A model with the frequencies of this bank; contexts and symbols in coding order, 1-d; the lengths of the steps."""
+def _fit_model(bank: Bank, known: _Predictor, model: np.void) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    """Set the thresholds and frequencies of a model; contexts and symbols in coding order, 1-d, and the lengths of the steps."""
     steps, coded = [], []
     for step in _steps(bank, known):
         steps.append(step)
-        coded.append((bank.vectors[step.where] * step.signs - step.offsets).astype(np.int8).ravel())  # modulo 256
-    symbols = np.concatenate(coded).astype(np.int64)
-    lowest, mean = int(symbols.min()), _mean_size(bank.codes)
-    symbols -= lowest
+        coded.append((bank.vectors[step.where] * step.signs - step.offsets).astype(np.uint8).ravel())  # modulo 256
+    symbols, features = np.concatenate(coded), np.concatenate([step.features.ravel() for step in steps])
     spreads = min(RANS_SPREADS, 1 + symbols.size // RANS_SPREAD_SYMBOLS)
-    features = np.concatenate([step.features.ravel() for step in steps])
-    thresholds = np.unique(np.quantile(features, np.arange(1, spreads) / spreads, method="higher")).astype(np.int64)
-    shape = (GUESS_KINDS * (1 + bank.trellis), len(thresholds) + 1, int(symbols.max()) + 1)
-    model = _BankModel(lowest, mean, thresholds, np.zeros(shape, np.uint8))
-    contexts = np.concatenate([model.contexts(step) for step in steps])
-    counts = np.bincount(contexts * shape[-1] + symbols, minlength=math.prod(shape)).reshape(shape)
-    roots = np.rint(255 * np.sqrt(counts / np.maximum(counts.max(-1, keepdims=True), 1)))
-    model = replace(model, roots=np.where(counts > 0, np.maximum(roots, 1), 0).astype(np.uint8))
-    return model, contexts, symbols, [step.signs.size for step in steps]
+    model["thresholds"] = (1 << 16) - 1
+    model["thresholds"][: spreads - 1] = np.quantile(features, np.arange(1, spreads) / spreads, method="higher")
+    contexts = np.concatenate([_contexts(model, step) for step in steps])
+    counts = np.bincount(contexts * 256 + symbols, minlength=model["roots"].size).reshape(-1, 256)
+    roots = np.rint(255 * np.sqrt(counts / np.maximum(counts.max(1, keepdims=True), 1)))
+    model["roots"] = np.where(counts > 0, np.maximum(roots, 1), 0).reshape(model["roots"].shape)
+    return contexts, symbols, [step.signs.size for step in steps]
 
 
 def entropy_bits(counts: np.ndarray) -> float:
     """Bits of symbols that occurred so often, (..., symbols), with a table each; the tables themselves come free."""
     share = counts / np.maximum(counts.sum(-1, keepdims=True), 1)
     return float(-(counts * np.log2(np.where(counts > 0, share, 1.0))).sum())
-
-
-def _pack_models(models: list[_BankModel]) -> bytes:
-    parts = []
-    for model in models:
-        _, spreads, symbols = model.roots.shape
-        parts.append(np.array([(model.lowest, symbols, model.mean, spreads)], _MODEL_FIELDS).tobytes())
-        parts += [model.thresholds.astype("<u2").tobytes(), model.roots.tobytes()]
-    return brotli.compress(b"".join(parts), quality=11)
-
-
-def _unpack_models(stream: bytes, banks: list[Bank]) -> list[_BankModel]:
-    data = decompress(stream, len(banks) * (_MODEL_FIELDS.itemsize + RANS_SPREADS * (2 + 2 * GUESS_KINDS * 256)))
-    models, position = [], 0
-
-    def take(dtype: Any, count: int) -> np.ndarray:
-        nonlocal position
-        begin, position = position, position + count * np.dtype(dtype).itemsize
-        if position > len(data):
-            raise ArtifactError("the artifact's coder tables are cut short")
-        return np.frombuffer(data, dtype, count, begin)
-
-    for bank in banks:
-        lowest, symbols, mean, spreads = take(_MODEL_FIELDS, 1)[0].item()
-        if not (1 <= symbols <= 256 and 1 <= spreads <= RANS_SPREADS):
-            raise ArtifactError("the artifact's coder tables are impossible")
-        thresholds, shape = take("<u2", spreads - 1).astype(np.int64), (GUESS_KINDS * (1 + bank.trellis), spreads, symbols)
-        models.append(_BankModel(lowest, mean, thresholds, take(np.uint8, math.prod(shape)).reshape(shape)))
-        if (models[-1].frequencies() < 0).any() or (np.diff(thresholds) < 0).any():
-            raise ArtifactError("the artifact's coder tables are impossible")
-    if position != len(data):
-        raise ArtifactError("the artifact's coder tables have bytes left over")
-    return models
 
 
 def _rans_encode(slots: list[tuple[np.ndarray, np.ndarray, list[int]]], lane_count: int) -> list[bytes]:
@@ -3290,10 +3239,10 @@ class _RansDecoder:
         self.position = 0
 
     def load(self, frequencies: np.ndarray) -> None:
-        """Take (contexts, symbols) tables, each row adding up to 2**RANS_BITS."""
-        contexts, self.alphabet = frequencies.shape
-        symbols = np.tile(np.arange(self.alphabet, dtype=np.uint8), contexts)
-        self.symbol_of_slot = np.repeat(symbols, frequencies.ravel())
+        """Take (contexts, 256) tables, each row adding up to 2**RANS_BITS."""
+        if (frequencies < 0).any():
+            raise ArtifactError("the artifact's coder tables are impossible")
+        self.symbol_of_slot = np.repeat(np.tile(np.arange(256, dtype=np.uint8), len(frequencies)), frequencies.ravel())
         self.frequency = frequencies.astype(np.uint32).ravel()
         self.start = (np.cumsum(frequencies, 1) - frequencies).astype(np.uint32).ravel()
 
@@ -3307,7 +3256,7 @@ class _RansDecoder:
             slot = lanes & np.uint32((1 << RANS_BITS) - 1)
             symbol = self.symbol_of_slot[(chunk << RANS_BITS) + slot]
             result[begin : begin + lane_count] = symbol
-            entry = chunk * self.alphabet + symbol
+            entry = chunk * 256 + symbol
             lanes[:] = self.frequency[entry] * (lanes >> np.uint32(RANS_BITS)) + slot - self.start[entry]
             empty = np.flatnonzero(lanes < RANS_LOW)
             fresh = self.words[self.position : self.position + len(empty)]

@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from train_gpt import Bank, decode_codes, encode_codes, entropy_bits, trellis_quantizers
@@ -93,12 +94,14 @@ def measure(path: Path, code: Path | None, with_lrzip: bool) -> None:
     sizes, total = iter(streams[2:]), np.zeros(4)
     for name, bank in codes.items():
         size = sum(len(next(sizes)) for _ in range(kinds[name]))
-        row = [column_bits(bank, trellis, 1) / 8, column_bits(bank, trellis, 32) / 8, (lrzip_bytes(bank) if with_lrzip else None) or 0, size]
+        entropies = [column_bits(bank, trellis, spreads) / 8 for spreads in (1, 32)]
+        row = [*entropies, (lrzip_bytes(bank) if with_lrzip else None) or 0, size]
         print_row(path, name, bank.size, row)
         total += row
-    total[3] += len(streams[0]) + len(streams[1])
+    beside = len(streams[0]) + len(streams[1])
+    total[3] += beside
     print_row(path, "total", sum(bank.size for bank in codes.values()), total.tolist())
-    print(f"  encoded in {encode_s:.1f}, decoded in {decode_s:.1f} CPU seconds; tables and states {len(streams[0]) + len(streams[1]):,} bytes")
+    print(f"  encoded in {encode_s:.1f}, decoded in {decode_s:.1f} CPU seconds; tables and states {beside:,} bytes")
 
 
 def print_row(path: Path, name: str, weights: int, row: list[float]) -> None:
@@ -115,7 +118,8 @@ def main() -> None:
     parser.add_argument("--code", type=Path, help="the train_gpt.py that wrote the artifacts")
     parser.add_argument("--no-lrzip", action="store_true", help="it takes minutes")
     arguments = parser.parse_args()
-    print(f"{'file':24} {'bank':15} {'weights':>11} {'table':>12} {'columns':>12} {'lrzip':>12} {'rans':>12} {'bits':>8} {'columns':>9} {'lrzip':>9}")
+    print(f"{'file':24} {'bank':15} {'weights':>11} {'table':>12} {'columns':>12} {'lrzip':>12} {'rans':>12} {'bits':>8}"
+          "  columns     lrzip")
     for path in arguments.files:
         measure(path, arguments.code, not arguments.no_lrzip)
 
