@@ -2947,7 +2947,8 @@ RANS_MAX_LANES = 1024
 RANS_LANE_SYMBOLS = 8192
 RANS_LOW = 1 << 16
 RANS_SPREADS = 8
-RANS_SPREAD_SYMBOLS = 1 << 16
+RANS_ROOT_BITS = 6
+RANS_FEW_SYMBOLS = 1 << 20  # of a bank that may be better off with fewer spreads
 GUESS_EIGHTHS = np.array([1, 3, 5, 7, 10])  # of a code: guesses up to these have tables of their own, and so have those between
 GUESS_KINDS = len(GUESS_EIGHTHS) + 1 + 3
 RANS_MEAN_UNIT = 32
@@ -3189,11 +3190,17 @@ def _fit_model(bank: Bank, known: _Predictor, model: np.void) -> tuple[np.ndarra
         steps.append(step)
         coded.append((bank.vectors[step.where] * step.signs - step.offsets).astype(np.uint8).ravel())  # modulo 256
     symbols, features = np.concatenate(coded), np.concatenate([step.features.ravel() for step in steps])
-    spreads = min(RANS_SPREADS, 1 + symbols.size // RANS_SPREAD_SYMBOLS)
-    model["thresholds"] = (1 << 16) - 1
-    model["thresholds"][: spreads - 1] = np.quantile(features, np.arange(1, spreads) / spreads, method="higher")
-    contexts = np.concatenate([_contexts(model, step) for step in steps])
-    counts = np.bincount(contexts * 256 + symbols, minlength=model["roots"].size).reshape(-1, 256)
+
+    def fit(spreads: int) -> tuple[float, np.ndarray, np.ndarray]:
+        """Bits with so many spreads, those of the tables roughly; contexts; counts (contexts, 256)."""
+        model["thresholds"] = (1 << 16) - 1
+        model["thresholds"][: spreads - 1] = np.quantile(features, np.arange(1, spreads) / spreads, method="higher")
+        contexts = np.concatenate([_contexts(model, step) for step in steps])
+        counts = np.bincount(contexts * 256 + symbols, minlength=model["roots"].size).reshape(-1, 256)
+        return entropy_bits(counts) + RANS_ROOT_BITS * np.count_nonzero(counts), contexts, counts
+
+    few = symbols.size < RANS_FEW_SYMBOLS
+    _, contexts, counts = fit(min((1, 2, 4, RANS_SPREADS), key=lambda spreads: fit(spreads)[0]) if few else RANS_SPREADS)
     roots = np.rint(255 * np.sqrt(counts / np.maximum(counts.max(1, keepdims=True), 1)))
     model["roots"] = np.where(counts > 0, np.maximum(roots, 1), 0).reshape(model["roots"].shape)
     return contexts, symbols, [step.signs.size for step in steps]

@@ -94,13 +94,13 @@ def test_dequantized_weights_are_codes_times_scales() -> None:
     assert np.array_equal(tg.dequantize(bank).numpy(), expected)
 
 
-def test_rans_is_within_one_percent_of_the_entropy_and_smaller_than_brotli() -> None:
+def test_rans_is_within_one_and_a_half_percent_of_the_entropy_and_smaller_than_brotli() -> None:
     bank = codes(4, 256, 256)
     columns = bank.transpose(0, 2, 1).reshape(4 * 256, 256)
     bits = sum(tg.entropy_bits(np.bincount(columns[group].ravel().astype(int) + 128))
                for group in np.argsort(np.abs(columns.astype(int)).mean(1)).reshape(32, 32))
     size = sum(map(len, coded(bank)))
-    assert size < bits / 8 * 1.01 + 1024
+    assert size < bits / 8 * 1.015 + 1024
     assert size < len(brotli.compress(bank.transpose(0, 2, 1).tobytes(), quality=11, lgwin=24))
 
 
