@@ -2744,7 +2744,7 @@ def model_from_tensors(run: Run, tensors: Tensors) -> GPT:
 # memory is taken for it. Integers are little-endian:
 #
 #     offset  size  field
-#     0       8     magic "\x89CAPSGP2"
+#     0       8     magic "\x89CAPSGP3"
 #     8       4     P, bytes of the packed part
 #     12      32    SHA-256 of everything else in the file
 #     44      P     a safetensors file under brotli: "settings" (JSON as bytes), a float16 tensor for every plain parameter,
@@ -2752,7 +2752,7 @@ def model_from_tensors(run: Run, tensors: Tensors) -> GPT:
 #     44+P    ...   with COMPRESSOR=rans: the codes of the matrices, by the coder below, in place of their NAME.codes
 # ======================================================================================================================
 
-ARTIFACT_MAGIC = b"\x89CAPSGP2"
+ARTIFACT_MAGIC = b"\x89CAPSGP3"
 ARTIFACT_PREFIX = struct.Struct("<8sI32s")
 ARTIFACT_MAX_FILE_BYTES = 1 << 27
 ARTIFACT_MAX_PLAIN_BYTES = 1 << 28
