@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import sentencepiece
 
-from lossless_caps import ALLCAPS, CAPNEXT, ESC, OPERATOR_BYTES, OPERATORS, TITLE, V1, VERSIONS, ByteCounter
+from lossless_caps import ALLCAPS, CAPNEXT, ESC, OPERATOR_BYTES, OPERATORS, TITLE, V1, VERSIONS, ByteCounter, swap_titles
 
 BOS = 1
 
@@ -242,14 +242,17 @@ class Encoder:
 
 
 # ------------------------------------------------------------------------------------------------- fast exact encoding
-DOCUMENT, MARK = 0xFF, 0xFE  # bytes that UTF-8 never has: before each document, encoded as BOS; before a space, as CAPNEXT
+# Bytes that UTF-8 never has: before each document, encoded as BOS; before a space, encoded as CAPNEXT; before the space of a word
+# that is taken to begin with a capital; in place of such a space if CaseOps gives it.
+DOCUMENT, MARK, TITLED, TITLED_SPACE = 0xFF, 0xFE, 0xFD, 0xFC
 LONG_DOCUMENT = 1 << 22  # bytes from which on a document goes to `Encoder`, which takes little memory for it
 KEY_BYTES = 15  # longer parts are too rare for the table
 TABLE_ENTRIES = 1 << 20  # what bounds the memory of an encoder: about 100 bytes each
 COUNT_BITS = 32  # of a span of the table: how many ids a part has
-SEPARATOR = "\ue005"  # stands between parts that go to SentencePiece in one text of at most
+SEPARATOR, IS_TITLED = "\ue005", "\ue006"  # between parts that go to SentencePiece in one text; for `TITLED` there
 PARTS_AT_ONCE = 500
 SPECIAL = [SPACE.encode(), b"\xee\x80", bytes([DOCUMENT]), bytes([MARK])]  # the second: what operators begin with
+ASCII_LETTERS = np.array([chr(byte).isalpha() and byte < 128 for byte in range(256)])
 LETTER, DIGIT, OTHER, WIDE = range(4)  # kinds of bytes; WIDE is a space, and what is not ASCII
 # By the length of a part, at most 16: the bytes of its key that are its own, and its length in the last one.
 KEY_MASKS = (255 * np.tri(KEY_BYTES + 2, 16, -1, dtype=np.uint8)).view(np.uint64)
@@ -295,15 +298,20 @@ class FastEncoder:
         table[ord(" "), :] = True
         for byte in (DOCUMENT, MARK):
             table[:, byte] = table[byte, :] = True
+        table[[TITLED, TITLED_SPACE], :] = True
+        table[ord(" "), TITLED] = False
         return table.reshape(-1)
 
     def _between_table(self) -> np.ndarray:
-        """(65536,) uint8 for each pair of bytes: what CaseOps puts between them, a space or `MARK`; 0: nothing."""
-        after = [DOCUMENT, *self.tokenizer.transform.spaced_after.encode()]
-        table = np.zeros((256, 256), dtype=np.uint8)
-        if len(after) > 1:
-            table[np.ix_([*range(ord("A"), ord("Z") + 1), *range(ord("a"), ord("z") + 1)], after)] = ord(" ")
-            table[ord(" "), after] = MARK
+        """(65536,) uint8 for each pair of bytes: what CaseOps puts between them (`TITLED` if a letter is next), 0: nothing."""
+        transform, table = self.tokenizer.transform, np.zeros((256, 256), dtype=np.uint8)
+        for byte in transform.titled_after.encode():
+            table[ord(" "), byte] = TITLED
+        for byte in transform.spaced_after.encode():
+            table[ASCII_LETTERS, byte] = TITLED_SPACE if chr(byte) in transform.titled_after else ord(" ")
+            table[ord(" "), byte] = MARK
+        if transform.spaced_after:
+            table[:, DOCUMENT] = table[:, ord(transform.spaced_after[0])]
         return table.reshape(-1)
 
     def _tokens(self, documents: list[bytes]) -> np.ndarray:
@@ -313,6 +321,7 @@ class FastEncoder:
         if self.between.any():
             pairs = byte_pairs(text)
             at = np.flatnonzero(self.between[pairs])
+            at = at[(self.between[pairs[at]] != TITLED) | ASCII_LETTERS[pairs[np.minimum(at + 1, len(pairs) - 1)] >> 8]]
             text = np.insert(np.frombuffer(text, dtype=np.uint8), at + 1, self.between[pairs[at]]).tobytes()
         starts = np.concatenate([[0], np.flatnonzero(self.cuts[byte_pairs(text)]) + 1])  # the last one: of the mark at the end
         offsets, counts = read_spans(self._part_spans(text + bytes(KEY_BYTES), starts))
@@ -364,16 +373,23 @@ class FastEncoder:
         """The ids of any part."""
         if part[0] in (DOCUMENT, MARK):
             return np.array([BOS if part[0] == DOCUMENT else self.tokenizer.names.index(CAPNEXT)], dtype=np.uint16)
-        return self.plain.lossless_ids(self.tokenizer.transform.words(part.decode()))
+        return self.plain.lossless_ids(self._form(part)[part[0] in (TITLED, TITLED_SPACE):])
+
+    def _form(self, text: bytes) -> str:
+        """The CaseOps form of parts; of those that begin with `TITLED` or `TITLED_SPACE`, behind `IS_TITLED`."""
+        transform = self.tokenizer.transform
+        if not transform.titled_after:
+            return transform.words(text.decode())
+        text = text.replace(bytes([TITLED]), IS_TITLED.encode()).replace(bytes([TITLED_SPACE]), (IS_TITLED + " ").encode())
+        return swap_titles(transform.words(text.decode()), IS_TITLED)
 
     def _simple_ids(self, parts: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
         """(flat ids, number by part) of simple parts: many in one text, each after an operator, which joins nothing."""
         separator = SEPARATOR.encode()
         found = [np.zeros(0, dtype=np.uint16)]
         for start in range(0, len(parts), PARTS_AT_ONCE):
-            text = (separator + separator.join(parts[start:start + PARTS_AT_ONCE])).decode()
-            transformed = self.tokenizer.transform.words(text).replace(SEPARATOR, ESC)
-            found.append(self.plain.ids(transformed))
+            form = self._form(separator + separator.join(parts[start:start + PARTS_AT_ONCE]))
+            found.append(self.plain.ids(form.replace(SEPARATOR, ESC).replace(IS_TITLED, "")))
         ids = np.concatenate(found)
         is_separator = ids == self.tokenizer.names.index(ESC)
         counts = np.diff(np.flatnonzero(is_separator), append=len(ids)) - 1 if parts else np.zeros(0, dtype=np.int64)

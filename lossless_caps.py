@@ -12,7 +12,9 @@ Everything that is not an ASCII letter stays as it is; a literal operator charac
 A version is a row of `VERSIONS`. From the second on TITLE and ALLCAPS go before the space directly in front of their word, so
 that the word is written as it is in the middle of a sentence, its space included: "see The" is "see", TITLE, " the". And where
 `spaced_after` names characters, a word after one of them is given the space that it lacks, while CAPNEXT marks a real one:
-with a newline, "\nthe" is "\n the" and "\n the" is "\n", CAPNEXT, " the". The start of the text is a line's start.
+with a newline, "\nthe" is "\n the" and "\n the" is "\n", CAPNEXT, " the". The start of the text is a line's start. Where
+`titled_after` names characters, a word with its space behind one of them is taken to begin with a capital, and TITLE says that
+it does not: "end. The cat" is "end. the cat", "Mr. and" is "mr.", TITLE, " and".
 
 Of every version `decode(encode(text)) == text` for every string, and `decode` raises ValueError for every string that
 `encode` cannot have produced. Operators, and spaces given to words, stand for no byte of the original text, so bits per byte
@@ -77,6 +79,19 @@ def _read(found: str) -> str:
     return letters[0] + "".join(part[0].upper() + part[1:] for part in letters[1:])
 
 
+@lru_cache
+def _titled(after: str) -> re.Pattern[str]:
+    return re.compile(f"([{re.escape(after)}])({TITLE}?)(?= [a-z])")
+
+
+def swap_titles(form: str, after: str) -> str:
+    """A form with TITLE implied behind the characters `after` out of one with every TITLE, or the other way round.
+
+    It is its own inverse: putting TITLE in or taking it out makes no other such place and ends none.
+    """
+    return _titled(after).sub(lambda found: found[1] + ("" if found[2] else TITLE), form) if after else form
+
+
 @dataclass(frozen=True)
 class Transform:
     """One version of CaseOps, by what sets it apart from the others."""
@@ -84,18 +99,20 @@ class Transform:
     capitals: bool = True      # False: they stay, and only literal operators are changed: plain text, for comparison
     before_space: bool = False
     spaced_after: str = ""     # ASCII characters, no letters or spaces; the first one is what the start of the text counts as
+    titled_after: str = ""     # the same; needs before_space
 
     def encode(self, text: str) -> str:
         """Return the CaseOps form of `text`; any string is allowed."""
-        written = self.words(text)
-        if not self.spaced_after or not text:
-            return written
-        mark, give = self._given
-        return give.sub(r"\1 ", mark.sub(rf"\1{CAPNEXT}", self.spaced_after[0] + written))[1:]
+        start = self.spaced_after[:1] if text else ""
+        written = start + self.words(text)
+        if start:
+            mark, give = self._given
+            written = give.sub(r"\1 ", mark.sub(rf"\1{CAPNEXT}", written))
+        return swap_titles(written, self.titled_after)[len(start):]
 
     def words(self, text: str) -> str:
-        """`encode` without `spaced_after`: then the form of a part of a text is the part of its form, cut anywhere but in words
-        and after spaces."""
+        """`encode` without `spaced_after` and `titled_after`: then the form of a part of a text is the part of its form, cut
+        anywhere but in words and after spaces."""
         parts = (_CHANGED if self.capitals else _LITERAL).split(text)
         if len(parts) > 1:
             parts[1::2] = [_write_inside(found) if "a" <= before[-1:] <= "z" and found[0] not in OPERATORS
@@ -108,16 +125,15 @@ class Transform:
         return written
 
     def decode(self, transformed: str) -> str:
-        """Return the text whose CaseOps form is `transformed`; ValueError with the position if there is none."""
+        """Return the text whose CaseOps form is `transformed`; ValueError with the position (every TITLE counted) if there is none."""
         start = self.spaced_after[:1] if transformed else ""
-        parts = self._written.split(start + transformed)
-        if len(parts) == 1:
-            return transformed
+        transformed = swap_titles(start + transformed, self.titled_after)
+        parts = self._written.split(transformed)
         read = list(map(_read, parts[1::2]))
         if "" in read:
-            at = max(0, sum(map(len, parts[:2 * read.index("") + 1])) - len(start))
-            raise ValueError(f"not a CaseOps text ({self.name}): {transformed[at:at + 2]!r} at character {at} is not where the"
-                             f" encoder puts it (near {transformed[max(0, at - 20):at + 20]!r})")
+            at = sum(map(len, parts[:2 * read.index("") + 1]))
+            raise ValueError(f"not a CaseOps text ({self.name}): {transformed[at:at + 2]!r} at character {max(0, at - len(start))} is"
+                             f" not where the encoder puts it (near {transformed[max(0, at - 20):at + 20]!r})")
         parts[1::2] = read
         return "".join(parts)[len(start):]
 
@@ -159,6 +175,7 @@ VERSIONS = {version.name: version for version in (
     Transform("lossless_caps_caseops_v2", before_space=True),
     Transform("lossless_caps_caseops_v2_lines", before_space=True, spaced_after="\n"),
     Transform("lossless_caps_caseops_v2_quotes", before_space=True, spaced_after='\n"(['),
+    Transform("lossless_caps_caseops_v2_titles", before_space=True, spaced_after="\n", titled_after="\n.!?"),
     Transform("plain", capitals=False))}
 V1 = VERSIONS["lossless_caps_caseops_v1"]  # the published data's
 

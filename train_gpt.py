@@ -51,7 +51,7 @@ import tokenize
 import traceback
 import typing
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import Field, dataclass, field, fields, replace
@@ -122,7 +122,8 @@ def each(check: Check, most: int = 16) -> Check:
                  lambda value: len(value) <= most and all(map(check.accepts, value)))
 
 
-TEXT = Check("text without line breaks, up to 1000 characters", lambda v: len(v) <= 1000 and v.encode(errors="replace").decode().isprintable())
+TEXT = Check("text without line breaks, up to 1000 characters",
+             lambda v: len(v) <= 1000 and v.encode(errors="replace").decode().isprintable())
 FLAG = Check("0 or 1", lambda value: True)
 SECONDS, RATE = between(0, 1e7), between(0, 10)
 
@@ -241,6 +242,8 @@ class Config:
     lqer_group: int = model_setting(32, "numbers that share a scale in their wide factor", between(1, 2**16))
     lqer_column_scales: bool = model_setting(True, "a scale for each column of their tall factor; 0: one, as published", FLAG)
     lqer_top_k: int = setting(3, "matrices with such a term, those of largest error", between(1, 1000))
+    embed_damping: float = setting(
+        0.0, "share of the embedding's mean Hessian diagonal added to it: its rows are read as inputs too", between(0, 100))
     gptq_calibration_batches: int = setting(16, "training batches for the Hessians", between(1, 10**6))
     gptq_reserve_seconds: float = setting(4.0, "training time kept for the Hessians, at least", SECONDS)
     # test-time training
@@ -334,7 +337,7 @@ class Config:
             if not holds:
                 raise ValueError(f"{message} (here: {self.named_in(message)})")
         if (weights := sum(math.prod(row.shape) for row in parameter_table(self))) > ARTIFACT_MAX_WEIGHTS:
-            message = f"{weights:,} weights are more than the {ARTIFACT_MAX_WEIGHTS:,} of an artifact: set NUM_LAYERS, MODEL_DIM or VOCAB_SIZE lower"
+            message = f"{weights:,} weights are more than an artifact's {ARTIFACT_MAX_WEIGHTS:,}: lower NUM_LAYERS, MODEL_DIM or VOCAB_SIZE"
             raise ValueError(f"{message} (here: {self.named_in(message)}, MLP_MULT={self.mlp_mult})")
 
     def named_in(self, message: str) -> str:
@@ -567,6 +570,13 @@ class Ranks:
             return {rank: text if text.startswith("rank ") else f"rank {rank}: {text}" for rank, text in self.posted("failed").items()}
         except (RuntimeError, OSError):
             return {-1: "the process that held the ranks together has ended"}
+
+    def silent(self, seconds: float) -> list[int]:
+        """The ranks whose watches leave no new note for so long."""
+        with suppress(RuntimeError, OSError):
+            before, _ = self.posted("at"), time.sleep(seconds)
+            return [rank for rank, note in self.posted("at").items() if note == before.get(rank)]
+        return []
 
 
 def write_line(stream: Any, text: str) -> str:
@@ -2032,8 +2042,8 @@ class Checkpoint:
         self.found = run.ranks.agree(self.found)
         there = run.ranks.gather(self.index.exists())
         if not self.found and any(there):
-            self.found = {"problem": f"{self.index} is on the machine of rank {there.index(True)} and not on that of rank 0: give the machines "
-                                     "their old places (--node_rank), or delete it to start again"}
+            self.found = {"problem": f"{self.index} is on the machine of rank {there.index(True)} and not on that of rank 0: give the "
+                                     "machines their old places (--node_rank), or delete it to start again"}
         if problem := self.found.get("problem"):
             raise ValueError(problem)
 
@@ -2412,6 +2422,8 @@ def collect_hessians(run: Run, model: GPT, loader: TrainLoader) -> dict[str, Ten
         progress("hessians", i + 1, cfg.gptq_calibration_batches)
     for hessian in calibration.hessians.values():
         run.ranks.sum(hessian)
+    diagonal = calibration.hessians["head"].diagonal(dim1=-2, dim2=-1)
+    diagonal += cfg.embed_damping * diagonal.mean()
     synchronize(run.device)
     run.log.record("hessians", batches=cfg.gptq_calibration_batches, tokens=cfg.gptq_calibration_batches * cfg.train_batch_tokens,
                    time_ms=int(since_ms(began)))
@@ -2518,6 +2530,7 @@ TRELLIS_STATES = 64
 TRELLIS_TAPS = (17, 54)
 TRELLIS_SEGMENT_ROWS = 256
 TRELLIS_TALL_SEGMENT_ROWS = 128
+TRELLIS_TALL_RATIO = 8
 TRELLIS_STEP = 0.533
 TRELLIS_SHRINK = 0.23
 TRELLIS_ZERO_COST = 0.2
@@ -2526,7 +2539,7 @@ TRELLIS_ZERO_COST = 0.2
 def trellis_segments(rows: int, cols: int) -> int:
     """Independent trellises in a column: row r follows row r - trellis_segments. In a tall matrix, an embedding, there
     are more of them, because the coder takes as many rows at once."""
-    longest = TRELLIS_TALL_SEGMENT_ROWS if rows >= TALL_RATIO * cols else TRELLIS_SEGMENT_ROWS
+    longest = TRELLIS_TALL_SEGMENT_ROWS if rows >= TRELLIS_TALL_RATIO * cols else TRELLIS_SEGMENT_ROWS
     return max(1, -(-rows // longest))
 
 
@@ -2731,15 +2744,15 @@ def model_from_tensors(run: Run, tensors: Tensors) -> GPT:
 # memory is taken for it. Integers are little-endian:
 #
 #     offset  size  field
-#     0       8     magic "\x89CAPSGP2"
+#     0       8     magic "\x89CAPSGP3"
 #     8       4     P, bytes of the packed part
 #     12      32    SHA-256 of everything else in the file
 #     44      P     a safetensors file under brotli: "settings" (JSON as bytes), a float16 tensor for every plain parameter,
-#                   NAME.scales and NAME.codes (columns together) for every quantized one
+#                   NAME.scales and NAME.codes (columns together) for every quantized one, NAME.lowI.* for its matrices with LQER
 #     44+P    ...   with COMPRESSOR=rans: the codes of the matrices, by the coder below, in place of their NAME.codes
 # ======================================================================================================================
 
-ARTIFACT_MAGIC = b"\x89CAPSGP2"
+ARTIFACT_MAGIC = b"\x89CAPSGP3"
 ARTIFACT_PREFIX = struct.Struct("<8sI32s")
 ARTIFACT_MAX_FILE_BYTES = 1 << 27
 ARTIFACT_MAX_PLAIN_BYTES = 1 << 28
@@ -2778,7 +2791,7 @@ def pack_artifact(tensors: Tensors, cfg: Config, tick: Callable[[float, float], 
         for term in tensor.low_rank:
             plain |= {f"{row.name}.low{term.index}.{part}": t.contiguous() for part, t in zip(LowRank._fields[1:], term[1:])}
         if uses_coder(row, cfg.compressor):
-            banks.append(as_bank(tensor))
+            banks += row_banks(row, tensor)
         else:
             plain[row.name + ".codes"] = tensor.codes.mT.contiguous()
     coded = join_streams(encode_codes(banks)) if banks else b""
@@ -2873,7 +2886,7 @@ def take_tensors(cfg: Config, compressor: str, plain: dict[str, Tensor], coded: 
     if plain or (coded and compressor != "rans"):
         raise ArtifactError(f"the artifact holds more than its model: {', '.join([*plain][:3]) or f'{len(coded)} bytes'}")
     if compressor == "rans":
-        decode_codes(cut_streams(coded), [as_bank(tensors[row.name]) for row in table if uses_coder(row, compressor)])
+        decode_codes(cut_streams(coded), [bank for row in table if row.matrices for bank in row_banks(row, tensors[row.name])])
     return tensors
 
 
@@ -2884,9 +2897,10 @@ def low_rank_shapes(cfg: Config, row: Row) -> dict[str, tuple[torch.dtype, tuple
             "b": (torch.int8, (rank, cols)), "b_scales": (torch.float16, (rank * cols // cfg.lqer_group,))}
 
 
-def as_bank(quantized: Quantized) -> Bank:
-    """The codes (..., rows, cols) seen as (matrices, rows, cols), sharing memory."""
-    return Bank(quantized.codes.reshape(-1, *quantized.codes.shape[-2:]).numpy(), quantized.method == "trellis")
+def row_banks(row: Row, quantized: Quantized) -> list[Bank]:
+    """The codes of a parameter by groups of matrices (matrices, rows, cols), sharing memory."""
+    codes = quantized.codes.reshape(-1, *quantized.codes.shape[-2:]).numpy()
+    return [Bank(codes[g.first: g.last], quantized.method == "trellis", across=g.hessian in ("proj", "down")) for g in row.matrices]
 
 
 def join_streams(streams: list[bytes]) -> bytes:
@@ -2939,13 +2953,15 @@ def size_table(data: bytes, tensors: Tensors, cfg: Config) -> list[dict[str, str
     knows nothing but the tensor (and the quantizer of a trellis).
     """
     coded = data[ARTIFACT_PREFIX.size + ARTIFACT_PREFIX.unpack_from(data)[1]:]
-    lengths = [len(s) for s in cut_streams(coded)[2:]] if coded else []
-    banks = [(row.name, tensors[row.name]) for row in parameter_table(cfg) if row.matrices]
-    rows = [{"tensor": name, "weights": t.codes.numel(),
-             **({"bytes": size, "bits_per_weight": f"{8 * size / t.codes.numel():.4f}"} if size else {}),
-             "entropy": f"{table_entropy(t) / t.codes.numel():.4f}"}
-            for (name, t), size in itertools.zip_longest(banks, lengths)]
-    return [*rows, {"tensor": "rest", "bytes": len(data) - sum(lengths)}]
+    lengths, rows, rest = iter(cut_streams(coded)[2:] if coded else ()), [], len(data)
+    for row in parameter_table(cfg):
+        if row.matrices:
+            weights, size = math.prod(row.shape), sum(map(len, itertools.islice(lengths, len(row.matrices))))
+            rows.append({"tensor": row.name, "weights": weights,
+                         **({"bytes": size, "bits_per_weight": f"{8 * size / weights:.4f}"} if size else {}),
+                         "entropy": f"{table_entropy(tensors[row.name]) / weights:.4f}"})
+            rest -= size
+    return [*rows, {"tensor": "rest", "bytes": rest}]
 
 
 def table_entropy(quantized: Quantized) -> float:
@@ -3041,100 +3057,105 @@ def counted_code() -> bytes:
 
 
 # ---- entropy coder ("rans") ----
-# Codes come row by row, all columns and all matrices of a bank at once. What tells most about a code is how large the
-# codes above it in its column were; that mean, known to both sides, picks one of up to 32 frequency tables of the bank.
+# Every matrix reads from the residual stream or writes to it, so all are lists of vectors in one basis: rows, or the columns of a
+# matrix that writes. How a vector's elements follow from those before them is much the same from matrix to matrix, and second moments
+# of the vectors already known say it. Their factors (L D L^T, as in Cholesky's method) turn a vector into guesses and innovations,
+# what could not be guessed: level_j = sum over k < j of L_jk innovation_k + innovation_j. What a guess leaves of a code is coded by
+# a table that is picked by where in its code the guess lies and by how far off it may be: the element's misses in earlier vectors
+# times the vector's so far. All are fixed-point integers, so that every machine makes the same guesses: levels have 8 fractional
+# bits, L 16, moments 12. Matrix products go through float64, in which integers of this size are exact in any order of summation.
 # Symbols go through range asymmetric numeral systems (Duda, 2013; arXiv:1311.2540): up to RANS_MAX_LANES states of
-# 32 bits take turns and share one list of 16-bit words. The decoder computes with integers only, so that every machine gets
-# the same codes. Encoding runs the symbols backwards, so that decoding reads the words forwards.
+# 32 bits take turns and share one list of 16-bit words. Encoding runs the symbols backwards, so that decoding reads forwards.
 
 RANS_BITS = 14
 RANS_MAX_LANES = 1024
 RANS_LANE_SYMBOLS = 8192
 RANS_LOW = 1 << 16
-RANS_CONTEXTS = 32
-RANS_CONTEXT_SYMBOLS = 8192
-RANS_PRIOR_ROWS = 4
+RANS_SPREADS = 8
+RANS_ROOT_BITS = 6
+RANS_FEW_SYMBOLS = 1 << 20  # of a bank that may be better off with fewer spreads
+GUESS_EIGHTHS = np.array([1, 3, 5, 7, 10])  # of a code: guesses up to these have tables of their own, and so have those between
+GUESS_KINDS = len(GUESS_EIGHTHS) + 1 + 3
 RANS_MEAN_UNIT = 32
-_MODEL_FIELDS = np.dtype([("predicted", "u1"), ("lowest", "<i2"), ("symbols", "<u2"), ("mean", "<u2"), ("contexts", "<u2")])
+PREDICT_MAX_ELEMENTS = 2048
+PREDICT_BLOCK = 64  # vectors of the first block; the later ones are an eighth of what is known
+PREDICT_GROUPS = 32
+PREDICT_MEMORY = 4096  # vectors after which a moment counts half
+PREDICT_PANEL = 64
+PREDICT_LIMIT = 1 << 17  # of guesses and innovations: no table can make them overflow
+# How the codes of a bank are coded, in the file: mean of |code| in units of 1/RANS_MEAN_UNIT; what divides the features, rising; square
+# roots of the frequencies of (kinds, spreads, symbols), up to a factor, so that a byte serves rare and frequent symbols alike.
+RANS_MODEL = np.dtype([("mean", "<u2"), ("thresholds", "<u2", RANS_SPREADS - 1), ("roots", "u1", (2 * GUESS_KINDS, RANS_SPREADS, 256))])
 
 
 class Bank(NamedTuple):
-    """Codes (matrices, rows, cols), int8, and whether a trellis wrote them."""
+    """Codes (matrices, rows, cols), int8, whether a trellis wrote them, and whether their vectors are the columns."""
 
     codes: np.ndarray
     trellis: bool
+    across: bool = False
 
     @property
-    def can_predict(self) -> bool:
-        """Tall enough to learn on the way how a row's codes hang together."""
-        matrices, rows, cols = self.codes.shape
-        return matrices == 1 and 64 <= cols <= 2048 and rows >= TALL_RATIO * cols
+    def vectors(self) -> np.ndarray:
+        """The codes as (matrices, vectors, elements), sharing memory."""
+        return self.codes.transpose(0, 2, 1) if self.across else self.codes
 
 
 class _Step(NamedTuple):
-    """Codes that are coded side by side, and what both sides know of them before: a guess, how far off it may be, and
-    the quantizer (0 when there is no trellis). where: their place in the bank as (matrices, rows, cols)."""
+    """Codes that are coded side by side, and what both sides know of them before; what is coded is code * sign - offset, modulo 256.
 
-    where: tuple
-    guesses: np.ndarray
-    features: np.ndarray
-    quantizers: np.ndarray
-
-
-@dataclass(frozen=True, eq=False)
-class _BankModel:
-    """How the codes of one bank are coded: what the encoder chose and the decoder reads.
-
-    predicted: codes are coded as differences to a guess. lowest: smallest difference. mean: mean of |code| in units of
-    1/RANS_MEAN_UNIT. thresholds: (contexts-1,) of the feature, rising. roots: (quantizers, contexts, symbols) uint8,
-    square roots of the frequencies up to a factor, so that a byte serves rare and frequent symbols alike.
+    where: their place in the bank's vectors. signs: of the guesses. offsets: the codes next to large guesses, else 0. kinds: where
+    in its code a guess lies, below GUESS_KINDS, and as many more for quantizer 1 of a trellis. features: how far off it may be.
     """
 
-    predicted: bool
-    lowest: int
-    mean: int
-    thresholds: np.ndarray
-    roots: np.ndarray
+    where: tuple
+    signs: np.ndarray
+    offsets: np.ndarray
+    kinds: np.ndarray
+    features: np.ndarray
 
-    def frequencies(self) -> np.ndarray:
-        """(quantizers*contexts, symbols) int64, every row adds up to 2**RANS_BITS; integers only."""
-        squares = self.roots.reshape(-1, self.roots.shape[-1]).astype(np.int64) ** 2
-        total = np.maximum(squares.sum(1, keepdims=True), 1)
-        scaled = np.where(squares > 0, np.maximum(squares * (1 << RANS_BITS) // total, 1), 0)
-        largest = scaled.argmax(1)
-        scaled[np.arange(len(scaled)), largest] += (1 << RANS_BITS) - scaled.sum(1)
-        return scaled
 
-    def contexts(self, features: np.ndarray, quantizers: np.ndarray) -> np.ndarray:
-        """The table of each code, from what is known before it."""
-        return np.searchsorted(self.thresholds, features, side="right") + quantizers * (len(self.thresholds) + 1)
+def _frequencies(model: np.void) -> np.ndarray:
+    """(contexts, 256) int64 of a RANS_MODEL, every row adds up to 2**RANS_BITS; integers only."""
+    squares = model["roots"].reshape(-1, 256).astype(np.int64) ** 2
+    scaled = squares * (1 << RANS_BITS) // np.maximum(squares.sum(1, keepdims=True), 1)
+    scaled = np.where(squares > 0, np.maximum(scaled, 1), 0)
+    scaled[np.arange(len(scaled)), scaled.argmax(1)] += (1 << RANS_BITS) - scaled.sum(1)
+    return scaled
+
+
+def _contexts(model: np.void, step: _Step) -> np.ndarray:
+    """The table of each code of a step, 1-d."""
+    return (step.kinds * RANS_SPREADS + np.searchsorted(model["thresholds"].astype(np.int64), step.features, side="right")).ravel()
 
 
 def encode_codes(banks: list[Bank]) -> list[bytes]:
     """[tables, states, words of each bank], for decode_codes with banks of the same shapes."""
-    models, slots = [], []
-    for bank in banks:
-        fit = _fit_bank(bank)
-        models.append(fit.model)
-        frequencies = fit.model.frequencies()
+    models, slots, known = np.zeros(len(banks), RANS_MODEL), [], None
+    for bank, model in zip(banks, models):
+        model["mean"] = int(round(float(np.abs(bank.codes.astype(np.int16)).mean()) * RANS_MEAN_UNIT))
+        known = _Predictor(bank, int(model["mean"]), known)
+        contexts, symbols, lengths = _fit_model(bank, known, model)
+        frequencies = _frequencies(model)
         starts = np.cumsum(frequencies, 1) - frequencies
-        chosen = (fit.contexts, fit.symbols)
-        slots.append((frequencies[chosen].astype(np.uint16), starts[chosen].astype(np.uint16), fit.lengths))
-    return [_pack_models(models), *_rans_encode(slots, _lane_count(banks))]
+        slots.append((frequencies[contexts, symbols].astype(np.uint16), starts[contexts, symbols].astype(np.uint16), lengths))
+    return [brotli.compress(models.tobytes(), quality=11), *_rans_encode(slots, _lane_count(banks))]
 
 
 def decode_codes(streams: list[bytes], banks: list[Bank]) -> None:
     """Fill the codes of banks with those that encode_codes was given."""
     if len(streams) != 2 + len(banks):
         raise ArtifactError(f"the artifact has {len(streams)} streams of codes where its model needs {2 + len(banks)}")
-    tables, states, words = streams[0], streams[1], b"".join(streams[2:])
-    decoder = _RansDecoder(states, words, _lane_count(banks))
-    for bank, model in zip(banks, _unpack_models(tables, banks)):
-        decoder.load(model.frequencies())
-        for step in _steps(bank, model.predicted, model.mean):
-            symbols = decoder.symbols(model.contexts(step.features, step.quantizers))
-            differences = symbols.astype(np.int64) + (step.guesses + model.lowest)
-            bank.codes[step.where] = differences.reshape(bank.codes[step.where].shape)
+    tables, size = decompress(streams[0], len(banks) * RANS_MODEL.itemsize), len(banks) * RANS_MODEL.itemsize
+    if len(tables) != size:
+        raise ArtifactError(f"the artifact's coder tables are {len(tables)} bytes, they must be {size}")
+    decoder, known = _RansDecoder(streams[1], b"".join(streams[2:]), _lane_count(banks)), None
+    for bank, model in zip(banks, np.frombuffer(tables, RANS_MODEL)):
+        decoder.load(_frequencies(model))
+        known = _Predictor(bank, int(model["mean"]), known)
+        for step in _steps(bank, known):
+            symbols = decoder.symbols(_contexts(model, step)).reshape(step.signs.shape)
+            bank.vectors[step.where] = step.signs * (symbols + step.offsets)  # modulo 256
     decoder.finish()
 
 
@@ -3143,188 +3164,177 @@ def _lane_count(banks: list[Bank]) -> int:
     return min(RANS_MAX_LANES, 1 + sum(bank.codes.size for bank in banks) // RANS_LANE_SYMBOLS)
 
 
-def _steps(bank: Bank, predicted: bool, mean: int) -> Iterator[_Step]:
-    """The steps of a bank in order. Each must have been read, or written to bank.codes, before the next is asked for."""
-    return _predicted_steps(bank) if predicted else _plain_steps(bank, mean)
+class _Predictor:
+    """What is known of a bank's vectors while they are coded; the next bank begins with it.
 
-
-def _plain_steps(bank: Bank, mean: int) -> Iterator[_Step]:
-    """Row by row, all matrices at once: the feature of a code is the mean of |code| above it in its column."""
-    matrices, rows, cols = bank.codes.shape
-    segments, next_states = trellis_segments(rows, cols), trellis_next_states().numpy()
-    states = np.zeros((segments, matrices * cols), np.int64)
-    sums, guesses = np.zeros(matrices * cols, np.int64), np.zeros(matrices * cols, np.int64)
-    for row in range(rows):
-        state = states[row % segments]
-        features = (sums * RANS_MEAN_UNIT + mean * RANS_PRIOR_ROWS) // (row + RANS_PRIOR_ROWS)
-        yield _Step(np.s_[:, row, :], guesses, features, state & 1 if bank.trellis else guesses)
-        codes = bank.codes[:, row, :].ravel().astype(np.int64)
-        sums += np.abs(codes)
-        if bank.trellis:
-            state[:] = next_states[state, codes & 1]
-
-
-# A tall matrix, the embedding, is coded column by column in blocks of rows, because the codes of a row hang together:
-# once some blocks are known, the second moments of their rows say how each column follows from those before it. The
-# moments' factors (L D L^T, as in Cholesky's method) turn a row into guesses and innovations, the share that could not
-# be guessed: level_j = sum over k < j of L_jk innovation_k + innovation_j. It is all fixed-point integers, so that
-# every machine makes the same guesses: levels have 8 fractional bits, L 16, moments 12. Matrix products go through
-# float64, in which integers of this size are exact in any order of summation.
-
-TALL_RATIO = 8
-TALL_BLOCK_ROWS = 256
-TALL_REFIT = 1.25
-TALL_LEVEL_BITS = 8
-TALL_FACTOR_BITS = 16
-TALL_MOMENT_BITS = 12
-TALL_PANEL = 64
-
-
-def _predicted_steps(bank: Bank) -> Iterator[_Step]:
-    """Column by column through blocks of rows; a feature is the column's expected innovation times the row's so far."""
-    codes, next_states = bank.codes[0], trellis_next_states().numpy()
-    rows, cols = codes.shape
-    block = trellis_segments(rows, cols) if bank.trellis else TALL_BLOCK_ROWS
-    factor, deviations, fitted = np.zeros((cols, cols)), np.full(cols, 1 << TALL_MOMENT_BITS // 2, np.int64), 0
-    moments, levels, states = np.zeros((cols, cols)), np.zeros((rows, cols)), np.zeros((cols, block), np.int64)
-    for begin in range(0, rows, block):
-        if begin and begin >= fitted * TALL_REFIT:
-            moments += levels[fitted:begin].T @ levels[fitted:begin]
-            (factor, deviations), fitted = _fit_predictor(moments.astype(np.int64), begin), begin
-        where = slice(begin, min(begin + block, rows))
-        count = where.stop - begin
-        innovations, sizes = np.zeros((count, cols)), np.full(count, 16 * 205, np.int64)
-        for col in range(cols):
-            exact = innovations[:, :col] @ factor[col, :col]
-            guess = np.floor(exact / (1 << TALL_FACTOR_BITS)).astype(np.int64)
-            state = states[col, :count]
-            quantizers = state & 1 if bank.trellis else np.zeros_like(guess)
-            features = np.minimum(deviations[col] * sizes // (col + 16) >> 5, 65535)
-            yield _Step((slice(0, 1), where, col), _code_guesses(guess, quantizers, bank.trellis), features, quantizers)
-            level = codes[where, col].astype(np.int64)
-            if bank.trellis:
-                state[:] = next_states[state, level & 1]
-                level = trellis_levels(level, quantizers)
-            levels[where, col] = level
-            innovation = (level << TALL_LEVEL_BITS) - guess
-            innovations[:, col] = innovation
-            sizes += np.minimum((np.abs(innovation) << 6) // deviations[col], 1 << 12)
-
-
-def _code_guesses(guess: np.ndarray, quantizers: np.ndarray, trellis: bool) -> np.ndarray:
-    """The code nearest to a guess of its level; nearly so near 0 in a trellis."""
-    if not trellis:
-        return np.clip((guess + 128) >> 8, -128, 127)
-    return np.clip((guess + quantizers * (np.sign(guess) << 8) + 256) >> 9, -128, 127)
-
-
-def _fit_predictor(moments: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """(factor, deviations) from the summed x^T x of `count` rows of levels, int64 (cols, cols).
-
-    factor: L, float64 that holds integers, with TALL_FACTOR_BITS; deviations: (cols,) int64, standard deviations of the
-    innovations with TALL_MOMENT_BITS // 2. What lies off the diagonal counts less the fewer rows there were.
+    moments: (elements, elements) int64, summed products of the elements' levels over `count` vectors, all matrices alike.
+    sums: (matrices, elements), of |level - guess| over the vectors so far. scale: mean |level|. agreed, energy: (matrices, 1, 1),
+    sums of guess * level and guess^2, which say what part of a guess to believe.
     """
-    cols = len(moments)
-    doubt = min(max((1 << 16) // 10, (1 << 16) * 3 * cols // (10 * count)), (1 << 16) * 19 // 20)
-    matrix = (moments << TALL_MOMENT_BITS) // count
+
+    def __init__(self, bank: Bank, mean: int, prior: _Predictor | None) -> None:
+        matrices, _, elements = bank.vectors.shape
+        self.scale = mean * (16 if bank.trellis else 8)
+        self.sums = np.zeros((matrices, elements), np.int64)
+        self.moments, self.count = np.zeros(2 * (elements * (elements <= PREDICT_MAX_ELEMENTS),), np.int64), 0
+        if prior is not None and prior.count and prior.moments.shape == self.moments.shape:
+            self.count = min(2 * elements, prior.count)  # vectors that those of other banks count for
+            covariance = (prior.moments << 8) // prior.count * self.scale ** 2 // max(prior.scale, 1) ** 2
+            self.moments = covariance * self.count >> 8
+        self.agreed, self.energy = np.full((2, matrices, 1, 1), int(elements * PREDICT_BLOCK * self.scale ** 2 / 100), np.int64)
+
+    def fit(self) -> None:
+        """Take the moments as they are now for the guesses to come."""
+        enough = self.count >= PREDICT_BLOCK // 2 and self.moments.any()
+        self.factor = _fit_predictor(self.moments, self.count) if enough else None
+
+    def spread(self, elements: slice, seen: int) -> np.ndarray:
+        """Expected |level - guess| of some elements after `seen` vectors, (matrices, 1, elements), at least 1."""
+        return np.maximum((self.sums[:, None, elements] + 2 * self.scale) // (seen + 2), 1)
+
+    def believed(self, guesses: np.ndarray) -> np.ndarray:
+        """What is left of guesses (matrices, vectors, elements) when each matrix believes the part that has been right so far."""
+        return guesses * np.clip((self.agreed << 8) // np.maximum(self.energy, 1), 0, 256) >> 8
+
+    def guess(self, innovations: np.ndarray, group: slice) -> np.ndarray:
+        """What a group's levels should be by the innovations (matrices, vectors, elements) of the elements before."""
+        if self.factor is None:
+            return np.zeros((*innovations.shape[:2], group.stop - group.start), np.int64)
+        sums = innovations[:, :, : group.start] @ self.factor[group, : group.start].T
+        return np.clip(np.floor(sums / (1 << 16)), -PREDICT_LIMIT, PREDICT_LIMIT).astype(np.int64)
+
+    def innovations(self, levels: np.ndarray, guesses: np.ndarray, group: slice) -> np.ndarray:
+        """What a group's own elements leave of each other: its levels less all that L makes of the innovations before."""
+        self.agreed += (guesses * levels).sum((1, 2), keepdims=True)
+        self.energy += (guesses * guesses).sum((1, 2), keepdims=True)
+        rest = (levels - guesses).astype(np.float64)
+        for j in range(1, rest.shape[2] if self.factor is not None else 0):
+            rest[:, :, j] -= np.floor(rest[:, :, :j] @ self.factor[group.start + j, group.start: group.start + j] / (1 << 16))
+            np.clip(rest[:, :, j], -PREDICT_LIMIT, PREDICT_LIMIT, out=rest[:, :, j])
+        return np.clip(rest, -PREDICT_LIMIT, PREDICT_LIMIT)
+
+    def learn(self, levels: np.ndarray) -> None:
+        """Add a block of levels (matrices, vectors, elements) to the moments, and fade the older ones."""
+        flat = levels.reshape(-1, levels.shape[2])[:, : len(self.moments)]
+        self.moments = self.moments * PREDICT_MEMORY // (PREDICT_MEMORY + len(flat)) + (flat.T @ flat).astype(np.int64)
+        self.count = self.count * PREDICT_MEMORY // (PREDICT_MEMORY + len(flat)) + len(flat)
+
+
+def _steps(bank: Bank, known: _Predictor) -> Iterator[_Step]:
+    """The steps of a bank in order. Each must have been read, or written to bank.vectors, before the next is asked for."""
+    matrices, vectors, elements = bank.vectors.shape
+    lanes = trellis_segments(*bank.codes.shape[1:]) if bank.trellis else 1 << 20  # without a trellis nothing has to wait
+    shape = (matrices, vectors, lanes) if bank.across else (matrices, lanes, elements)
+    states = np.zeros(shape, np.int64) if bank.trellis else np.broadcast_to(np.int64(0), shape)
+    tall, wide = (1, lanes) if bank.across else (lanes, 1)  # blocks and groups end where a step of the trellis does
+    if not bank.trellis:
+        tall = wide = 1
+    width, begin = -(-max(2, elements // PREDICT_GROUPS) // wide) * wide, 0
+    while begin < vectors:
+        block = slice(begin, min(vectors, begin + -(-max(PREDICT_BLOCK, begin // 8) // tall) * tall))
+        known.fit()
+        levels, innovations = np.zeros((2, matrices, block.stop - begin, elements))
+        sizes = np.full((matrices, block.stop - begin, 1), 8 << 8, np.int64)  # of each vector's innovations so far, in spreads
+        for left in range(0, elements, width):
+            group = slice(left, min(elements, left + width))
+            guesses = known.guess(innovations, group)
+            believed = known.believed(guesses)
+            levels[:, :, group] = yield from _group_steps(bank, known, states, (block, group), believed, sizes // (8 + left))
+            exact = levels[:, :, group].astype(np.int64) << 8
+            sizes += np.minimum((np.abs(exact - believed) << 8) // known.spread(group, block.stop), 1 << 12).sum(2, keepdims=True)
+            innovations[:, :, group] = known.innovations(exact, guesses, group)
+        known.learn(levels)
+        begin = block.stop
+
+
+def _group_steps(bank: Bank, known: _Predictor, states: np.ndarray, where: tuple[slice, slice], guesses: np.ndarray,
+                 sizes: np.ndarray) -> Generator[_Step, None, np.ndarray]:
+    """The steps of a group of elements of a block of vectors, down the trellis; returns their levels (matrices, vectors, elements)."""
+    next_states, levels, lanes = trellis_next_states().numpy(), np.empty_like(guesses), states.shape[2 if bank.across else 1]
+    for top in range(0, guesses.shape[2 if bank.across else 1], lanes):
+        ahead = slice(top, top + lanes)
+        part = np.s_[:, :, ahead] if bank.across else np.s_[:, ahead]
+        guess = guesses[part]
+        _, vectors, elements = guess.shape
+        first, element = (where[0].start, where[1].start + top) if bank.across else (where[0].start + top, where[1].start)
+        place = np.s_[:, first: first + vectors, element: element + elements]
+        state = states[:, place[1], :elements] if bank.across else states[:, :vectors, place[2]]
+        quantizers = state & 1
+        features = np.minimum(known.spread(place[2], first) * (sizes if bank.across else sizes[part]) >> 8, 65534)
+        signs, offsets, kinds = _split_guess(guess, 512 if bank.trellis else 256)
+        yield _Step(place, signs, offsets, kinds + quantizers * GUESS_KINDS, features)
+        level = bank.vectors[place].astype(np.int64)
+        if bank.trellis:
+            state[:], level = next_states[state, level & 1], trellis_levels(level, quantizers)
+        levels[part] = level
+        known.sums[:, place[2]] += np.abs((level << 8) - guess).sum(1)
+    return levels
+
+
+def _split_guess(guesses: np.ndarray, code: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Signs, offsets and kinds (see _Step) of guessed levels; `code` is what a code is worth in their unit.
+
+    Codes near 0 stay themselves, because there a trellis has levels of its own.
+    """
+    sizes = np.abs(guesses)
+    nearest = (sizes + code // 2) // code
+    fraction = (5 * (sizes - nearest * code) + code) // (2 * code) + len(GUESS_EIGHTHS) + 2  # up to -1/5 of a code, between, or from 1/5
+    kinds = np.searchsorted(GUESS_EIGHTHS * code // 8, sizes, side="right")
+    large = nearest > 1
+    return np.where(guesses < 0, -1, 1), nearest * large, np.where(large, fraction, kinds)
+
+
+def _fit_predictor(moments: np.ndarray, count: int) -> np.ndarray:
+    """L, float64 that holds integers with 16 fractional bits, from the summed x^T x of `count` vectors of levels, int64.
+
+    What lies off the diagonal counts less the fewer vectors there were.
+    """
+    elements = len(moments)
+    doubt = min(max((1 << 16) // 40, (1 << 15) * elements // count), (1 << 16) * 19 // 20)
+    matrix = (moments << 12) // count
     diagonal = np.diagonal(matrix).copy()
     matrix = matrix * ((1 << 16) - doubt) >> 16
     np.fill_diagonal(matrix, diagonal)
-    factor, deviations = np.zeros((cols, cols)), np.empty(cols, np.int64)
-    for begin in range(0, cols, TALL_PANEL):
-        width = min(TALL_PANEL, cols - begin)
-        panel = matrix[begin:, begin : begin + width].copy()
-        for j in range(width):
-            pivot = max(int(panel[j, j]), 64)
-            deviations[begin + j] = math.isqrt(pivot)
-            below = np.clip((panel[j + 1 :, j] << TALL_FACTOR_BITS) // pivot, -(1 << 18), 1 << 18)
+    factor = np.zeros((elements, elements))
+    for begin in range(0, elements, PREDICT_PANEL):
+        end = min(begin + PREDICT_PANEL, elements)
+        panel = matrix[begin:, begin:end].copy()
+        for j in range(end - begin):
+            below = np.clip((panel[j + 1 :, j] << 16) // max(int(panel[j, j]), 64), -(1 << 18), 1 << 18)
             factor[begin + j + 1 :, begin + j] = below
-            panel[j + 1 :, j + 1 :] -= below[:, None] * panel[j + 1 : width, j] >> TALL_FACTOR_BITS
-        done = factor[begin + width :, begin : begin + width] @ panel[width:].T.astype(np.float64)
-        matrix[begin + width :, begin + width :] -= np.floor(done / (1 << TALL_FACTOR_BITS)).astype(np.int64)
-    return factor, deviations
+            panel[j + 1 :, j + 1 :] -= below[:, None] * panel[j + 1 : end - begin, j] >> 16
+        done = factor[end:, begin:end] @ panel[end - begin :].T.astype(np.float64)
+        matrix[end:, end:] -= np.floor(done / (1 << 16)).astype(np.int64)
+    return factor
 
 
-class _Fit(NamedTuple):
-    """A bank's model with what it makes of the bank: 1-d contexts and symbols in coding order, the lengths of the steps,
-    and how often each context saw each symbol, (quantizers, contexts, symbols)."""
-
-    model: _BankModel
-    contexts: np.ndarray
-    symbols: np.ndarray
-    lengths: list[int]
-    counts: np.ndarray
-
-
-def _fit_bank(bank: Bank) -> _Fit:
-    """The better of the models that the bank allows."""
-    fits = [_fit_model(bank, predicted) for predicted in ([False, True] if bank.can_predict else [False])]
-    return min((fit for fit in fits if fit is not None), key=lambda fit: entropy_bits(fit.counts))
-
-
-def _fit_model(bank: Bank, predicted: bool) -> _Fit | None:
-    """A model with the frequencies of this bank; None if it would need more than 256 symbols."""
-    mean = int(round(float(np.abs(bank.codes.astype(np.int16)).mean()) * RANS_MEAN_UNIT))
-    steps, differences = [], []
-    for step in _steps(bank, predicted, mean):
+def _fit_model(bank: Bank, known: _Predictor, model: np.void) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    """Set the thresholds and frequencies of a model; contexts and symbols in coding order, 1-d, and the lengths of the steps."""
+    steps, coded = [], []
+    for step in _steps(bank, known):
         steps.append(step)
-        differences.append(bank.codes[step.where].ravel() - step.guesses)
-    differences = np.concatenate(differences)
-    features, quantizers = (np.concatenate([step[i] for step in steps]) for i in (2, 3))
-    lowest, symbols = int(differences.min()), int(differences.max() - differences.min()) + 1
-    if symbols > 256:
-        return None
-    contexts = int(min(RANS_CONTEXTS, max(1, differences.size // RANS_CONTEXT_SYMBOLS)))
-    thresholds = np.unique(np.quantile(features, np.arange(1, contexts) / contexts, method="higher")).astype(np.int64)
-    shape = (1 + bank.trellis, len(thresholds) + 1, symbols)
-    context = _BankModel(predicted, lowest, mean, thresholds, np.zeros(shape, np.uint8)).contexts(features, quantizers)
-    differences -= lowest
-    counts = np.bincount(context * symbols + differences, minlength=math.prod(shape)).reshape(shape)
-    largest = np.maximum(counts.max(-1, keepdims=True), 1)
-    roots = np.where(counts > 0, np.maximum(np.rint(255 * np.sqrt(counts / largest)), 1), 0).astype(np.uint8)
-    model = _BankModel(predicted, lowest, mean, thresholds, roots)
-    return _Fit(model, context, differences, [len(step.features) for step in steps], counts)
+        coded.append((bank.vectors[step.where] * step.signs - step.offsets).astype(np.uint8).ravel())  # modulo 256
+    symbols, features = np.concatenate(coded), np.concatenate([step.features.ravel() for step in steps])
+
+    def fit(spreads: int) -> tuple[float, np.ndarray, np.ndarray]:
+        """Bits with so many spreads, those of the tables roughly; contexts; counts (contexts, 256)."""
+        model["thresholds"] = (1 << 16) - 1
+        model["thresholds"][: spreads - 1] = np.quantile(features, np.arange(1, spreads) / spreads, method="higher")
+        contexts = np.concatenate([_contexts(model, step) for step in steps])
+        counts = np.bincount(contexts * 256 + symbols, minlength=model["roots"].size).reshape(-1, 256)
+        return entropy_bits(counts) + RANS_ROOT_BITS * np.count_nonzero(counts), contexts, counts
+
+    few = symbols.size < RANS_FEW_SYMBOLS
+    _, contexts, counts = fit(min((1, 2, 4, RANS_SPREADS), key=lambda spreads: fit(spreads)[0]) if few else RANS_SPREADS)
+    roots = np.rint(255 * np.sqrt(counts / np.maximum(counts.max(1, keepdims=True), 1)))
+    model["roots"] = np.where(counts > 0, np.maximum(roots, 1), 0).reshape(model["roots"].shape)
+    return contexts, symbols, [step.signs.size for step in steps]
 
 
 def entropy_bits(counts: np.ndarray) -> float:
     """Bits of symbols that occurred so often, (..., symbols), with a table each; the tables themselves come free."""
     share = counts / np.maximum(counts.sum(-1, keepdims=True), 1)
     return float(-(counts * np.log2(np.where(counts > 0, share, 1.0))).sum())
-
-
-def _pack_models(models: list[_BankModel]) -> bytes:
-    parts = []
-    for model in models:
-        _, contexts, symbols = model.roots.shape
-        parts.append(np.array([(model.predicted, model.lowest, symbols, model.mean, contexts)], _MODEL_FIELDS).tobytes())
-        parts += [model.thresholds.astype("<u2").tobytes(), model.roots.tobytes()]
-    return brotli.compress(b"".join(parts), quality=11)
-
-
-def _unpack_models(stream: bytes, banks: list[Bank]) -> list[_BankModel]:
-    limit = len(banks) * (_MODEL_FIELDS.itemsize + RANS_CONTEXTS * (2 + 2 * 256))
-    data = decompress(stream, limit)
-    models, position = [], 0
-    for bank in banks:
-        if position + _MODEL_FIELDS.itemsize > len(data):
-            raise ArtifactError("the artifact's coder tables are cut short")
-        predicted, lowest, symbols, mean, contexts = np.frombuffer(data, _MODEL_FIELDS, 1, position)[0].item()
-        position += _MODEL_FIELDS.itemsize
-        shape = (1 + bank.trellis, contexts, symbols)
-        size = 2 * (contexts - 1) + math.prod(shape)
-        in_range = predicted <= bank.can_predict and 1 <= symbols <= 256 and 1 <= contexts <= RANS_CONTEXTS
-        if not in_range or position + size > len(data):
-            raise ArtifactError("the artifact's coder tables are impossible")
-        thresholds = np.frombuffer(data, "<u2", contexts - 1, position).astype(np.int64)
-        roots = np.frombuffer(data, np.uint8, math.prod(shape), position + 2 * (contexts - 1))
-        position += size
-        model = _BankModel(bool(predicted), lowest, mean, thresholds, roots.reshape(shape))
-        if (model.frequencies() < 0).any() or (np.diff(thresholds) < 0).any():
-            raise ArtifactError("the artifact's coder tables are impossible")
-        models.append(model)
-    if position != len(data):
-        raise ArtifactError("the artifact's coder tables have bytes left over")
-    return models
 
 
 def _rans_encode(slots: list[tuple[np.ndarray, np.ndarray, list[int]]], lane_count: int) -> list[bytes]:
@@ -3361,10 +3371,10 @@ class _RansDecoder:
         self.position = 0
 
     def load(self, frequencies: np.ndarray) -> None:
-        """Take (contexts, symbols) tables, each row adding up to 2**RANS_BITS."""
-        contexts, self.alphabet = frequencies.shape
-        symbols = np.tile(np.arange(self.alphabet, dtype=np.uint8), contexts)
-        self.symbol_of_slot = np.repeat(symbols, frequencies.ravel())
+        """Take (contexts, 256) tables, each row adding up to 2**RANS_BITS."""
+        if (frequencies < 0).any():
+            raise ArtifactError("the artifact's coder tables are impossible")
+        self.symbol_of_slot = np.repeat(np.tile(np.arange(256, dtype=np.uint8), len(frequencies)), frequencies.ravel())
         self.frequency = frequencies.astype(np.uint32).ravel()
         self.start = (np.cumsum(frequencies, 1) - frequencies).astype(np.uint32).ravel()
 
@@ -3378,7 +3388,7 @@ class _RansDecoder:
             slot = lanes & np.uint32((1 << RANS_BITS) - 1)
             symbol = self.symbol_of_slot[(chunk << RANS_BITS) + slot]
             result[begin : begin + lane_count] = symbol
-            entry = chunk * self.alphabet + symbol
+            entry = chunk * 256 + symbol
             lanes[:] = self.frequency[entry] * (lanes >> np.uint32(RANS_BITS)) + slot - self.start[entry]
             empty = np.flatnonzero(lanes < RANS_LOW)
             fresh = self.words[self.position : self.position + len(empty)]
@@ -4588,8 +4598,11 @@ def open_log(cfg: Config, ranks: Ranks) -> Log:
     try:
         log = Log(path, enabled=ranks.rank == 0)
         free = shutil.disk_usage(path.parent).free if log.enabled else math.inf
+        if log.enabled and cfg.losses_path and not Path(cfg.losses_path).exists():
+            Path(cfg.losses_path).parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"cannot write to {path.parent}: {error.strerror}; set ARTIFACT_DIR to a folder you may write to") from error
+        raise ValueError(f"cannot write to {error.filename or path.parent}: {error.strerror}; set ARTIFACT_DIR or LOSSES_PATH to a place "
+                         "you may write to") from error
     if free < 4 * ARTIFACT_CAP_BYTES:
         raise ValueError(f"only {free / 1e6:.0f} MB free in {path.parent}: the log and the artifact need "
                          f"{4 * ARTIFACT_CAP_BYTES / 1e6:.0f}; free some space there or set ARTIFACT_DIR")
@@ -4817,15 +4830,17 @@ def fail(error: BaseException, ranks: Ranks | None, log: Log | None) -> int:
     if status == 1 and not isinstance(error, RuntimeError):
         traceback.print_exc()
     alone, first = ranks is None or ranks.world == 1, ranks is None or ranks.rank == 0
-    if not alone and isinstance(error, RuntimeError):  # a broken connection: the reason is another rank's
-        time.sleep(1.0)
-        text = next(iter(ranks.failures().values()), f"lost the other ranks: {text.splitlines()[0][:300]}")
+    lost = not alone and isinstance(error, RuntimeError) and re.search("(?i)gloo|nccl|connection", str(error))  # for a reason of another's
+    if lost:
+        silent = ", ".join(map(str, ranks.silent(4 * LOOK_SECONDS)))
+        reason = f"rank {silent} was killed, or its machine was" if silent else f"lost the other ranks: {text.splitlines()[0][:300]}"
+        text = next(iter(ranks.failures().values()), reason)
     if not alone:
         ranks.fail(text)
     if not first:
         time.sleep(2.0)  # until rank 0 has said it, if it can
         speaker = min(ranks.failures())
-        if log is not None and (speaker == ranks.rank or (speaker < 0 and ranks.rank % ranks.local_world == 0)):
+        if log is not None and (speaker == ranks.rank or (lost and speaker < 0 and ranks.rank % ranks.local_world == 0)):
             log.take_over()
     if log is not None:
         log(f"error: {text}")

@@ -5,8 +5,8 @@
 Hints are found in the first --tokens tokens of the training shards, in scoring order, as in a score of as many tokens: how often a
 hint is right depends on how much came before. Of the documents that have hints, as many as hold --scored tokens are scored by the
 artifact's model, without test-time training. For each bin of occurrences and share (train_gpt.py, NGRAM_TILT_BETAS) beta is where the
-loss is least: hits = sum of q e^beta / (1 + q (e^beta - 1)); a bin with fewer than --least hints gets none. Half of the documents
-fit, the other half say what the fit gains. The last line is what the environment of a run takes.
+loss is least: hits = sum of q e^beta / (1 + q (e^beta - 1)); bins with fewer than --least hints are fitted together. Half of the
+documents fit, the other half say what the fit gains. The last line is what the environment of a run takes.
 """
 
 from __future__ import annotations
@@ -62,8 +62,9 @@ def gain(betas: np.ndarray, q: np.ndarray, hit: np.ndarray) -> float:
 
 
 def best_beta(q: np.ndarray, hit: np.ndarray) -> float:
-    """Where the gain of one beta is largest, 0 if none gains; the gain is concave in it."""
-    low, high = 0.0, HIGHEST
+    """Where the gain of one beta is largest, 0 if none gains; the gain is concave in it. One more hint, a wrong one, is imagined: no
+    number of right ones is proof."""
+    q, hit, low, high = np.append(q, q.mean()), np.append(hit, False), 0.0, HIGHEST
     for _ in range(50):
         middle = (low + high) / 2
         up = np.exp(middle)
@@ -77,8 +78,10 @@ def bins_of(hints: g.NgramHints) -> np.ndarray:
 
 
 def fit(bins: np.ndarray, q: np.ndarray, hit: np.ndarray, least: int) -> list[float]:
-    """The beta of every bin."""
-    return [best_beta(q[bins == b], hit[bins == b]) if (bins == b).sum() >= least else 0.0 for b in range(BINS)]
+    """The beta of every bin; bins with few hints have one in common, those of full share and the others."""
+    few = np.isin(bins, [b for b in range(BINS) if (bins == b).sum() < least])
+    groups = [bins == b if (bins == b).sum() >= least else few & ((bins % 5 == 4) == (b % 5 == 4)) for b in range(BINS)]
+    return [best_beta(q[group], hit[group]) if group.any() else 0.0 for group in groups]
 
 
 def main() -> None:

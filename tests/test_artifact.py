@@ -62,19 +62,20 @@ def test_floats_at_the_ends_of_their_range_come_back(value: float) -> None:
     assert_same(tensors, tg.unpack_artifact(tg.pack_artifact(tensors, cfg))[1])
 
 
-def coded(*banks: np.ndarray, trellis: bool = False) -> list[bytes]:
+def coded(*banks: np.ndarray, trellis: bool = False, across: bool = False) -> list[bytes]:
     """The streams of these codes, which have been read back and compared."""
-    streams = tg.encode_codes([tg.Bank(bank, trellis) for bank in banks])
-    found = [tg.Bank(np.zeros_like(bank), trellis) for bank in banks]
+    streams = tg.encode_codes([tg.Bank(bank, trellis, across) for bank in banks])
+    found = [tg.Bank(np.zeros_like(bank), trellis, across) for bank in banks]
     tg.decode_codes(streams, found)
     assert all(np.array_equal(bank, read.codes) for bank, read in zip(banks, found))
     return streams
 
 
+@pytest.mark.parametrize("across", [False, True])
 @pytest.mark.parametrize("trellis", [False, True])
-@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 1, 7), (1, 7, 1), (3, 5, 2), (4, 3, 1), (2, 300, 70)])
-def test_codes_of_any_shape_come_back(shape: tuple[int, int, int], trellis: bool) -> None:
-    coded(codes(*shape), codes(1, 9, 3), trellis=trellis)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 1, 7), (1, 7, 1), (3, 5, 2), (4, 3, 1), (2, 300, 70), (1, 3, 2100)])
+def test_codes_of_any_shape_come_back(shape: tuple[int, int, int], trellis: bool, across: bool) -> None:
+    coded(codes(*shape), codes(1, 9, 3), codes(*shape, seed=1), trellis=trellis, across=across)
 
 
 @pytest.mark.parametrize("trellis", [False, True])
@@ -93,13 +94,13 @@ def test_dequantized_weights_are_codes_times_scales() -> None:
     assert np.array_equal(tg.dequantize(bank).numpy(), expected)
 
 
-def test_rans_is_within_one_percent_of_the_entropy_and_smaller_than_brotli() -> None:
+def test_rans_is_within_one_and_a_half_percent_of_the_entropy_and_smaller_than_brotli() -> None:
     bank = codes(4, 256, 256)
     columns = bank.transpose(0, 2, 1).reshape(4 * 256, 256)
     bits = sum(tg.entropy_bits(np.bincount(columns[group].ravel().astype(int) + 128))
                for group in np.argsort(np.abs(columns.astype(int)).mean(1)).reshape(32, 32))
     size = sum(map(len, coded(bank)))
-    assert size < bits / 8 * 1.01 + 1024
+    assert size < bits / 8 * 1.015 + 1024
     assert size < len(brotli.compress(bank.transpose(0, 2, 1).tobytes(), quality=11, lgwin=24))
 
 
@@ -123,15 +124,23 @@ def rounded(weights: torch.Tensor, quantizer: str) -> np.ndarray:
 @pytest.mark.parametrize("quantizer", ["scalar", "trellis"])
 @pytest.mark.parametrize("shape", [(1024, 64), (1025, 70), (4099, 64)])
 def test_tall_matrices_come_back_and_their_columns_are_predicted(quantizer: str, shape: tuple[int, int]) -> None:
-    bank = tg.Bank(rounded(tall(*shape), quantizer), quantizer == "trellis")
-    coded(bank.codes, codes(1, 30, 40), trellis=bank.trellis)
-    predicted, plain = (tg._fit_model(bank, flag) for flag in (True, False))
-    assert tg._fit_bank(bank).model.predicted
-    assert tg.entropy_bits(predicted.counts) < 0.92 * tg.entropy_bits(plain.counts)
+    found = rounded(tall(*shape), quantizer)
+    shuffled = np.random.default_rng(0).permuted(found, axis=1)  # each column by itself: nothing hangs together any more
+    size = len(coded(found, codes(1, 30, 40), trellis=quantizer == "trellis")[2])
+    assert size < 0.93 * len(tg.encode_codes([tg.Bank(shuffled, quantizer == "trellis")])[2])
 
 
-def test_prediction_is_left_out_where_it_does_not_help() -> None:
-    assert not tg._fit_bank(tg.Bank(codes(1, 2048, 64), False)).model.predicted
+def test_a_matrix_that_writes_learns_from_one_that_reads() -> None:
+    """Rows of one and columns of the other are vectors in the same basis, so that the second is cheaper after the first."""
+    found = rounded(tall(2048 + 256, 64), "scalar")
+    banks = [tg.Bank(found[:, :2048], False), tg.Bank(np.ascontiguousarray(found[:, 2048:].transpose(0, 2, 1)), False, across=True)]
+    after, alone = tg.encode_codes(banks)[3], tg.encode_codes(banks[1:])[2]
+    assert len(after) < 0.97 * len(alone)
+
+
+def test_prediction_costs_nothing_where_nothing_hangs_together() -> None:
+    bank = np.rint(2.7 * np.random.default_rng(0).standard_normal((1, 2048, 64))).astype(np.int8)
+    assert 8 * len(coded(bank)[2]) < 1.003 * tg.entropy_bits(np.bincount(bank.ravel().astype(int) + 128))
 
 
 @pytest.mark.parametrize("value", [-128, 127])
@@ -145,11 +154,9 @@ def test_prediction_of_extreme_codes_comes_back(value: int, trellis: bool) -> No
 def test_predictor_factors_are_those_of_cholesky() -> None:
     rows = tall(4000).mul(4).round().double().numpy()
     moments = (rows.T @ rows).astype(np.int64)
-    factor, deviations = tg._fit_predictor(moments, len(rows))
-    doubt = max(0.1, 0.3 * 64 / 4000)
-    expected = moments / len(rows) * np.where(np.eye(64) > 0, 1, 1 - doubt)
-    lower = np.linalg.cholesky(expected)
-    np.testing.assert_allclose(deviations / 64, np.diag(lower), rtol=0.01)
+    factor = tg._fit_predictor(moments, len(rows))
+    doubt = max(1 / 40, 0.5 * 64 / 4000)
+    lower = np.linalg.cholesky(moments / len(rows) * np.where(np.eye(64) > 0, 1, 1 - doubt))
     np.testing.assert_allclose(factor / 65536 + np.eye(64), lower / np.diag(lower), atol=0.01)
 
 
@@ -159,11 +166,7 @@ def test_decoding_does_not_depend_on_how_matrix_products_are_summed(monkeypatch:
     streams, read = coded(bank), tg.Bank(np.zeros_like(bank), False)
     original = tg._fit_predictor
 
-    def reordered(moments: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-        factor, deviations = original(moments, count)
-        return np.asfortranarray(factor), deviations
-
-    monkeypatch.setattr(tg, "_fit_predictor", reordered)
+    monkeypatch.setattr(tg, "_fit_predictor", lambda moments, count: np.asfortranarray(original(moments, count)))
     tg.decode_codes(streams, [read])
     assert np.array_equal(read.codes, bank)
 

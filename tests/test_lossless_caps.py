@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lossless_caps import ALLCAPS, CAPNEXT, ESC, OPERATORS, TITLE, V1, VERSIONS, ByteCounter, Transform
 
-V2, LINES, QUOTES = (VERSIONS["lossless_caps_caseops_v2" + name] for name in ("", "_lines", "_quotes"))
+V2, LINES, QUOTES, TITLES = (VERSIONS["lossless_caps_caseops_v2" + name] for name in ("", "_lines", "_quotes", "_titles"))
 PLAIN = VERSIONS["plain"]
 every_version = pytest.mark.parametrize("version", VERSIONS.values(), ids=lambda version: version.name)
 
@@ -48,6 +48,13 @@ CASES = {
         "\n  The": f"\n{CAPNEXT} {TITLE} the", "\n the": f"\n{CAPNEXT} the", "\n 5\n5": f"\n{CAPNEXT} 5\n5", "\nÉa": "\nÉa",
         "\r\niPhone": f"\r\n i{CAPNEXT}phone", f"\n{TITLE} The": f"\n{ESC}{TITLE}{TITLE} the", " ": f"{CAPNEXT} ",
     },
+    TITLES: ALIKE | {
+        "The cat. The cat": " the cat. the cat", "a. b": f"{TITLE} a.{TITLE} b", "A? NASA!\nNo": f" a?{ALLCAPS} nasa!\n no",
+        "\n the": f"\n{CAPNEXT} the", "\n The": f"\n{CAPNEXT}{TITLE} the", "1.  The": f"1. {TITLE} the",
+        "1. iPhone": f"1.{TITLE} i{CAPNEXT}phone",
+        "1. IPhone": f"1. i{CAPNEXT}phone", "1.The": f"1.{TITLE}the", f"1.{TITLE} The": f"1.{ESC}{TITLE}{TITLE} the",
+        "1. McDonald": f"1. mc{CAPNEXT}donald",
+    },
     QUOTES: ALIKE | {'said "The': f' said "{TITLE} the', '" the': f'"{CAPNEXT} the', '("[a': '("[ a'},
     PLAIN: {"see The NASA\n": "see The NASA\n", f"a{ESC}B{TITLE}": f"a{ESC}{ESC}B{ESC}{TITLE}"},
 }
@@ -63,6 +70,7 @@ MALFORMED = {
     V2: [*WITH_OPERATORS, f" {TITLE}a", f"- {ALLCAPS}ab", f"{TITLE} {TITLE}a", f"{TITLE} a{CAPNEXT}b", f"{CAPNEXT} a"],
     LINES: [*WITH_OPERATORS, "a", f"{TITLE}a", "\na", f"\n{ALLCAPS}ab", " ", "  a", f"\n{CAPNEXT}a", f"{CAPNEXT}", f"\n{CAPNEXT}{TITLE}a",
             f"\n{CAPNEXT}{TITLE}", f"-{CAPNEXT} a", f"\n{CAPNEXT}{CAPNEXT} a", f"\n{CAPNEXT} {TITLE}a", f" {TITLE}a"],
+    TITLES: [f"1. {TITLE}a", f"1. i{CAPNEXT}p{CAPNEXT}h", f"1.{TITLE}{TITLE} a", f"{TITLE}a", "a", f"1.{ALLCAPS} a", f"1.{CAPNEXT} a"],
     QUOTES: ['("a', '"  a', f'"{TITLE}a', f'"{CAPNEXT}"'],
     PLAIN: [TITLE, f"a{CAPNEXT}b", ESC, f"{ESC}a"],
 }
@@ -90,6 +98,9 @@ def encode_by_characters(text: str, version: Transform = V1) -> str:
         if word:
             space = " " if begins else out.pop() if version.before_space and at and text[at - 1] == " " else ""
             operator, letters = case_of(word) if version.capitals else ("", word)
+            before = (text[at - 1] if at else version.spaced_after[0]) if begins else text[at - 2] if space and at > 1 else ""
+            if before and before in version.titled_after and (begins or before not in version.spaced_after) and operator != ALLCAPS:
+                operator = "" if operator else TITLE
             out.append(operator + space + letters)
         else:
             out += [CAPNEXT] if begins and text[at] == " " else []
@@ -101,7 +112,7 @@ def encode_by_characters(text: str, version: Transform = V1) -> str:
 
 # Short words, capitals, operators and neighbours that are letters elsewhere, mixed with anything (surrogates too).
 letters = st.sampled_from("abXYZzA")
-odd = st.sampled_from(OPERATORS + "  -'1éÉ\u2581\u0301\x00\n\"(\U0001f600")
+odd = st.sampled_from(OPERATORS + "  -'.1éÉ\u2581\u0301\x00\n\"(\U0001f600")
 anything = st.characters(codec=None)
 texts = st.text(letters | odd | anything, max_size=40)
 parts = [*OPERATORS, ESC + TITLE, "a", "b", "cd", " ", "\n", "B", "é", TITLE + "x", TITLE + " x", ALLCAPS + " xy"]

@@ -25,7 +25,8 @@ class Machines:
         for own in self.data:
             shutil.copytree(data, own)
 
-    def run(self, fault: forked.Fault | None = None, faulty: int = 0, second: dict[str, object] | None = None, **changes: object) -> list[int]:
+    def run(self, fault: forked.Fault | None = None, faulty: int = 0, second: dict[str, object] | None = None,
+            **changes: object) -> list[int]:
         """Exit statuses of the ranks; `second` are settings of the second machine alone."""
         envs = [forked.environment(self.data[n], self.out[n], LOCAL_WORLD_SIZE=1, LOCAL_RANK=0, **changes) for n in (0, 1)]
         envs[1] |= {name: str(value) for name, value in (second or {}).items()}
@@ -56,7 +57,8 @@ def killed() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_killed_and_resumed_machines_make_the_artifact_of_one_and_keep_no_states(machines: Machines, few_data: Path, tmp_path: Path) -> None:
+def test_killed_and_resumed_machines_make_the_artifact_of_one_and_keep_no_state(machines: Machines, few_data: Path,
+                                                                                        tmp_path: Path) -> None:
     one = forked.environment(few_data, tmp_path / "one", CHECKPOINT_EVERY=1)
     assert forked.run(one, 2) == [0, 0]
     for faulty in (0, 1):

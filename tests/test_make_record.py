@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -151,6 +152,17 @@ def test_it_refuses_code_that_is_not_the_code_that_ran(tmp_path: Path, capsys: p
     assert make_record.main(["--slug", "Other", "--seeds", "3,4,5", "--runs", str(made().runs), "--non-record", "--code", str(code),
                              "--records", str(tmp_path / "records")]) == 1
     assert "is not the code of" in capsys.readouterr().err
+
+
+def test_code_that_counted_readable_or_ran_packed_is_shipped_as_it_was(tmp_path: Path) -> None:
+    source, digest = b"print('no such option')\n", lambda data: hashlib.sha256(data).hexdigest()
+    (tmp_path / "train_gpt.py").write_bytes(source)
+    run = logs.RunLog(tmp_path / "x.log", code={"train_gpt.py": {"bytes": str(len(source)), "sha256": digest(source)}})
+    assert make_record.counted_code([run], tmp_path) == {"train_gpt.py": source}
+    run.code["train_gpt.py"]["source_sha256"] = digest(b"what it holds, unpacked")
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "train_gpt.py").write_bytes(b"readable")
+    assert make_record.counted_code([run], tmp_path) == {"train_gpt.py": source, "source/train_gpt.py": b"readable"}
 
 
 def test_it_overwrites_nothing_and_leaves_nothing_half_made(tmp_path: Path, capsys: pytest.CaptureFixture[str],

@@ -163,6 +163,21 @@ def test_the_worst_matrices_get_low_rank_terms_and_the_artifact_keeps_them() -> 
         tg.unpack_artifact(tg.pack_artifact(tensors, tg.replace(run.cfg, lqer_enabled=False)))
 
 
+def test_a_damped_embedding_is_nearer_to_its_rows_and_farther_by_its_outputs() -> None:
+    errors = []
+    for damping in (0, 0.5):
+        run = tg.Run(tg.Config.from_env({k: str(v) for k, v in {**tiny.SETTINGS, "EMBED_DAMPING": damping}.items()}), tg.Ranks(), SILENT)
+        model = tg.GPT(run.cfg)
+        model.init_weights(2)
+        stream = tg.TokenStream([np.concatenate(tiny.documents(40, seed=1))])
+        hessians = tg.collect_hessians(run, model, tg.TrainLoader(stream, tg.SpanLayout.plan(run.cfg, 1), run.cfg, run.ranks))
+        undamped = undamped if damping else {name: h.clone() for name, h in hessians.items()}
+        assert [name for name in hessians if not torch.equal(hessians[name], undamped[name])] == ["head"] * bool(damping)
+        error = tg.dequantize(tg.quantize(run, model, hessians)[0]["tok_emb.weight"]) - model.tok_emb.weight.detach()
+        errors.append([error.square().sum().item(), tg.hessian_error(error[None], undamped["head"]).item()])
+    assert errors[1][0] < errors[0][0] and errors[1][1] > errors[0][1]
+
+
 def test_hessians_add_up_over_visits() -> None:
     cfg = tg.Config.from_env({k: str(v) for k, v in tiny.SETTINGS.items()})
     calibration = tg.Calibration(cfg, torch.device("cpu"))

@@ -137,6 +137,8 @@ CODE_CHEATS: dict[str, tuple[str, str | tuple[str, ...]]] = {
     "losses that are none": ("def save(path, losses):\n    Path(path).write_bytes(b'PK' + bytes(300))\n", "the artifact scores"),
     "losses of another length": ("def save(path, losses):\n    np.savez(open(path, 'wb'), **{k: v[1:].astype(np.float32) for k, v in losses.items()})\n",
                                  "the artifact scores"),
+    "losses that swell": ("def save(path, losses):\n    np.savez_compressed(open(path, 'wb'), quantized=np.zeros(10**7, np.float32))\n",
+                          "the artifact scores what the log says: seed 3: its losses are more"),
     "losses that are objects": ("def save(path, losses):\n    np.savez(open(path, 'wb'), **{k: v.astype(object) for k, v in losses.items()})\n",
                                 "the artifact scores"),
     "no score of TTT": ("def save(path, losses):\n    np.savez(open(path, 'wb'), quantized=losses['quantized'].astype(np.float32))\n",

@@ -75,7 +75,8 @@ def test_a_kill_within_a_line_of_the_log_spoils_that_line_alone(few_data: Path, 
 PLACES = {
     "initial evaluation": (tg, "evaluate", 1), "first step": (tg.Trainer, "train_step", 1), "last step": (tg.Trainer, "train_step", 3),
     "final evaluation": (tg, "evaluate", 2), "evaluation of the average": (tg, "evaluate", 3), "Hessians": (tg.Calibration, "add", 1),
-    "GPTQ": (tg, "gptq", 1), "last of GPTQ": (tg, "gptq", 7), "packing": (tg, "pack_artifact", 1), "artifact": (tg, "write_atomically", 4), "scoring": (tg, "model_from_tensors", 1),
+    "GPTQ": (tg, "gptq", 1), "last of GPTQ": (tg, "gptq", 7), "packing": (tg, "pack_artifact", 1),
+    "compression": (tg, "compress", 1), "artifact": (tg, "write_atomically", 4), "scoring": (tg, "model_from_tensors", 1),
 }
 
 
@@ -109,7 +110,7 @@ def test_a_rank_that_fails_ends_the_run_in_seconds_with_a_line_in_the_log(few_da
     statuses = forked.run(env, 2, forked.at_call(*PLACES[place], act), faulty=1)
     assert statuses[1] in status and statuses[0] not in (0, 99) and time.monotonic() - began < 20
     last = (tmp_path / "run.log").read_text().splitlines()[-1]
-    assert last.startswith("error: ") and (act is not fail or "rank 1: KeyError: 'made to fail'" in last)
+    assert last.startswith("error: ") and ("rank 1: KeyError: 'made to fail'" if act is fail else "rank 1 was killed") in last
 
 
 def stopped_after_checkpoint(data: Path, out: Path) -> dict[str, str]:

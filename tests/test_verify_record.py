@@ -45,7 +45,8 @@ def one_seed(folder: Path) -> Path:
 
 def test_an_honest_record_of_train_gpt_fails_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = one_seed(tmp_path / "record")
-    assert verify.main([str(folder), "--data", str(made().data), "--same-machine", "--run", "--cuts", "1", "--save"]) == 0
+    assert verify.main([str(folder), "--data", str(made().data), "--same-machine", "--run", "--cuts", "1", "--minutes", "60",
+                        "--save"]) == 0
     table = capsys.readouterr().out
     assert " 0 fail" in table and (folder / "verify.txt").exists() and (folder / "verify.diff").exists()
     for rule in ("causal: evaluation", "causal: test-time training", "documents are scored apart", "the distribution adds up to 1: evaluation",

@@ -133,14 +133,16 @@ def test_a_tokenizer_that_is_none_is_a_line(few_data: Path, tmp_path: Path, toke
     ({"EVAL_SEQ_LEN": 100_000}, 0, ["EVAL_SEQ_LEN=100000 differs"]), ({"TTT_CHUNK_SIZE": 4096}, 2, ["TTT_CHUNK_SIZE=4096"]),
     ({"EVAL_SEQ_LEN": 100_000, "VAL_BATCH_TOKENS": 16}, 2, ["EVAL_SEQ_LEN=100000, VAL_BATCH_TOKENS=16"]),
 ], ids=str)
-def test_settings_beside_an_artifact_what_is_bad_is_said_and_what_differs_is_said(few_data: Path, trained: Path, tmp_path: Path, given: dict,
-                                                                                   status: int, named: list[str]) -> None:
+def test_settings_beside_an_artifact_what_is_bad_is_said_and_what_differs_is_said(
+    few_data: Path, trained: Path, tmp_path: Path, given: dict, status: int, named: list[str]
+) -> None:
     env = eval_only(few_data, tmp_path, trained, **given)
     found, lines, _ = told(env, tmp_path / "said")
     assert found == status and len(lines) == len(named) and all(words in line for words, line in zip(named, lines)), lines
 
 
-@pytest.mark.parametrize("given", [{"WORLD_SIZE": "abc"}, {"WORLD_SIZE": "2"}, {"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "x"}], ids=str)
+@pytest.mark.parametrize("given", [{"WORLD_SIZE": "abc"}, {"WORLD_SIZE": "2"}, {"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "x"}],
+                         ids=str)
 def test_odd_variables_of_a_launcher_are_a_line(few_data: Path, tmp_path: Path, given: dict) -> None:
     status, lines, _ = told({**forked.environment(few_data, tmp_path), **given}, tmp_path / "said")
     assert status == tg.EXIT_USER_ERROR and len(lines) == 1 and not list(tmp_path.glob("run.*"))
@@ -159,4 +161,4 @@ def test_a_folder_of_any_letters_on_any_console(few_data: Path, tmp_path: Path) 
 
 def test_threads_that_wait_do_not_spin() -> None:
     source = (tiny.ROOT / "train_gpt.py").read_text()
-    assert os.environ["OMP_WAIT_POLICY"] and source.index('"OMP_WAIT_POLICY", "passive"') < source.index("import torch\n"), "read when torch loads"
+    assert source.index('"OMP_WAIT_POLICY", "passive"') < source.index("import torch\n") and os.environ["OMP_WAIT_POLICY"]

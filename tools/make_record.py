@@ -27,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def run_seeds(seeds: Sequence[int], environment: dict[str, str], options: argpar
                 continue
             if not begun:
                 log.unlink()  # it would stand in the way of the run, which overwrites none
-            elif not log.with_suffix(".checkpoint").exists():  # with one, the run goes on from there
+            elif not log.with_suffix(".run.json").exists():  # with it, the run goes on from its checkpoint
                 raise Refused(f"{log} has no end: the run was cut off. Move it away to run seed {seed} again")
         names = {"SEED": str(seed), "RUN_ID": f"train_seed{seed}", "ARTIFACT_DIR": str(artifact_dir)}
         environ = {**os.environ, **environment, **names}
@@ -305,8 +306,7 @@ def counted_code(runs: Sequence[RunLog], code: Path) -> dict[str, bytes]:
     files = {name: (code / name).read_bytes() for name in {name for run in runs for name in run.code} if (code / name).is_file()}
     source, rows = files.get(verify.CODE_FILE), [run.code.get(verify.CODE_FILE, {}) for run in runs]
     if source is not None and {row.get("source_sha256") for row in rows} == {hashlib.sha256(source).hexdigest()}:
-        pack = subprocess.run([sys.executable, verify.CODE_FILE, "--pack"], cwd=code, capture_output=True, check=True)
-        files |= {verify.CODE_FILE: pack.stdout, f"source/{verify.CODE_FILE}": source}
+        files |= {verify.CODE_FILE: packed(code, source), f"source/{verify.CODE_FILE}": source}
     elif (code / "source" / verify.CODE_FILE).is_file():
         files[f"source/{verify.CODE_FILE}"] = (code / "source" / verify.CODE_FILE).read_bytes()
     for run in runs:
@@ -317,6 +317,12 @@ def counted_code(runs: Sequence[RunLog], code: Path) -> dict[str, bytes]:
                 raise Refused(f"{code / name} is not the code of {run.path.name} ({hashes}): name the folder that has it with --code, or "
                               "run the seeds again")
     return files
+
+
+@lru_cache(maxsize=1)
+def packed(code: Path, source: bytes) -> bytes:
+    """What the train_gpt.py of a folder, whose bytes are `source`, packs itself into."""
+    return subprocess.run([sys.executable, verify.CODE_FILE, "--pack"], cwd=code, capture_output=True, check=True).stdout
 
 
 def fill(folder: Path, group: Group, environment: dict[str, str], options: argparse.Namespace) -> None:

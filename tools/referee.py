@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
@@ -290,9 +291,12 @@ class Suspect:
         if path.is_symlink() or not path.is_file() or path.stat().st_size > 4 * 8 * targets + 10**6:
             raise Broken("it wrote no losses to LOSSES_PATH")
         try:
+            with zipfile.ZipFile(path) as packed:
+                if any(member.file_size > 8 * targets + 10**4 for member in packed.infolist()):
+                    raise Broken("its losses are more than one a target")
             with np.load(path, allow_pickle=False) as stored:
                 losses = np.asarray(stored[stage])
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        except (OSError, ValueError, KeyError, EOFError, MemoryError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
             raise Broken(f"its losses of {stage} cannot be read: {error}") from None
         if losses.shape != (targets,) or losses.dtype != np.float32:
             raise Broken(f"{stage}: its losses are {losses.dtype} {losses.shape} for {targets} targets")
