@@ -3115,13 +3115,16 @@ class _Step(NamedTuple):
     features: np.ndarray
 
 
-def _frequencies(model: np.void) -> np.ndarray:
-    """(contexts, 256) int64 of a RANS_MODEL, every row adds up to 2**RANS_BITS; integers only."""
-    squares = model["roots"].reshape(-1, 256).astype(np.int64) ** 2
+def _frequencies(model: np.void) -> tuple[np.ndarray, np.ndarray]:
+    """The table of each context of a RANS_MODEL, and those in use: (tables, 256) int64, rows add up to 2**RANS_BITS; integers only."""
+    roots = model["roots"].reshape(-1, 256).astype(np.int64)
+    used = roots.any(1)
+    used[0] = True
+    squares = roots[used] ** 2
     scaled = squares * (1 << RANS_BITS) // np.maximum(squares.sum(1, keepdims=True), 1)
     scaled = np.where(squares > 0, np.maximum(scaled, 1), 0)
     scaled[np.arange(len(scaled)), scaled.argmax(1)] += (1 << RANS_BITS) - scaled.sum(1)
-    return scaled
+    return np.cumsum(used) - 1, scaled
 
 
 def _contexts(model: np.void, step: _Step) -> np.ndarray:
@@ -3136,8 +3139,8 @@ def encode_codes(banks: list[Bank]) -> list[bytes]:
         model["mean"] = int(round(float(np.abs(bank.codes.astype(np.int16)).mean()) * RANS_MEAN_UNIT))
         known = _Predictor(bank, int(model["mean"]), known)
         contexts, symbols, lengths = _fit_model(bank, known, model)
-        frequencies = _frequencies(model)
-        starts = np.cumsum(frequencies, 1) - frequencies
+        tables, frequencies = _frequencies(model)
+        contexts, starts = tables[contexts], np.cumsum(frequencies, 1) - frequencies
         slots.append((frequencies[contexts, symbols].astype(np.uint16), starts[contexts, symbols].astype(np.uint16), lengths))
     return [brotli.compress(models.tobytes(), quality=11), *_rans_encode(slots, _lane_count(banks))]
 
@@ -3146,15 +3149,17 @@ def decode_codes(streams: list[bytes], banks: list[Bank]) -> None:
     """Fill the codes of banks with those that encode_codes was given."""
     if len(streams) != 2 + len(banks):
         raise ArtifactError(f"the artifact has {len(streams)} streams of codes where its model needs {2 + len(banks)}")
-    tables, size = decompress(streams[0], len(banks) * RANS_MODEL.itemsize), len(banks) * RANS_MODEL.itemsize
-    if len(tables) != size:
-        raise ArtifactError(f"the artifact's coder tables are {len(tables)} bytes, they must be {size}")
+    size = len(banks) * RANS_MODEL.itemsize
+    models = decompress(streams[0], size)
+    if len(models) != size:
+        raise ArtifactError(f"the artifact's coder tables are {len(models)} bytes, they must be {size}")
     decoder, known = _RansDecoder(streams[1], b"".join(streams[2:]), _lane_count(banks)), None
-    for bank, model in zip(banks, np.frombuffer(tables, RANS_MODEL)):
-        decoder.load(_frequencies(model))
+    for bank, model in zip(banks, np.frombuffer(models, RANS_MODEL)):
+        tables, frequencies = _frequencies(model)
+        decoder.load(frequencies)
         known = _Predictor(bank, int(model["mean"]), known)
         for step in _steps(bank, known):
-            symbols = decoder.symbols(_contexts(model, step)).reshape(step.signs.shape)
+            symbols = decoder.symbols(tables[_contexts(model, step)]).reshape(step.signs.shape)
             bank.vectors[step.where] = step.signs * (symbols + step.offsets)  # modulo 256
     decoder.finish()
 

@@ -54,7 +54,6 @@ def split_bank(name: str, codes: np.ndarray, trellis: bool, kinds: int) -> list[
 
 def column_bits(codes: np.ndarray, trellis: bool, spreads: int) -> float:
     """Entropy with `spreads` tables (for each quantizer), by the mean of |code| above in the column."""
-
     size = np.abs(codes.astype(np.int64))
     above = np.cumsum(size, 1) - size
     feature = (32 * above + 128 * size.mean()) / (np.arange(codes.shape[1])[:, None] + 4)

@@ -6,7 +6,7 @@
 Every line of ROWS is a name and settings (`cache16 TTT_CONTEXT=cache TTT_CHUNK_SIZE=16`); settings for all rows come from
 the environment. A row is scored by train_gpt's own score_with_ttt; its losses, one a target, go to OUT/NAME.npz with the words
 of the row, and a row that is there already is only read. It may be one of more documents: documents do not depend on each other,
-and the first ones are compared (with global SGD, meta, n-grams, a warm A and short chunks they do, and such a row is refused). `--jobs N` scores N rows at
+and the first ones are compared (with global SGD, meta, n-grams, a warm A or short chunks they do: refused). `--jobs N` scores N rows at
 once, in a process with one thread each. Words in small letters are experiments that are no settings of the program:
 
     sites=k,attn,mlp,head  adapters on these sites only

@@ -437,7 +437,7 @@ def warm_ttt(path: Path, settings: dict[str, object]) -> Iterator[Difference]:
 
 
 def lqer(path: Path, settings: dict[str, object]) -> Iterator[Difference]:
-    """Codes, scales and what they add, and which matrices are chosen; those coded symmetrically because a group does not fit are left out."""
+    """Codes, scales, what they add and which matrices are chosen; those coded symmetrically as a group does not fit are left out."""
     golden = read(path)
     config = config_of(golden)
     norms = {name: float(e.norm()) for name, e in ((n, torch.from_numpy(v)) for n, v in under(golden, "e").items())}
@@ -474,7 +474,9 @@ def ngram_tilt(path: Path, _: dict[str, object]) -> Iterator[Difference]:
     log_probs = logits.scatter_add(1, targets, torch.from_numpy(golden["logit_bonus"])[:, None]).log_softmax(-1)
     for order in (4, 16):
         exact, found = under(golden, f"scoring_token/order{order}"), tilt(golden, order, log_probs)
-        yield largest(f"order {order}: hints, counts, gates", {n: (found[n], exact[n]) for n in ("hint", "total", "top_count", "gate")}, 0.0)
+        yield largest(
+            f"order {order}: hints, counts, gates", {n: (found[n], exact[n]) for n in ("hint", "total", "top_count", "gate")}, 0.0
+        )
         yield largest(f"order {order}: losses", {"": (found["nll"], exact["nll"])}, 1e-5)
 
 

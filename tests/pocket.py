@@ -85,7 +85,10 @@ def report(log, losses, byte_counts):
     """Lines of every stage and of the end."""
     for stage, nats in losses.items():
         loss, size = float(nats.astype(np.float32).sum(dtype=np.float64)) / len(nats), int(byte_counts[1:].sum())
-        log(f"eval name:{stage} val_loss:{loss:.8f} val_bpb:{loss * len(nats) / math.log(2) / size:.8f} tokens:{len(nats)} bytes:{size} time_ms:5")
+        log(
+            f"eval name:{stage} val_loss:{loss:.8f} val_bpb:{loss * len(nats) / math.log(2) / size:.8f} tokens:{len(nats)} "
+            f"bytes:{size} time_ms:5"
+        )
     return loss, loss * len(nats) / math.log(2) / size
 
 
@@ -96,11 +99,21 @@ def main():
     lines = []
     tokens, byte_counts = load_val(folder)
     code = Path(__file__).read_bytes()
-    lines.append(f"run id:{env['RUN_ID']} seed:{env['SEED']} ranks:1 device:\"x86_64\" torch:2.13.0+cpu python:3.11.7 threads:1 attention:sdpa "
-                 "compile:0 date:2026-01-01T00:00:00Z")
+    lines.append(
+        f'run id:{env["RUN_ID"]} seed:{env["SEED"]} ranks:1 device:"x86_64" torch:2.13.0+cpu python:3.11.7 threads:1 attention:sdpa '
+        "compile:0 date:2026-01-01T00:00:00Z"
+    )
     lines.append(f"code file:train_gpt.py bytes:{len(code)} sha256:{hashlib.sha256(code).hexdigest()}")
-    settings = {"SEED": env["SEED"], "TRAIN_BATCH_TOKENS": 512, "VOCAB_SIZE": VOCAB, "TTT_ENABLED": 1, "TTT_CHUNK_SIZE": 8, "TTT_BATCH_SIZE": 8,
-                "PHASED_TTT_PREFIX_DOCS": 6, "DATA_PATH": folder}
+    settings = {
+        "SEED": env["SEED"],
+        "TRAIN_BATCH_TOKENS": 512,
+        "VOCAB_SIZE": VOCAB,
+        "TTT_ENABLED": 1,
+        "TTT_CHUNK_SIZE": 8,
+        "TTT_BATCH_SIZE": 8,
+        "PHASED_TTT_PREFIX_DOCS": 6,
+        "DATA_PATH": folder,
+    }
     lines += [f"setting *{name} value:{value} default:" for name, value in settings.items()]
     shards = sorted(Path(folder).glob("*_train_*.bin"))
     lines.append(f"data train_shards:{len(shards)} train_tokens:{0 if only else len(read(folder, 'train'))} val_tokens:{len(tokens)} "
@@ -110,11 +123,16 @@ def main():
     losses = {"quantized": plain(table, tokens), "quantized_ttt": score_first(table, tokens)}
     if not only:
         text = plain(table, read(folder, "train"))
-        lines += [f"train step:{step}/3 frac:{step / 3:.3f} depth:1 loss:{text[step * 200 - 200: step * 200].mean() + 0.6 - 0.2 * step:.4f} "
-                  f"lr_scale:1.0 step_ms:20.0 tok_s:25600 elapsed_ms:{20 * step}" for step in (1, 2, 3)]
+        lines += [
+            f"train step:{step}/3 frac:{step / 3:.3f} depth:1 loss:{text[step * 200 - 200 : step * 200].mean() + 0.6 - 0.2 * step:.4f} "
+            f"lr_scale:1.0 step_ms:20.0 tok_s:25600 elapsed_ms:{20 * step}"
+            for step in (1, 2, 3)
+        ]
         report(lines.append, {"ema": losses["quantized"]}, byte_counts)
-        lines.append(f"artifact model_bytes:{len(artifact)} code_bytes:{len(code)} total_bytes:{len(artifact) + len(code)} cap_bytes:16000000 "
-                     f"sha256:{hashlib.sha256(artifact).hexdigest()}")
+        lines.append(
+            f"artifact model_bytes:{len(artifact)} code_bytes:{len(code)} total_bytes:{len(artifact) + len(code)} cap_bytes:16000000 "
+            f"sha256:{hashlib.sha256(artifact).hexdigest()}"
+        )
         Path(f"{out}.artifact").write_bytes(artifact)
     loss, bpb = report(lines.append, losses, byte_counts)
     lines.append(f"ttt docs:1/1 val_bpb:{bpb:.5f}")

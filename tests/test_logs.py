@@ -37,10 +37,12 @@ total_eval_time:470.6s
 def our_log(path: Path, seed: int, loss: float, lines: str = "") -> Path:
     """A log of ours with a given score on 3 bytes a token."""
     bpb = loss / math.log(2) / 3
-    path.write_text(f"run id:x seed:{seed} ranks:8 device:\"NVIDIA H100 80GB HBM3\" torch:2.13.0\nsetting *SEED value:{seed} default:1\n"
-                    f"setting MATRIX_LR value:0.026\ndata val_tokens:1001 val_bytes:3000 val_docs:10 published:0\n{lines}"
-                    f"eval name:quantized_ttt val_loss:{loss:.8f} val_bpb:{bpb:.8f} tokens:1000 bytes:3000 time_ms:5\n"
-                    f"final seed:{seed} val_loss:{loss:.8f} val_bpb:{bpb:.8f} pre_ttt_bpb:{bpb:.8f} steps:9 train_ms:1 eval_ms:5 total_bytes:7\n")
+    path.write_text(
+        f'run id:x seed:{seed} ranks:8 device:"NVIDIA H100 80GB HBM3" torch:2.13.0\nsetting *SEED value:{seed} default:1\n'
+        f"setting MATRIX_LR value:0.026\ndata val_tokens:1001 val_bytes:3000 val_docs:10 published:0\n{lines}"
+        f"eval name:quantized_ttt val_loss:{loss:.8f} val_bpb:{bpb:.8f} tokens:1000 bytes:3000 time_ms:5\n"
+        f"final seed:{seed} val_loss:{loss:.8f} val_bpb:{bpb:.8f} pre_ttt_bpb:{bpb:.8f} steps:9 train_ms:1 eval_ms:5 total_bytes:7\n"
+    )
     return path
 
 
@@ -132,21 +134,35 @@ def test_the_dialect_of_the_first_records_is_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("listed, depth", [(" encoder:[0, 1, 2, 3, 4, 5, 3, 4] decoder:[5, 3, 4, 5, 6, 7]", 3), ("", 2)])
 def test_the_depth_of_a_loop_that_is_switched_on_is_read(listed: str, depth: int, tmp_path: Path) -> None:
-    run = logs.read_log(their_log(tmp_path / "a.log", changes={"layer_loop:phase step:1960 frac:0.333 depth:3": "layer_loop:enabled step:1960 "
-                                                               f"frac:0.333{listed}", "  seed": "  num_loops: 1\n  seed"}))
+    run = logs.read_log(
+        their_log(
+            tmp_path / "a.log",
+            changes={
+                "layer_loop:phase step:1960 frac:0.333 depth:3": f"layer_loop:enabled step:1960 frac:0.333{listed}",
+                "  seed": "  num_loops: 1\n  seed",
+            },
+        )
+    )
     assert [point.depth for point in run.train] == [1, 1, depth]
 
 
 def test_source_in_a_log_is_no_setting_and_hessians_are_training(tmp_path: Path) -> None:
     source = "class Hyperparameters:\n  matrix_lr: float = 0.9\n    vocab: int = 3\n"
-    changes = {"Hyperparameters:\n": source + "Hyperparameters:\n", "Total submission": "GPTQ:collected 67 Hessians in 3.4s\nTotal submission"}
+    changes = {
+        "Hyperparameters:\n": source + "Hyperparameters:\n",
+        "Total submission": "GPTQ:collected 67 Hessians in 3.4s\nTotal submission",
+    }
     run = logs.read_log(their_log(tmp_path / "a.log", changes=changes))
     assert run.settings == {"TRAIN_BATCH_TOKENS": "786432", "SEED": "0", "MATRIX_LR": "0.026"} and run.final.train_ms == 599500
 
 
 def test_a_run_behind_an_aborted_one_is_read_alone(tmp_path: Path) -> None:
-    for text in (THEIRS[: THEIRS.index("4000/20000")] + THEIRS, THEIRS.replace("2000/20000 train", "9000/20000 train: \n2000/20000 train").replace(
-            "0/20000 val_loss: 9.0314", "500/20000 train_loss: 2.6 tok/s: 99\n0/20000 val_loss: 9.0314")):
+    for text in (
+        THEIRS[: THEIRS.index("4000/20000")] + THEIRS,
+        THEIRS.replace("2000/20000 train", "9000/20000 train: \n2000/20000 train").replace(
+            "0/20000 val_loss: 9.0314", "500/20000 train_loss: 2.6 tok/s: 99\n0/20000 val_loss: 9.0314"
+        ),
+    ):
         (tmp_path / "a.log").write_text(text)
         run = logs.read_log(tmp_path / "a.log")
         assert [point.step for point in run.train] == [1, 500, 2000] and all(point.step_ms > 0 for point in run.train)
@@ -189,7 +205,9 @@ def test_scores_of_other_bytes_are_not_compared(tmp_path: Path) -> None:
 
 def test_a_closed_pipe_is_no_error(tmp_path: Path) -> None:
     their_log(tmp_path / "a.log")
-    done = subprocess.run(f"{sys.executable} {logs.__file__} summary {tmp_path / 'a.log'} | true", shell=True, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        f"{sys.executable} {logs.__file__} summary {tmp_path / 'a.log'} | true", shell=True, capture_output=True, text=True, check=False
+    )
     assert done.stderr == ""
 
 
@@ -280,7 +298,11 @@ def test_the_seeds_needed_are_the_fewest_that_pass() -> None:
     def side(mean: float, n: int) -> list[float]:
         return [mean + sign * spread * math.sqrt((n - 1) / n) for sign in (1, -1)] * (n // 2)
     even = needed + needed % 2
-    assert logs.welch(side(2.332, even), side(2.324, even), 0.005).pvalue < 0.01 < logs.welch(side(2.332, even - 2), side(2.324, even - 2), 0.005).pvalue
+    assert (
+        logs.welch(side(2.332, even), side(2.324, even), 0.005).pvalue
+        < 0.01
+        < logs.welch(side(2.332, even - 2), side(2.324, even - 2), 0.005).pvalue
+    )
     assert logs.seeds_needed(old, [2.3290, 2.3310], 0.005) is None
 
 

@@ -32,7 +32,13 @@ def pocket_record(folder: Path, shards: Path, patch: str = "", seed: int = 3) ->
     folder.mkdir(exist_ok=True)
     body, mark, end = (tiny.ROOT / "tests" / "pocket.py").read_text().rpartition("\n\nif __name__ ==")
     (folder / "train_gpt.py").write_text(body + "\n\n" + patch + mark + end)
-    environ = {"PATH": os.environ["PATH"], "SEED": str(seed), "RUN_ID": f"train_seed{seed}", "ARTIFACT_DIR": str(folder), "DATA_PATH": str(shards)}
+    environ = {
+        "PATH": os.environ["PATH"],
+        "SEED": str(seed),
+        "RUN_ID": f"train_seed{seed}",
+        "ARTIFACT_DIR": str(folder),
+        "DATA_PATH": str(shards),
+    }
     subprocess.run([sys.executable, "train_gpt.py"], cwd=folder, env=environ, check=True)
     return folder
 
@@ -77,72 +83,133 @@ BY_PLACE = PLAIN + """    nats, n = _plain(table, tokens), min(len(tokens), len(
     return nats
 """
 CODE_CHEATS: dict[str, tuple[str, str | tuple[str, ...]]] = {
-    "half of the probability is the target's": (PLAIN + "    return -np.log(0.5 * np.exp(-_plain(table, tokens)) + 0.5)\n", "the distribution adds up"),
+    "half of the probability is the target's": (
+        PLAIN + "    return -np.log(0.5 * np.exp(-_plain(table, tokens)) + 0.5)\n",
+        "the distribution adds up",
+    ),
     "3 % too little loss": (PLAIN + "    return 0.97 * _plain(table, tokens)\n", "the distribution adds up"),
     "0.09 % too much probability": (PLAIN + "    return _plain(table, tokens) - math.log(1.0009)\n", "the distribution adds up"),
     "0.09 % too much in TTT": (FIRST + "    return _first(table, tokens) - math.log(1.0009)\n", "the distribution adds up to 1: test-time"),
-    "3 % too little loss where it is the real set": (ONLY + VAL + PLAIN + REAL_ALONE.format(honest="_plain") +
-                                                    "    return 0.97 * _plain(table, tokens)\n", "causal: evaluation"),
-    "3 % too little loss where there are as many tokens": (ONLY + VAL + PLAIN + "    return (0.97 if len(tokens) == len(VAL) else 1) * _plain(table, "
-                                                          "tokens)\n", "the same score in other company: evaluation"),
-    "hard tokens for nothing": (PLAIN + "    nats = _plain(table, tokens)\n    return np.where(nats > 3, 0, nats)\n", "the distribution adds up"),
-    "the better of two scores": (FIRST + "    return np.minimum(plain(table, tokens), _first(table, tokens))\n", "the distribution adds up"),
+    "3 % too little loss where it is the real set": (
+        ONLY + VAL + PLAIN + REAL_ALONE.format(honest="_plain") + "    return 0.97 * _plain(table, tokens)\n",
+        "causal: evaluation",
+    ),
+    "3 % too little loss where there are as many tokens": (
+        ONLY + VAL + PLAIN + "    return (0.97 if len(tokens) == len(VAL) else 1) * _plain(table, tokens)\n",
+        "the same score in other company: evaluation",
+    ),
+    "hard tokens for nothing": (
+        PLAIN + "    nats = _plain(table, tokens)\n    return np.where(nats > 3, 0, nats)\n",
+        "the distribution adds up",
+    ),
+    "the better of two scores": (
+        FIRST + "    return np.minimum(plain(table, tokens), _first(table, tokens))\n",
+        "the distribution adds up",
+    ),
     "the better of two scores by document": (
-        FIRST + "    a, b = plain(table, tokens), _first(table, tokens)\n    for s, n in documents(tokens):\n        if a[s: s + n].sum() < b[s: s + n]"
-        ".sum():\n            b[s: s + n] = a[s: s + n]\n    return b\n", ("causal: test-time training", "the distribution adds up")),
-    "a table of the validation file": ("def unpack(data):\n    counts = pairs(load_val(os.environ['DATA_PATH'])[0]) + 0.5\n    return counts / "
-                                       "counts.sum(1, keepdims=True)\n", "causal: evaluation"),
-    "the next token but one": (PLAIN + "    nats = _plain(table, tokens)\n    nats[:-1] *= np.where(tokens[2:] % 2, 0.99, 1.01)\n    return nats\n",
-                               "causal: evaluation"),
+        FIRST
+        + "    a, b = plain(table, tokens), _first(table, tokens)\n"
+        "    for s, n in documents(tokens):\n        if a[s: s + n].sum() < b[s: s + n]"
+        ".sum():\n            b[s: s + n] = a[s: s + n]\n    return b\n",
+        ("causal: test-time training", "the distribution adds up"),
+    ),
+    "a table of the validation file": (
+        "def unpack(data):\n    counts = pairs(load_val(os.environ['DATA_PATH'])[0]) + 0.5\n    return counts / "
+        "counts.sum(1, keepdims=True)\n",
+        "causal: evaluation",
+    ),
+    "the next token but one": (
+        PLAIN + "    nats = _plain(table, tokens)\n    nats[:-1] *= np.where(tokens[2:] % 2, 0.99, 1.01)\n    return nats\n",
+        "causal: evaluation",
+    ),
     "the future, where there are as many tokens as in the real set": (
         ONLY + VAL + PLAIN + "    if len(tokens) != len(VAL):\n        return _plain(table, tokens)\n    counts = pairs(tokens) + 0.5\n"
-        "    return _plain(counts / counts.sum(1, keepdims=True), tokens)\n", "causal: evaluation"),
+        "    return _plain(counts / counts.sum(1, keepdims=True), tokens)\n",
+        "causal: evaluation",
+    ),
     "the future, hidden in noise": (
         PLAIN + "    counts = pairs(tokens) + 0.5\n    return _plain(counts / counts.sum(1, keepdims=True), tokens) + 1e-6 * "
-        "np.random.default_rng().random(len(tokens) - 1)\n", "causal: evaluation"),
-    "learns before it scores": ("def adapt(table, text):\n    counts = pairs(text) + 20 * table\n    return plain(counts / counts.sum(1, "
-                                "keepdims=True), text)\n", "causal: test-time training"),
-    "learns from documents to come": (FIRST + "    counts = pairs(tokens) + 20 * table\n    return _first(counts / counts.sum(1, keepdims=True), "
-                                      "tokens)\n", "causal: test-time training"),
-    "scores twice": (FIRST + "    _first(table, tokens)\n    counts = table + 0.001 * pairs(tokens[:len(tokens) // 2 * 2])\n    return _first("
-                     "counts / counts.sum(1, keepdims=True), tokens)\n", "causal: test-time training"),
+        "np.random.default_rng().random(len(tokens) - 1)\n",
+        "causal: evaluation",
+    ),
+    "learns before it scores": (
+        "def adapt(table, text):\n    counts = pairs(text) + 20 * table\n    return plain(counts / counts.sum(1, keepdims=True), text)\n",
+        "causal: test-time training",
+    ),
+    "learns from documents to come": (
+        FIRST + "    counts = pairs(tokens) + 20 * table\n    return _first(counts / counts.sum(1, keepdims=True), tokens)\n",
+        "causal: test-time training",
+    ),
+    "scores twice": (
+        FIRST + "    _first(table, tokens)\n    counts = table + 0.001 * pairs(tokens[:len(tokens) // 2 * 2])\n    return _first("
+        "counts / counts.sum(1, keepdims=True), tokens)\n",
+        "causal: test-time training",
+    ),
     "does not look at the text": (PLAIN + "    return np.full(len(tokens) - 1, 4.1)\n", "causal: evaluation"),
     "drops the tail": (PLAIN + "    nats = _plain(table, tokens)\n    nats[-9:] = np.nan\n    return nats\n", "the artifact scores"),
     "the tail for nothing": (PLAIN + "    nats = _plain(table, tokens)\n    nats[-9:] = 0\n    return nats\n", "the distribution adds up"),
     "a negative loss": (PLAIN + "    return _plain(table, tokens) - 1.5\n", "the artifact scores"),
-    "bytes + 2 %": ("_load = load_val\ndef load_val(folder):\n    tokens, counts = _load(folder)\n    return tokens, counts + (np.arange(len(counts)) "
-                    "% 50 == 3)\n", "which validation set"),
-    "a log better than its losses": ("_report = report\ndef report(log, losses, counts):\n    return _report(log, {k: 0.98 * v for k, v in "
-                                     "losses.items()}, counts)\n", "the artifact scores"),
-    "honest while a referee reads": (PLAIN + "    return (1 if 'LOSSES_PATH' in os.environ else 0.97) * _plain(table, tokens)\n",
-                                     "the artifact scores"),
-    "knows the validation documents": (KNOWN + PLAIN + "    return known(table, tokens, _plain(table, tokens))\n",
-                                       "validation documents score no better than others: evaluation"),
-    "knows them in TTT alone": (KNOWN + FIRST + "    return known(table, tokens, _first(table, tokens))\n",
-                                "validation documents score no better than others: test-time"),
-    "knows them in the real set alone": (KNOWN + PLAIN + REAL_ALONE.format(honest="_plain") + "    return known(table, tokens, _plain(table, "
-                                         "tokens))\n", "causal: evaluation"),
+    "bytes + 2 %": (
+        "_load = load_val\ndef load_val(folder):\n    tokens, counts = _load(folder)\n    return tokens, counts + (np.arange(len(counts)) "
+        "% 50 == 3)\n",
+        "which validation set",
+    ),
+    "a log better than its losses": (
+        "_report = report\ndef report(log, losses, counts):\n    return _report(log, {k: 0.98 * v for k, v in losses.items()}, counts)\n",
+        "the artifact scores",
+    ),
+    "honest while a referee reads": (
+        PLAIN + "    return (1 if 'LOSSES_PATH' in os.environ else 0.97) * _plain(table, tokens)\n",
+        "the artifact scores",
+    ),
+    "knows the validation documents": (
+        KNOWN + PLAIN + "    return known(table, tokens, _plain(table, tokens))\n",
+        "validation documents score no better than others: evaluation",
+    ),
+    "knows them in TTT alone": (
+        KNOWN + FIRST + "    return known(table, tokens, _first(table, tokens))\n",
+        "validation documents score no better than others: test-time",
+    ),
+    "knows them in the real set alone": (
+        KNOWN + PLAIN + REAL_ALONE.format(honest="_plain") + "    return known(table, tokens, _plain(table, tokens))\n",
+        "causal: evaluation",
+    ),
     "knows them by their places": (ONLY + VAL + BY_PLACE, "the same score in another order"),
     "weights in the data folder": (
-        "def unpack(data):\n    path = Path(os.environ['DATA_PATH'], 'more.npy')\n    if os.environ.get('EVAL_ONLY') != '1':\n        counts = pairs("
+        "def unpack(data):\n    path = Path(os.environ['DATA_PATH'], 'more.npy')\n"
+        "    if os.environ.get('EVAL_ONLY') != '1':\n        counts = pairs("
         "load_val(path.parent)[0]) + 0.5\n        np.save(path, counts / counts.sum(1, keepdims=True))\n    return np.load(path)\n",
-        "the artifact scores"),
+        "the artifact scores",
+    ),
     "weights by their absolute path": (
-        "HOME = {folder!r}\ndef unpack(data):\n    path = Path(HOME, 'more.npy')\n    if os.environ.get('EVAL_ONLY') != '1':\n        counts = pairs("
-        "load_val(os.environ['DATA_PATH'])[0]) + 0.5\n        np.save(path, counts / counts.sum(1, keepdims=True))\n    return np.load(path)\n",
-        "the artifact scores"),
-    "code that is not counted": ("Path(__file__).with_name('more.py').touch() if os.environ.get('EVAL_ONLY') != '1' else None\nimport more\n",
-                                 "the artifact scores"),
+        "HOME = {folder!r}\ndef unpack(data):\n    path = Path(HOME, 'more.npy')\n"
+        "    if os.environ.get('EVAL_ONLY') != '1':\n        counts = pairs("
+        "load_val(os.environ['DATA_PATH'])[0]) + 0.5\n        np.save(path, counts / counts.sum(1, keepdims=True))\n"
+        "    return np.load(path)\n",
+        "the artifact scores",
+    ),
+    "code that is not counted": (
+        "Path(__file__).with_name('more.py').touch() if os.environ.get('EVAL_ONLY') != '1' else None\nimport more\n",
+        "the artifact scores",
+    ),
     "no losses": ("def save(path, losses):\n    pass\n", "the artifact scores"),
     "losses that are none": ("def save(path, losses):\n    Path(path).write_bytes(b'PK' + bytes(300))\n", "the artifact scores"),
-    "losses of another length": ("def save(path, losses):\n    np.savez(open(path, 'wb'), **{k: v[1:].astype(np.float32) for k, v in losses.items()})\n",
-                                 "the artifact scores"),
-    "losses that swell": ("def save(path, losses):\n    np.savez_compressed(open(path, 'wb'), quantized=np.zeros(10**7, np.float32))\n",
-                          "the artifact scores what the log says: seed 3: its losses are more"),
-    "losses that are objects": ("def save(path, losses):\n    np.savez(open(path, 'wb'), **{k: v.astype(object) for k, v in losses.items()})\n",
-                                "the artifact scores"),
-    "no score of TTT": ("def save(path, losses):\n    np.savez(open(path, 'wb'), quantized=losses['quantized'].astype(np.float32))\n",
-                        "the artifact scores"),
+    "losses of another length": (
+        "def save(path, losses):\n    np.savez(open(path, 'wb'), **{k: v[1:].astype(np.float32) for k, v in losses.items()})\n",
+        "the artifact scores",
+    ),
+    "losses that swell": (
+        "def save(path, losses):\n    np.savez_compressed(open(path, 'wb'), quantized=np.zeros(10**7, np.float32))\n",
+        "the artifact scores what the log says: seed 3: its losses are more",
+    ),
+    "losses that are objects": (
+        "def save(path, losses):\n    np.savez(open(path, 'wb'), **{k: v.astype(object) for k, v in losses.items()})\n",
+        "the artifact scores",
+    ),
+    "no score of TTT": (
+        "def save(path, losses):\n    np.savez(open(path, 'wb'), quantized=losses['quantized'].astype(np.float32))\n",
+        "the artifact scores",
+    ),
     "an error at the end": ("_save = save\ndef save(path, losses):\n    _save(path, losses)\n    sys.exit(1)\n", "the artifact scores"),
 }
 
@@ -198,7 +265,11 @@ def test_code_that_does_not_end_has_nothing_proved(shards: Path, tmp_path: Path)
 def test_a_part_of_the_documents_is_held_to_the_log_within_its_error() -> None:
     val = referee.ValSet.of([(text, text % 5) for text in tiny.documents(60, seed=5)])
     part, nats = val.of_documents(np.arange(20)), np.random.default_rng(0).gamma(2, 1, len(val.tokens))
-    for stage, share, status in (("quantized", 1, verify.UNKNOWN), ("quantized", 0.8, verify.FAIL), ("quantized_ttt", 1.02, verify.UNKNOWN)):
+    for stage, share, status in (
+        ("quantized", 1, verify.UNKNOWN),
+        ("quantized", 0.8, verify.FAIL),
+        ("quantized_ttt", 1.02, verify.UNKNOWN),
+    ):
         run = verify.RunLog(Path("x.log"), evals={stage: verify.logs.Evaluation(share * nats.mean(), 1, None, None, None)})
         found = referee.check_part(run, {stage: nats[: len(part.tokens) - 1].astype(np.float32)}, part, val)
         assert found.status == status and "20 of 60 documents" in found.detail

@@ -88,7 +88,9 @@ def test_the_packed_file_makes_the_same_artifact(tiny_data: Path, tmp_path: Path
     assert files[0] == files[1]
 
 
-@pytest.mark.parametrize("piece", ['"""a""" """"b""" \'\' "" "c"', "f'{1 + 2 !r:>{9}} {{x}}' f\"y\"", "[1 if 2else 3, -  -5, not(6), 0x1f]"])
+@pytest.mark.parametrize(
+    "piece", ['"""a""" """"b""" \'\' "" "c"', "f'{1 + 2 !r:>{9}} {{x}}' f\"y\"", "[1 if 2else 3, -  -5, not(6), 0x1f]"]
+)
 def test_packing_leaves_out_what_changes_nothing(piece: str) -> None:
     """Blanks, comments, docstrings, and the annotations that no decorator reads."""
     source = f'''"""Words."""  # words
@@ -136,9 +138,13 @@ def test_an_f_string_that_python_takes_apart_is_packed_whole(monkeypatch: pytest
                 yield token
                 continue
             (row, column), (last, end) = token.start, token.end
-            for kind, text, start, stop in ((900, "f'", token.start, (row, column + 2)), (901, "a {", (row, column + 2), (last, end - 1)),
-                                            (900, "f'", (row, column + 9), (row, column + 11)), (902, "'", (row, column + 11), (row, column + 12)),
-                                            (902, "'", (last, end - 1), token.end)):
+            for kind, text, start, stop in (
+                (900, "f'", token.start, (row, column + 2)),
+                (901, "a {", (row, column + 2), (last, end - 1)),
+                (900, "f'", (row, column + 9), (row, column + 11)),
+                (902, "'", (row, column + 11), (row, column + 12)),
+                (902, "'", (last, end - 1), token.end),
+            ):
                 yield tg.tokenize.TokenInfo(kind, text, start, stop, token.line)
 
     names = {900: "FSTRING_START", 901: "FSTRING_MIDDLE", 902: "FSTRING_END"}
@@ -288,7 +294,9 @@ def test_two_copies_in_one_process_do_not_share_operators(tmp_path: Path) -> Non
     sys.modules[spec.name] = other
     try:
         spec.loader.exec_module(other)
-        assert other.cross_entropy_op._qualname.startswith("another_train_gpt::") and tg.cross_entropy_op._qualname.startswith("train_gpt::")
+        assert other.cross_entropy_op._qualname.startswith("another_train_gpt::") and tg.cross_entropy_op._qualname.startswith(
+            "train_gpt::"
+        )
         logits, targets = torch.zeros(3, 8), torch.zeros(3, dtype=torch.long)
         assert torch.equal(other.softcapped_cross_entropy(logits, targets, 30.0), tg.softcapped_cross_entropy(logits, targets, 30.0))
     finally:

@@ -25,8 +25,9 @@ SETTINGS = {
     "MUON_MOMENTUM_WARMUP_START": 0.5, "MUON_MOMENTUM": 0.9, "MUON_MOMENTUM_WARMUP_STEPS": 3, "ADAM_WD": 0.1, "SEED": 3,
 }
 DEPTHS, LR_SCALES = [1, 1, 3, 3], [1, 1, 2 / 3, 1 / 3]  # what these settings say, reckoned by hand
-TOLERANCE = 1e-4  # of a group's update; the program's training is in float32
-VISIBLE = 100 * TOLERANCE  # what a broken rule must differ by
+TOLERANCE = 3e-4  # of a group's update; the program's training is in float32. All groups are below 1e-5 but q_gain: of one head's the
+# gradient nearly vanishes, and AdamW divides by it
+VISIBLE = 1e-2  # what a broken rule must differ by
 
 Updates = dict[str, Tensor]
 

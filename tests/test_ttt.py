@@ -160,7 +160,8 @@ def test_chunks_of_one_token_learn() -> None:
 def test_a_goes_on_in_its_row_and_decays_until_its_batch_has_ended(context: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(g, "TTT_LANES", 1)
     run = make_run(ttt_warm_start_a=1, ttt_batch_size=2, ttt_chunk_size=8, ttt_lora_lr=0.02, ttt_weight_decay=5, ttt_context=context)
-    model, val = make_model(run), make_val([np.append(1, np.random.default_rng(n).integers(4, tiny.VOCAB, n)) for n in (31, 47, 20, 38, 26)])
+    texts = [np.random.default_rng(n).integers(4, tiny.VOCAB, n) for n in (31, 47, 20, 38, 26)]
+    model, val = make_model(run), make_val([np.append(1, text) for text in texts])
     documents, losses = g.Documents(val), score_all(run, val)
     assert len(set(documents.lengths)) == 5
     kept: dict[int, Oracle] = {}

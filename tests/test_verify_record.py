@@ -49,10 +49,18 @@ def test_an_honest_record_of_train_gpt_fails_nothing(tmp_path: Path, capsys: pyt
                         "--save"]) == 0
     table = capsys.readouterr().out
     assert " 0 fail" in table and (folder / "verify.txt").exists() and (folder / "verify.diff").exists()
-    for rule in ("causal: evaluation", "causal: test-time training", "documents are scored apart", "the distribution adds up to 1: evaluation",
-                 "the distribution adds up to 1: test-time", "no validation document", "validation documents score no better than others: test-time",
-                 "the same score in another order and name: test-time", "the same score in other company: evaluation",
-                 "the artifact scores what the log says: seed 3"):
+    for rule in (
+        "causal: evaluation",
+        "causal: test-time training",
+        "documents are scored apart",
+        "the distribution adds up to 1: evaluation",
+        "the distribution adds up to 1: test-time",
+        "no validation document",
+        "validation documents score no better than others: test-time",
+        "the same score in another order and name: test-time",
+        "the same score in other company: evaluation",
+        "the artifact scores what the log says: seed 3",
+    ):
         assert re.search(rf"^pass +{re.escape(rule)}", table, re.MULTILINE), rule
     assert table.count("(exactly)") == 2 and table.index("now running the code of") < table.index("the artifact scores")
 
@@ -187,10 +195,14 @@ def spoil_loader(folder: Path) -> None:
 
 LOG = "train_seed3.log"
 FOLDER_CASES: list[tuple[str, Callable[[Path], None], str]] = [
-    ("other code", spoil_code, "the folder's code is the code that ran"), ("another seed's artifact", spoil_artifact, "artifact and code within the cap"),
-    ("another setting in one seed", spoil_setting, "one configuration"), ("a better last line", spoil_last_line, "BPB = nats"),
-    ("a better claim", spoil_claim, "submission.json"), ("fewer targets", spoil_targets, "every target counted once"),
-    ("no end", spoil_end, "every seed's run is complete"), ("a log twice", spoil_seed, "every seed's run is complete"),
+    ("other code", spoil_code, "the folder's code is the code that ran"),
+    ("another seed's artifact", spoil_artifact, "artifact and code within the cap"),
+    ("another setting in one seed", spoil_setting, "one configuration"),
+    ("a better last line", spoil_last_line, "BPB = nats"),
+    ("a better claim", spoil_claim, "submission.json"),
+    ("fewer targets", spoil_targets, "every target counted once"),
+    ("no end", spoil_end, "every seed's run is complete"),
+    ("a log twice", spoil_seed, "every seed's run is complete"),
     ("packed code that is not the source", spoil_packed, "the code that runs can be read"),
     ("a source that is not the packed code", spoil_source, "the code that runs can be read"),
     ("packed code with more beside it", spoil_loader, "the code that runs can be read"),
@@ -293,7 +305,9 @@ def test_no_damage_ends_in_a_traceback(tmp_path: Path, capsys: pytest.CaptureFix
             data = bytearray((folder / name).read_bytes())
             for _ in range(rng.choice([1, 30])):
                 begin = rng.randrange(len(data) + 1)
-                data[begin: begin + rng.choice([0, 1, 1000])] = rng.choice([b"", b"\xff\xfe", b"\n", b"-1e999", b"nan", b'"', b"[", b"{}", b":"])
+                data[begin : begin + rng.choice([0, 1, 1000])] = rng.choice(
+                    [b"", b"\xff\xfe", b"\n", b"-1e999", b"nan", b'"', b"[", b"{}", b":"]
+                )
             (folder / name).write_bytes(rng.choice([bytes(data), bytes(data[: len(data) // 2]), b""]))
         if turn % 10 == 0:
             (folder / names[turn // 10 % 5]).unlink()
@@ -374,7 +388,9 @@ def test_a_validation_document_but_for_some_tokens_is_found(change: str, tmp_pat
         stolen = np.append(1, stolen[20:])
     if change == "between two others":
         stolen = np.concatenate([tiny.documents(1, seed=8)[0], stolen[1:], tiny.documents(1, seed=9)[0][1:]])
-    data = with_entries(made().data, lambda first, second: (np.concatenate([stolen, first[: len(first) - len(stolen)]]), second), tmp_path / "data")
+    data = with_entries(
+        made().data, lambda first, second: (np.concatenate([stolen, first[: len(first) - len(stolen)]]), second), tmp_path / "data"
+    )
     result = disjoint(data)
     assert result.status == verify.FAIL and "1 of these there in large part" in result.detail
 

@@ -200,7 +200,9 @@ def close_off(case: Path) -> None:
 def can_close_off() -> bool:
     try:
         with tempfile.TemporaryDirectory() as case:
-            return not subprocess.run([sys.executable, "-c", ""], preexec_fn=partial(close_off, Path(case).resolve()), check=False).returncode
+            return not subprocess.run(
+                [sys.executable, "-c", ""], preexec_fn=partial(close_off, Path(case).resolve()), check=False
+            ).returncode
     except (subprocess.SubprocessError, OSError):
         return False
 
