@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs this configuration on 8 GPUs with this repository's code: bash run.sh
-# The data: python prepare_caseops_data.py --download, in the repository, or DATA_DIR.
+# The data: the recipe in README.md.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 cd "$here/../../.."
