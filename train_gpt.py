@@ -572,10 +572,10 @@ class Ranks:
             return {-1: "the process that held the ranks together has ended"}
 
     def silent(self, seconds: float) -> list[int]:
-        """The ranks whose watches leave no new note for so long."""
+        """The ranks whose watches leave no new note for so long, or have left none yet."""
         with suppress(RuntimeError, OSError):
-            before, _ = self.posted("at"), time.sleep(seconds)
-            return [rank for rank, note in self.posted("at").items() if note == before.get(rank)]
+            before, _, after = self.posted("at"), time.sleep(seconds), self.posted("at")
+            return [rank for rank in range(self.world) if after.get(rank) == before.get(rank)]
         return []
 
 

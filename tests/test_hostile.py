@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import time
@@ -91,7 +92,7 @@ def wrong_streams(data: bytes) -> Iterator[tuple[str, bytes]]:
         yield f"swapped {n}", with_streams(data, lambda s: [*s[:n], s[n - 1], *s[n + 1:]])
         yield f"without {n}", with_streams(data, lambda s: s[:n] + s[n + 1:])
     tables = brotli.decompress(streams[0])
-    for case in range(200):
+    for case in range(60):
         mutant = bytearray(tables)
         for _ in range(generator.choice((1, 1, 3))):
             mutant[generator.randrange(12) if case % 2 else generator.randrange(len(mutant))] = generator.randrange(256)
@@ -126,10 +127,12 @@ def test_every_hostile_file_is_refused_or_read_in_a_moment(valid: dict[str, byte
     if kind == "brotli scalar" and make is wrong_streams:
         pytest.skip("it has no streams")
     results = {}
-    for name, data in make(valid[kind]):
+    every = 8 if make is wrong_settings and kind != "brotli scalar" else 1  # settings are looked at before any stream is
+    for name, data in itertools.islice(make(valid[kind]), 0, None, every):
         results.setdefault(outcome(data), []).append(name)
     if make is not wrong_settings:
-        assert len(results["refused"]) > (3 if make is asking_much else 0.5 * sum(map(len, results.values())))
+        least = {asking_much: 0.9, wrong_streams: 0.4}.get(make, 0.5)  # most changed tables are tables too
+        assert len(results["refused"]) > least * sum(map(len, results.values()))
     if make in (wrong_headers, wrong_tensors, asking_much):
         harmless = [name for name in results.get("read", []) if not name.startswith(("header", "{'num_loops'"))]
         assert not harmless
@@ -163,7 +166,9 @@ def test_evaluation_alone_refuses_hostile_files_in_a_line_and_scores_only_number
         cases = [("huge", huge), ("learning", with_settings(data, ttt_lora_lr=10.0, ttt_weight_decay=1000.0)), ("valid", data),
                  ("global", with_settings(data, global_ttt_lr=10.0, global_ttt_grad_clip=0.0, global_ttt_chunk_tokens=64))]
         for make in (wrong_settings, wrong_tensors, wrong_bytes):
-            cases += generator.sample([case for case in make(data) if outcome(case[1]) == "refused"], 5)
+            made = list(make(data))
+            generator.shuffle(made)
+            cases += itertools.islice((case for case in made if outcome(case[1]) == "refused"), 5)
         for name, case in cases:
             status, said = scored(case, tmp_path, shards, capfd)
             statuses.append(status)
