@@ -37,9 +37,9 @@ echo "[$((SECONDS - began)) s] data"
 export CASEOPS_VERSION=${CASEOPS_VERSION:-lossless_caps_caseops_v1}
 .venv/bin/python prepare_caseops_data.py --sample --transform "$CASEOPS_VERSION" --data-dir "$DATA_DIR"
 export DATA_PATH=${DATA_PATH:-$DATA_DIR/datasets/sample_sp8192_$CASEOPS_VERSION}
-tokenizer=tokenizers/${CASEOPS_VERSION}_8192.model
-[ -f "$tokenizer" ] || tokenizer=tokenizers/caseops_8192_lossless.model # of the first version
-export TOKENIZER_PATH=${TOKENIZER_PATH:-$tokenizer}
+tokenizer=${CASEOPS_VERSION}_8192
+[ "$CASEOPS_VERSION" != lossless_caps_caseops_v1 ] || tokenizer=caseops_8192_lossless # older than the versions
+export TOKENIZER_PATH=${TOKENIZER_PATH:-tokenizers/$tokenizer.model}
 
 while IFS= read -r line; do # settings that the caller made stay
     name=${line%%=*}

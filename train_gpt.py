@@ -558,7 +558,6 @@ class Ranks:
         keys = {r: f"{topic}/{r}" for r in range(self.world)}
         return {r: self.board.get(key).decode() for r, key in keys.items() if self.board.check([key])}
 
-
     def fail(self, text: str) -> None:
         """Tell the others that this rank ends, and why."""
         with suppress(RuntimeError, OSError):
@@ -2034,6 +2033,7 @@ class Checkpoint:
 
     def __init__(self, run: Run) -> None:
         self.run, self.index = run, output_path(run.cfg, ".run.json")
+        self.settings = checksum(identity(run.cfg, but={"checkpoint_every"}))
         every = run.cfg.checkpoint_every
         self.steps = int(every) if every.isdigit() else 0
         self.seconds = float(every[:-1]) if every.endswith("s") else 0.0
@@ -2097,7 +2097,7 @@ class Checkpoint:
             self._set("done")
 
     def _set(self, stage: str, **values: Any) -> None:
-        self.found = {"stage": stage, "settings": checksum(identity(self.run.cfg, but={"checkpoint_every"})), **values}
+        self.found = {"stage": stage, "settings": self.settings, **values}
         write_atomically(self.index, json.dumps({**self.found, "check": checksum(self.found)}).encode())
 
     def _sweep(self, keep: str) -> None:
@@ -2121,7 +2121,7 @@ class Checkpoint:
         if found["stage"] == "done":
             return {"problem": f"run {self.run.cfg.run_id} is complete: its log ends with the score; choose another RUN_ID, or score its "
                                "artifact again with EVAL_ONLY=1"}
-        if found.get("settings") != checksum(identity(self.run.cfg, but={"checkpoint_every"})):
+        if found.get("settings") != self.settings:
             return {"problem": f"{self.index} is of a run with settings or code that differ from this one's; start it as it was started, "
                                "or choose another RUN_ID"}
         path = output_path(self.run.cfg, ".artifact")
@@ -2645,14 +2645,19 @@ def quantize(run: Run, model: GPT, hessians: dict[str, Tensor], clip_factor: flo
             codes, scales = torch.cat([p.codes for p in parts]), torch.cat([p.scales for p in parts])
             tensors[row.name] = Quantized(codes.reshape(row.shape), scales.reshape(row.shape[:-1]), run.cfg.quantizer)
         elif row.int8:
-            scales = (value.abs().amax(-1) / 127).clamp(2.0**-24, 65504.0).to(torch.float16)
-            codes = (value / scales.float()[:, None]).round().clamp(-127, 127)
-            tensors[row.name] = Quantized(codes.to(torch.int8).cpu(), scales.cpu())
+            tensors[row.name] = rows_of_int8(value)
         else:
             tensors[row.name] = value.clamp(-65504.0, 65504.0).to(torch.float16).cpu()
     if run.cfg.lqer_enabled:
         correct_largest(run.cfg, model, tensors)
     return tensors, total_error
+
+
+def rows_of_int8(value: Tensor) -> Quantized:
+    """A small matrix (rows, cols), rounded to nearest, a row's largest size being 127."""
+    scales = (value.abs().amax(-1) / 127).clamp(2.0**-24, 65504.0).to(torch.float16)
+    codes = (value / scales.float()[:, None]).round().clamp(-127, 127)
+    return Quantized(codes.to(torch.int8).cpu(), scales.cpu())
 
 
 def quantize_group(run: Run, name: str, weights: Tensor, hessian: Tensor, group: MatrixGroup,
@@ -3321,16 +3326,16 @@ def _fit_model(bank: Bank, known: _Predictor, model: np.void) -> tuple[np.ndarra
         coded.append((bank.vectors[step.where] * step.signs - step.offsets).astype(np.uint8).ravel())  # modulo 256
     symbols, features = np.concatenate(coded), np.concatenate([step.features.ravel() for step in steps])
 
-    def fit(spreads: int) -> tuple[float, np.ndarray, np.ndarray]:
-        """Bits with so many spreads, those of the tables roughly; contexts; counts (contexts, 256)."""
+    def fit(spreads: int) -> tuple[float, np.ndarray, np.ndarray, np.ndarray]:
+        """Bits with so many spreads, those of the tables roughly; thresholds; contexts; counts (contexts, 256)."""
         model["thresholds"] = (1 << 16) - 1
         model["thresholds"][: spreads - 1] = np.quantile(features, np.arange(1, spreads) / spreads, method="higher")
         contexts = np.concatenate([_contexts(model, step) for step in steps])
         counts = np.bincount(contexts * 256 + symbols, minlength=model["roots"].size).reshape(-1, 256)
-        return entropy_bits(counts) + RANS_ROOT_BITS * np.count_nonzero(counts), contexts, counts
+        return entropy_bits(counts) + RANS_ROOT_BITS * np.count_nonzero(counts), model["thresholds"].copy(), contexts, counts
 
-    few = symbols.size < RANS_FEW_SYMBOLS
-    _, contexts, counts = fit(min((1, 2, 4, RANS_SPREADS), key=lambda spreads: fit(spreads)[0]) if few else RANS_SPREADS)
+    choices = (1, 2, 4, RANS_SPREADS) if symbols.size < RANS_FEW_SYMBOLS else (RANS_SPREADS,)
+    _, model["thresholds"], contexts, counts = min(map(fit, choices), key=lambda found: found[0])
     roots = np.rint(255 * np.sqrt(counts / np.maximum(counts.max(1, keepdims=True), 1)))
     model["roots"] = np.where(counts > 0, np.maximum(roots, 1), 0).reshape(model["roots"].shape)
     return contexts, symbols, [step.signs.size for step in steps]
@@ -4258,11 +4263,10 @@ def score_with_ttt(run: Run, model: GPT, val: ValData) -> Score:
 #
 # Three places where writing the fused form by hand saves memory traffic that torch.compile cannot: the MLP, whose
 # activation joins the matrix product before it (forward) and the one after it (backward); exclusive self-attention, one pass
-# each way; and the softcapped cross entropy, which never stores the float32 logits of a batch. Beside each kernel stands what it
-# computes in plain torch,
-# which is also what runs without Triton; the tests hold one against the other and both against float64. The kernels hide in
-# operators, so the compiler keeps its single graph. Matrix tiles go through Hopper's copy engine (TMA descriptors), one
-# persistent program on every multiprocessor.
+# each way; and the softcapped cross entropy, which never stores the float32 logits of a batch. Beside each kernel stands
+# what it computes in plain torch, which is also what runs without Triton; the tests hold one against the other and both
+# against float64. The kernels hide in operators, so the compiler keeps its single graph. Matrix tiles go through Hopper's
+# copy engine (TMA descriptors), one persistent program on every multiprocessor.
 # ======================================================================================================================
 
 
@@ -4752,7 +4756,7 @@ def score_and_finish(run: Run, val: ValData, artifact: Exported) -> int:
 def read_artifact(cfg: Config, ranks: Ranks) -> tuple[bytes, Config]:
     """The artifact to score, read by rank 0 alone, and the settings in it; ValueError on every rank if it cannot be."""
     path = Path(cfg.artifact_path) if cfg.artifact_path else output_path(cfg, ".artifact")
-    data, problem = b"", ""
+    data, stored, problem = b"", None, ""
     if ranks.rank == 0:
         try:
             if not path.is_file():
@@ -4761,13 +4765,13 @@ def read_artifact(cfg: Config, ranks: Ranks) -> tuple[bytes, Config]:
                 problem = f"{path}: {path.stat().st_size} bytes are more than an artifact may have ({ARTIFACT_MAX_FILE_BYTES})"
             else:
                 data = path.read_bytes()
-                open_artifact(data)
+                stored = open_artifact(data)[0]
         except (ArtifactError, OSError) as error:
             problem = f"{path}: {error}"
-    data, problem = ranks.agree((data, problem))
+    data, stored, problem = ranks.agree((data, stored, problem))
     if problem:
         raise ValueError(problem)
-    return data, open_artifact(data)[0]
+    return data, stored
 
 
 def adopt_settings(cfg: Config, stored: Config, environ: Collection[str]) -> tuple[Config, list[str]]:

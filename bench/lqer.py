@@ -155,7 +155,7 @@ class Bench:
         for row in self.rows:
             value = self.model.get_parameter(row.name).detach()
             if not row.matrices:
-                tensors[row.name] = value.half() if not row.int8 else self._int8(value)
+                tensors[row.name] = value.half() if not row.int8 else g.rows_of_int8(value)
                 continue
             parts = [quantized[row.name, i] for group in row.matrices for i in range(group.first, group.last)]
             values = [(weights or {}).get((row.name, i), g.dequantize(q)) for i, q in enumerate(parts)]
@@ -166,11 +166,6 @@ class Bench:
                 m = self.matrices[row.name, i]
                 error += float(g.hessian_error((v - m.weights)[None], m.hessian) / g.hessian_error(m.weights[None], m.hessian))
         return len(g.pack_artifact(tensors, self.cfg)) + beside, error / len(self.matrices), self.divergence(restored)
-
-    @staticmethod
-    def _int8(value: Tensor) -> g.Quantized:
-        scales = (value.abs().amax(-1) / 127).clamp(2.0**-24, 65504.0).half()
-        return g.Quantized((value / scales.float()[:, None]).round().clamp(-127, 127).to(torch.int8), scales)
 
     def awq(self, base: dict[Place, g.Quantized], group: int) -> tuple[Place, int, dict[Place, Tensor], int]:
         """The protected group: its matrix, first column, the weights with it, and the bytes of its finer codes over the usual ones."""
