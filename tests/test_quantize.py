@@ -164,7 +164,7 @@ def test_the_worst_matrices_get_low_rank_terms_and_the_artifact_keeps_them() -> 
 
 
 def test_a_damped_embedding_is_nearer_to_its_rows_and_farther_by_its_outputs() -> None:
-    errors = []
+    errors, undamped = [], {}
     for damping in (0, 0.5):
         run = tg.Run(tg.Config.from_env({k: str(v) for k, v in {**tiny.SETTINGS, "EMBED_DAMPING": damping}.items()}), tg.Ranks(), SILENT)
         model = tg.GPT(run.cfg)
