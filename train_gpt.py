@@ -1441,8 +1441,13 @@ def attend_segments(batch: Batch, visit: int, q: Tensor, k: Tensor, v: Tensor) -
     return attention(q, k, v, batch.cu_seqlens, batch.max_seqlen)
 
 
-def rms_norm(x: Tensor) -> Tensor:
-    return F.rms_norm(x, (x.size(-1),))
+def rms_norm(x: Tensor, divisor: float = 1.0) -> Tensor:
+    return F.rms_norm(x, (x.size(-1),)) / divisor
+
+
+def norm_factor(x: Tensor) -> Tensor:
+    """What rms_norm multiplies each row of x (..., D) with, (..., 1) float32."""
+    return torch.rsqrt(x.float().square().mean(-1, keepdim=True) + NORM_EPS)
 
 
 def add(x: Tensor, y: Tensor) -> Tensor:
@@ -1477,7 +1482,7 @@ def head_norm(x: Tensor, gain: Tensor | None = None) -> Tensor:
 
     Norm and gain are one factor a row: so the gain's gradient comes out of sums over D that the norm's needs anyway.
     """
-    factor = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + NORM_EPS)
+    factor = norm_factor(x)
     return x.float() * (factor if gain is None else factor * gain.float()[:, None])
 
 
@@ -1610,21 +1615,22 @@ class GPT(nn.Module):
         share = (1 - gate if self.cfg.skip_gates_enabled else 1.0) * self.skip_weights[row]
         return (scale * gate).to(self.dtype) * x + (scale * share).to(self.dtype) * skipped
 
-    def _normed(self, x: Tensor, layer: int) -> Tensor:
-        return rms_norm(x) / math.sqrt(layer + 1) if self.cfg.ln_scale else rms_norm(x)
+    def _divisor(self, layer: int) -> float:
+        """What a layer divides its normalised inputs by."""
+        return math.sqrt(layer + 1) if self.cfg.ln_scale else 1.0
 
     def _serial_block(self, context: Context, layer: int, visit: int, x: Tensor, x0: Tensor,
                       skip: tuple[int, Tensor] | None = None) -> Tensor:
         mix = context.layers[layer].resid_mix
         x = (mix[0] * x if skip is None else self._mix_skip(skip, x, mix[0])) + mix[1] * x0
-        x = add(x, self._attention(context, layer, visit, self._normed(x, layer)))
+        x = add(x, self._attention(context, layer, visit, rms_norm(x, self._divisor(layer))))
         return add(x, self._mlp(context, layer, visit, x))
 
     def _parallel_block(self, context: Context, layer: int, visit: int, lanes: tuple[Tensor, Tensor], x0: Tensor) -> tuple[Tensor, Tensor]:
         """Attention reads lane 0, the MLP lane 1; both write to both."""
         weights = context.layers[layer]
         mix, resid, post = weights.resid_mix, weights.resid, weights.post
-        a = self._attention(context, layer, visit, self._normed(mix[0] * lanes[0] + mix[1] * x0, layer))
+        a = self._attention(context, layer, visit, rms_norm(mix[0] * lanes[0] + mix[1] * x0, self._divisor(layer)))
         m = self._mlp(context, layer, visit, lanes[1])
         return (resid[0] * lanes[0] + post[0, 0] * a + post[1, 0] * m, resid[1] * lanes[1] + post[0, 1] * a + post[1, 1] * m)
 
@@ -1644,10 +1650,11 @@ class GPT(nn.Module):
 
     def _mlp(self, context: Context, layer: int, visit: int, x: Tensor) -> Tensor:
         """What the MLP of x (T, d), which it normalises itself, adds: scale and gate included."""
-        weights, linear, n = context.layers[layer], context.linear, self._normed(x, layer)
+        weights, linear = context.layers[layer], context.linear
         if linear is plain_linear:
-            y = fused_mlp(n, weights.up, weights.down)
+            y = fused_mlp(x, self._divisor(layer), weights.up, weights.down)
         else:
+            n = rms_norm(x, self._divisor(layer))
             h = F.leaky_relu(linear((layer, visit, "up"), n, weights.up), 0.5).square()
             y = linear((layer, visit, "down"), h, weights.down)
             bypass = linear((layer, visit, "mlp_bypass"), n, None)
@@ -4284,30 +4291,36 @@ def sign_bit(dtype: torch.dtype) -> int:
     return 16 if dtype == torch.bfloat16 else 0
 
 
-def mlp_up_reference(x: Tensor, w_up: Tensor) -> Tensor:
-    """What mlp_kernel computes going forward, (T, h): the activation, rounded to where its last bit says that z was negative."""
-    z, bit = F.linear(x.float(), w_up.float()), sign_bit(x.dtype)
+def mlp_up_reference(x: Tensor, factor: Tensor, w_up: Tensor) -> Tensor:
+    """What mlp_kernel computes going forward, (T, h): the activation of z = factor (T, 1) times x @ w_up^T.
+
+    It is rounded to where its last bit says whether z was negative.
+    """
+    z, bit = factor * F.linear(x.float(), w_up.float()), sign_bit(x.dtype)
     bits = F.leaky_relu(z, 0.5).square().view(torch.int32)
     even, odd = (bits + (1 << bit)) >> bit + 1 << bit + 1, (bits >> bit + 1 << bit + 1) + (1 << bit)
     return torch.where(z < 0, odd, even).view(torch.float32).to(x.dtype)
 
 
-def mlp_up_backward_reference(grad: Tensor, w_down: Tensor, hidden: Tensor) -> Tensor:
-    """What mlp_kernel computes going backward: the gradient (T, h) of the pre-activation, from `grad` (T, d) of the MLP's output.
+def mlp_up_backward_reference(grad: Tensor, factor: Tensor, w_down: Tensor, hidden: Tensor) -> Tensor:
+    """What mlp_kernel computes going backward: the gradient (T, h) of x @ w_up^T, from `grad` (T, d) of the MLP's output.
 
     d/dz leaky(z)^2 is 2 z or z / 2: that is 2 or -1 times the root of the activation.
     """
     negative = (hidden.float().view(torch.int32) >> sign_bit(hidden.dtype)) & 1 == 1
     root = hidden.float().sqrt()
-    return F.linear(grad, w_down.t()) * torch.where(negative, -root, 2 * root).to(grad.dtype)
+    return F.linear(grad, w_down.t()) * (factor * torch.where(negative, -root, 2 * root)).to(grad.dtype)
 
 
 if triton is not None:
 
     @triton.jit
-    def mlp_kernel(a_desc, b_desc, hidden_desc, out_desc, rows, columns, depth, BACKWARD: tl.constexpr, BIT: tl.constexpr,
+    def mlp_kernel(a_desc, b_desc, hidden_desc, out_desc, factors, rows, columns, depth, BACKWARD: tl.constexpr, BIT: tl.constexpr,
                    TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr, PROGRAMS: tl.constexpr):
-        """out = leaky(a @ b^T)^2 with the sign in bit BIT; or, BACKWARD, out = (a @ b) * d leaky(z)^2 / dz by what hidden kept of z."""
+        """out = leaky(z)^2 with z = f a @ b^T, its sign in bit BIT; or, BACKWARD, out = f (a @ b) d leaky(z)^2 / dz by what hidden kept of z.
+
+        f is a row's factor.
+        """
         tiles_n = tl.cdiv(columns, TILE_N)
         tiles = tl.cdiv(rows, TILE_M) * tiles_n
         HALF: tl.constexpr = TILE_N // 2
@@ -4321,22 +4334,24 @@ if triton is not None:
                     total = tl.dot(a, b_desc.load([k, column]), total, input_precision="ieee")
                 else:
                     total = tl.dot(a, b_desc.load([column, k]).T, total, input_precision="ieee")
+            at = row + tl.arange(0, TILE_M)
+            total = total * tl.load(factors + at, mask=at < rows, other=0.0)[:, None]
             halves = tl.permute(tl.reshape(total, (TILE_M, 2, HALF)), (0, 2, 1))   # half the staging memory a store
             left, right = tl.split(halves)
             for half in tl.static_range(2):
                 z = left if half == 0 else right
-                at = column + half * HALF
+                side = column + half * HALF
                 if BACKWARD:
-                    hidden = hidden_desc.load([row, at]).to(tl.float32)
+                    hidden = hidden_desc.load([row, side]).to(tl.float32)
                     negative = (hidden.to(tl.int32, bitcast=True) >> BIT) & 1
                     root = tl.sqrt(hidden)
-                    out_desc.store([row, at], (z * tl.where(negative == 1, -root, 2 * root)).to(out_desc.dtype))
+                    out_desc.store([row, side], (z * tl.where(negative == 1, -root, 2 * root)).to(out_desc.dtype))
                 else:
                     leaky = tl.where(z < 0, 0.5 * z, z)
                     bits = (leaky * leaky).to(tl.int32, bitcast=True)
                     even = ((bits + (1 << BIT)) >> (BIT + 1)) << (BIT + 1)         # the nearest with a last bit of 0, or of 1
                     odd = ((bits >> (BIT + 1)) << (BIT + 1)) + (1 << BIT)
-                    out_desc.store([row, at], tl.where(z < 0, odd, even).to(tl.float32, bitcast=True).to(out_desc.dtype))
+                    out_desc.store([row, side], tl.where(z < 0, odd, even).to(tl.float32, bitcast=True).to(out_desc.dtype))
 
     @triton.jit
     def exclude_self_kernel(y, v, gate, grad, out, grad_v, grad_gate, rows, v_stride, BACKWARD: tl.constexpr, KV: tl.constexpr,
@@ -4393,7 +4408,7 @@ if triton is not None:
         tl.store(out + row * width + column, value.to(out.dtype.element_ty), mask=column < width)
 
 
-def launch_mlp_kernel(a: Tensor, b: Tensor, hidden: Tensor, out: Tensor, backward: bool,
+def launch_mlp_kernel(a: Tensor, factor: Tensor, b: Tensor, hidden: Tensor, out: Tensor, backward: bool,
                       tile: tuple[int, int, int] = MLP_TILE) -> None:
     """Run mlp_kernel over contiguous matrices whose rows are multiples of 16 bytes (Hopper's copy engine asks for that)."""
     tile_m, tile_n, tile_k = tile
@@ -4405,47 +4420,50 @@ def launch_mlp_kernel(a: Tensor, b: Tensor, hidden: Tensor, out: Tensor, backwar
         TensorDescriptor.from_tensor(b, [tile_k, tile_n] if backward else [tile_n, tile_k]),
         TensorDescriptor.from_tensor(hidden, [tile_m, tile_n // 2]),
         TensorDescriptor.from_tensor(out, [tile_m, tile_n // 2]),
-        rows, columns, depth, backward, sign_bit(out.dtype), tile_m, tile_n, tile_k, programs, num_warps=8, num_stages=3)
+        factor, rows, columns, depth, backward, sign_bit(out.dtype), tile_m, tile_n, tile_k, programs, num_warps=8, num_stages=3)
 
 
 @torch.library.custom_op(f"{OPERATORS}::mlp_up", mutates_args=())
-def mlp_up_op(x: Tensor, w_up: Tensor) -> Tensor:
-    """mlp_up_reference by the kernel: (T, d), (h, d) -> (T, h)."""
+def mlp_up_op(x: Tensor, factor: Tensor, w_up: Tensor) -> Tensor:
+    """mlp_up_reference by the kernel: (T, d), (T, 1) float32, (h, d) -> (T, h)."""
     out = x.new_empty((x.size(0), w_up.size(0)))
-    launch_mlp_kernel(x, w_up, out, out, backward=False)
+    launch_mlp_kernel(x, factor, w_up, out, out, backward=False)
     return out
 
 
 @torch.library.custom_op(f"{OPERATORS}::mlp_up_backward", mutates_args=())
-def mlp_up_backward_op(grad: Tensor, w_down: Tensor, hidden: Tensor) -> Tensor:
-    """mlp_up_backward_reference by the kernel: (T, d), (d, h), (T, h) -> (T, h)."""
+def mlp_up_backward_op(grad: Tensor, factor: Tensor, w_down: Tensor, hidden: Tensor) -> Tensor:
+    """mlp_up_backward_reference by the kernel: (T, d), (T, 1) float32, (d, h), (T, h) -> (T, h)."""
     out = torch.empty_like(hidden)
-    launch_mlp_kernel(grad, w_down, hidden, out, backward=True)
+    launch_mlp_kernel(grad, factor, w_down, hidden, out, backward=True)
     return out
 
 
-mlp_up_op.register_fake(lambda x, w_up: x.new_empty((x.size(0), w_up.size(0))))
-mlp_up_backward_op.register_fake(lambda grad, w_down, hidden: torch.empty_like(hidden))
+mlp_up_op.register_fake(lambda x, factor, w_up: x.new_empty((x.size(0), w_up.size(0))))
+mlp_up_backward_op.register_fake(lambda grad, factor, w_down, hidden: torch.empty_like(hidden))
 
 
 class FusedMLP(torch.autograd.Function):
-    """down(leaky_relu(up(x), 0.5)^2) around the two fused products; the others are plain, for the compiler to place.
+    """down(leaky_relu(factor * up(x), 0.5)^2) around the two fused products; the others are plain, for the compiler to place.
 
     Nothing but the activation is kept for the backward: the sign that squaring loses lies in its last bit, which costs it
-    half a bit of precision and saves writing, keeping and reading the pre-activation, (T, h) a visit.
+    half a bit of precision and saves writing, keeping and reading the pre-activation, (T, h) a visit. The norm's factor (T, 1)
+    comes apart from x, so that the normalised input is never written either.
     """
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
-        hidden = mlp_up_op(x, w_up)
-        ctx.save_for_backward(x, w_up, w_down, hidden)
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, factor: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
+        hidden = mlp_up_op(x, factor, w_up)
+        ctx.save_for_backward(x, factor, w_up, w_down, hidden)
         return F.linear(hidden, w_down)
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x, w_up, w_down, hidden = ctx.saved_tensors
-        grad_before = mlp_up_backward_op(grad, w_down, hidden)
-        return grad_before @ w_up, grad_before.t() @ x, grad.t() @ hidden
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        x, factor, w_up, w_down, hidden = ctx.saved_tensors
+        grad_before = mlp_up_backward_op(grad, factor, w_down, hidden)
+        grad_x = grad_before @ w_up
+        grad_factor = (grad_x.float() * x.float()).sum(-1, keepdim=True) / factor
+        return grad_x, grad_factor, grad_before.t() @ x, grad.t() @ hidden
 
 
 @torch.compiler.assume_constant_result
@@ -4459,11 +4477,11 @@ def kernels_take(x: Tensor) -> bool:
     return triton is not None and x.device.type != "cpu" and x.dtype in (torch.bfloat16, torch.float16) and has_tma()
 
 
-def fused_mlp(x: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
-    """F.linear(mlp_up(x, w_up), w_down), all of one dtype. x (T, d), w_up (h, d), w_down (d, h) -> (T, d)."""
+def fused_mlp(x: Tensor, divisor: float, w_up: Tensor, w_down: Tensor) -> Tensor:
+    """The MLP of rms_norm(x) / divisor, all of one dtype. x (T, d), w_up (h, d), w_down (d, h) -> (T, d)."""
     if kernels_take(x) and x.dtype != torch.float16 and x.size(1) % 8 == 0 and w_up.size(0) % 8 == 0:
-        return FusedMLP.apply(x, w_up, w_down)
-    return F.linear(mlp_up(x, w_up), w_down)
+        return FusedMLP.apply(x, norm_factor(x) / divisor, w_up, w_down)
+    return F.linear(mlp_up(rms_norm(x, divisor), w_up), w_down)
 
 
 def launch_exclude_self(tensors: tuple[Tensor, ...], y: Tensor, v: Tensor, backward: bool) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernel_oracles import CAP, check_cross_entropy, mlp_float64, random_mlp
+from kernel_oracles import CAP, DIVISOR, check_cross_entropy, mlp_float64, random_mlp
 
 import train_gpt
 
@@ -74,7 +74,7 @@ def largest_float32_tensor(function: Callable[[], None]) -> int:
 
 def test_cross_entropy_and_mlp_compile_in_one_graph() -> None:
     def loss(x: torch.Tensor, w_up: torch.Tensor, w_down: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return train_gpt.softcapped_cross_entropy(train_gpt.fused_mlp(x, w_up, w_down), targets, CAP).mean()
+        return train_gpt.softcapped_cross_entropy(train_gpt.fused_mlp(x, DIVISOR, w_up, w_down), targets, CAP).mean()
 
     *inputs, _ = random_mlp(20, 16, 64, torch.float32)
     targets = torch.randint(0, 16, (20,))
@@ -87,7 +87,7 @@ def test_cross_entropy_and_mlp_compile_in_one_graph() -> None:
 
 def test_mlp_equals_float64() -> None:
     *inputs, grad = random_mlp(31, 12, 50, torch.float64)
-    out, reference = train_gpt.fused_mlp(*inputs), mlp_float64(*inputs)
+    out, reference = train_gpt.fused_mlp(inputs[0], DIVISOR, *inputs[1:]), mlp_float64(*inputs)
     torch.testing.assert_close(out, reference)
     for ours, oracle in zip(torch.autograd.grad(out, inputs, grad), torch.autograd.grad(reference, inputs, grad)):
         torch.testing.assert_close(ours, oracle)
@@ -104,7 +104,7 @@ def test_mlp_kernel_builds_for_hopper_with_wgmma_and_tma_and_fits_its_memory() -
         second = [tile_k, tile_n] if backward else [tile_n, tile_k]
         half = f"tensordesc<bf16[{tile_m},{tile_n // 2}]>"
         signature = {"a_desc": f"tensordesc<bf16[{tile_m},{tile_k}]>", "b_desc": f"tensordesc<bf16{second}>".replace(" ", ""),
-                     "hidden_desc": half, "out_desc": half, "rows": "i32", "columns": "i32", "depth": "i32"}
+                     "hidden_desc": half, "out_desc": half, "factors": "*fp32", "rows": "i32", "columns": "i32", "depth": "i32"}
         constants = {"BACKWARD": backward, "BIT": 16, "TILE_M": tile_m, "TILE_N": tile_n, "TILE_K": tile_k, "PROGRAMS": 132}
         source = ASTSource(train_gpt.mlp_kernel, signature | dict.fromkeys(constants, "constexpr"), constants)
         built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8, "num_stages": 3})
