@@ -1442,7 +1442,26 @@ def attend_segments(batch: Batch, visit: int, q: Tensor, k: Tensor, v: Tensor) -
 
 
 def rms_norm(x: Tensor, divisor: float = 1.0) -> Tensor:
-    return F.rms_norm(x, (x.size(-1),)) / divisor
+    return NormFromOutput.apply(x, divisor) if kernels_take(x) else F.rms_norm(x, (x.size(-1),)) / divisor
+
+
+class NormFromOutput(torch.autograd.Function):
+    """rms_norm whose backward reads what it returned, which is kept anyway, in place of x."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, divisor: float) -> Tensor:
+        factor = norm_factor(x) / divisor
+        y = (x.float() * factor).to(x.dtype)
+        ctx.save_for_backward(y, factor)
+        ctx.divisor = divisor
+        return y
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
+        y, factor = ctx.saved_tensors
+        grad, y = grad.float(), y.float()
+        along = ctx.divisor**2 * (grad * y).mean(-1, keepdim=True)
+        return (factor * (grad - along * y)).to(ctx.saved_tensors[0].dtype), None
 
 
 def norm_factor(x: Tensor) -> Tensor:
@@ -1453,6 +1472,33 @@ def norm_factor(x: Tensor) -> Tensor:
 def add(x: Tensor, y: Tensor) -> Tensor:
     """x + y, of one dtype. A plain sum the compiler would join to the product before it, copying x for that; this joins the norm behind."""
     return (x.float() + y.float()).to(x.dtype) if torch.compiler.is_compiling() else x + y
+
+
+@torch.library.custom_op(f"{OPERATORS}::add_product_", mutates_args=("x",))
+def add_product_op(x: Tensor, y: Tensor, w: Tensor) -> None:
+    """x (T, d) += y (T, k) w^T."""
+    x.addmm_(y, w.t())
+
+
+class AddProduct(torch.autograd.Function):
+    """x + y w^T, the sum made by the product where x stands: nobody may need x any more, or the compiler copies it."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, y: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(y, w)
+        out = x * 1.0
+        add_product_op(out, y, w)
+        return out
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y, w = ctx.saved_tensors
+        return grad, grad @ w, grad.t() @ y
+
+
+def add_product(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
+    """x (T, d) + y (T, k) w^T."""
+    return AddProduct.apply(x, y, w) if kernels_take(x) else add(x, F.linear(y, w))
 
 
 @torch.library.custom_op(f"{OPERATORS}::rotary_tables", mutates_args=())
@@ -1623,7 +1669,7 @@ class GPT(nn.Module):
                       skip: tuple[int, Tensor] | None = None) -> Tensor:
         mix = context.layers[layer].resid_mix
         x = (mix[0] * x if skip is None else self._mix_skip(skip, x, mix[0])) + mix[1] * x0
-        x = add(x, self._attention(context, layer, visit, rms_norm(x, self._divisor(layer))))
+        x = self._attention(context, layer, visit, rms_norm(x, self._divisor(layer)), x)
         return add(x, self._mlp(context, layer, visit, x))
 
     def _parallel_block(self, context: Context, layer: int, visit: int, lanes: tuple[Tensor, Tensor], x0: Tensor) -> tuple[Tensor, Tensor]:
@@ -1634,8 +1680,8 @@ class GPT(nn.Module):
         m = self._mlp(context, layer, visit, lanes[1])
         return (resid[0] * lanes[0] + post[0, 0] * a + post[1, 0] * m, resid[1] * lanes[1] + post[0, 1] * a + post[1, 1] * m)
 
-    def _attention(self, context: Context, layer: int, visit: int, n: Tensor) -> Tensor:
-        """What attention of the normalised input n (T, d) adds: gate, output projection and scale included."""
+    def _attention(self, context: Context, layer: int, visit: int, n: Tensor, x: Tensor | None = None) -> Tensor:
+        """What attention of the normalised input n (T, d) adds, gate, output projection and scale included; added to x, if given."""
         cfg, weights, linear = self.cfg, context.layers[layer], context.linear
         q, k, v, gate = linear((layer, visit, "attn_in"), n, weights.attn_in).split(list(attn_in_parts(cfg).values()), dim=-1)
         q, k, v = (t.unflatten(-1, (-1, cfg.head_dim)) for t in (q, k, v))
@@ -1644,9 +1690,12 @@ class GPT(nn.Module):
         y = context.attend(visit, q, k, v)
         gate = torch.sigmoid(gate) if gate.size(-1) else torch.ones_like(y[..., 0])
         y = exclude_self(y, v, gate) if layer >= cfg.num_layers - cfg.xsa_last_n else y * gate.unsqueeze(-1)
+        if x is not None and linear is plain_linear:
+            return add_product(x, y.flatten(1), weights.proj)
         y = linear((layer, visit, "proj"), y.flatten(1), weights.proj)
         bypass = linear((layer, visit, "attn_bypass"), n, None)
-        return y if bypass is None else y + weights.attn_scale * bypass
+        y = y if bypass is None else y + weights.attn_scale * bypass
+        return y if x is None else add(x, y)
 
     def _mlp(self, context: Context, layer: int, visit: int, x: Tensor) -> Tensor:
         """What the MLP of x (T, d), which it normalises itself, adds: scale and gate included."""
