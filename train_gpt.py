@@ -1542,7 +1542,7 @@ class LayerWeights(NamedTuple):
     attn_in: Tensor  # (d + 2 k + heads, d)
     proj: Tensor  # (d, d)
     up: Tensor  # (h, d)
-    down: Tensor  # (d, h)
+    down: Tensor  # (d, h), float32 still: a visit may multiply a factor into its rows
     attn_scale: Tensor  # (d,)
     mlp_scale: Tensor  # (d,)
     resid_mix: Tensor  # (2, d)
@@ -1613,22 +1613,25 @@ class GPT(nn.Module):
         if cfg.smear_gate_enabled:
             embedded = embedded + self._smear(embedded, batch.previous)
         x = x0 = rms_norm(embedded.to(self.dtype))
-        skips = []
-        for visit, layer in enumerate(schedule.encoder):
-            x = self._serial_block(context, layer, visit, x, x0)
-            skips.append(x)
-        lanes = None
-        for j, layer in enumerate(schedule.decoder):
-            visit = len(schedule.encoder) + j
-            skip = (j, skips.pop()) if j < self.skip_weights.size(0) and skips else None
-            if layer < cfg.parallel_start_layer:
-                x = self._serial_block(context, layer, visit, x, x0, skip)
-            else:
-                lane0, lane1 = (x, x) if lanes is None else lanes
-                lane0 = lane0 if skip is None else self._mix_skip(skip, lane0)
-                lanes = self._parallel_block(context, layer, visit, (lane0, lane1), x0)
+        half, skips = len(schedule.encoder), min(self.skip_weights.size(0), len(schedule.encoder))
+        mlp, lanes, outputs = None, None, {}  # mlp: what the serial visit before has still to add to x
+        for visit, layer in enumerate(schedule.encoder + schedule.decoder):
+            row = visit - half  # a decoder's visit takes the output of the encoder's that is as far from the middle
+            skip = (row, outputs[half - 1 - row]) if 0 <= row < skips else None
+            serial = visit < half or layer < cfg.parallel_start_layer
+            if serial:
+                x = self._mixed(context, layer, x, mlp, x0, skip)
+                x = self._attention(context, layer, visit, rms_norm(x, self._divisor(layer)), x)
+                mlp = partial(self._mlp, context, layer, visit, x)
+            if mlp is not None and (half - skips <= visit < half or not serial):
+                x, mlp = add(x, mlp()), None
+            outputs[visit] = x
+            if not serial:
+                lanes = self._parallel_block(context, layer, visit, (x, x) if lanes is None else lanes, x0, skip)
         if lanes is not None:
             x = {"mean": 0.5 * (lanes[0] + lanes[1]), "attn": lanes[0], "mlp": lanes[1]}[cfg.parallel_final_lane]
+        elif mlp is not None:
+            x = add(x, mlp())
         return rms_norm(x)
 
     def _layer_weights(self) -> list[LayerWeights]:
@@ -1647,34 +1650,46 @@ class GPT(nn.Module):
             self.qo_bank[layers:] * attn_scale[:, :, None], self.mlp_up_bank, self.mlp_down_bank * mlp_scale[:, :, None],
             attn_scale, mlp_scale, of_blocks("resid_mix"), of_blocks("attn.q_gain"), self.parallel_resid_lambdas,
             self.parallel_post_lambdas)
-        return [LayerWeights(*tensors) for tensors in zip(*(t.to(self.dtype).unbind() for t in stacked))]
+        cast = stacked._replace(**{name: t.to(self.dtype) for name, t in stacked._asdict().items() if name != "down"})
+        return [LayerWeights(*tensors) for tensors in zip(*(t.unbind() for t in cast))]
 
     def _smear(self, embedded: Tensor, previous: Tensor) -> Tensor:
         """SmearGate: a gated share of the embedding of the token before, none at the start of a segment; (T, d)."""
         gate = torch.sigmoid(F.linear(embedded[:, : self.cfg.gate_window], self.smear_gate.weight))
         return self.smear_lambda * gate * (previous >= 0)[:, None] * F.embedding(previous.clamp_min(0), self.tok_emb.weight)
 
-    def _mix_skip(self, skip: tuple[int, Tensor], x: Tensor, scale: Tensor | float = 1.0) -> Tensor:
-        """`scale` times x (T, d) with a skip, (row, (T, d)), mixed in: one factor a channel for each, so that no sum between is kept."""
-        row, skipped = skip
-        gate = torch.sigmoid(self.skip_gates[row]) if self.cfg.skip_gates_enabled else torch.ones_like(self.skip_gates[row])
-        share = (1 - gate if self.cfg.skip_gates_enabled else 1.0) * self.skip_weights[row]
-        return (scale * gate).to(self.dtype) * x + (scale * share).to(self.dtype) * skipped
+    def _skip_factors(self, row: int) -> tuple[Tensor, Tensor]:
+        """What a channel is multiplied with, and what its skip."""
+        if not self.cfg.skip_gates_enabled:
+            return torch.ones_like(self.skip_weights[row]), self.skip_weights[row]
+        gate = torch.sigmoid(self.skip_gates[row])
+        return gate, (1 - gate) * self.skip_weights[row]
+
+    def _mixed(self, context: Context, layer: int, x: Tensor, mlp: Callable[..., Tensor] | None, x0: Tensor,
+               skip: tuple[int, Tensor] | None) -> Tensor:
+        """What a serial visit reads, (T, d): x and what `mlp` adds to it, x0 and the skip (row, (T, d)), a factor a channel each.
+
+        `mlp` multiplies its factor into its weights: so neither that sum nor the sum's gradient is ever written.
+        """
+        mix = context.layers[layer].resid_mix
+        kept, mixed = mix[0], mix[1] * x0
+        if skip is not None:
+            gate, share = self._skip_factors(skip[0])
+            kept, mixed = (kept * gate).to(self.dtype), mixed + (kept * share).to(self.dtype) * skip[1]
+        mixed = kept * x + mixed
+        return mixed if mlp is None else add(mixed, mlp(kept))
 
     def _divisor(self, layer: int) -> float:
         """What a layer divides its normalised inputs by."""
         return math.sqrt(layer + 1) if self.cfg.ln_scale else 1.0
 
-    def _serial_block(self, context: Context, layer: int, visit: int, x: Tensor, x0: Tensor,
-                      skip: tuple[int, Tensor] | None = None) -> Tensor:
-        mix = context.layers[layer].resid_mix
-        x = (mix[0] * x if skip is None else self._mix_skip(skip, x, mix[0])) + mix[1] * x0
-        x = self._attention(context, layer, visit, rms_norm(x, self._divisor(layer)), x)
-        return add(x, self._mlp(context, layer, visit, x))
-
-    def _parallel_block(self, context: Context, layer: int, visit: int, lanes: tuple[Tensor, Tensor], x0: Tensor) -> tuple[Tensor, Tensor]:
-        """Attention reads lane 0, the MLP lane 1; both write to both."""
+    def _parallel_block(self, context: Context, layer: int, visit: int, lanes: tuple[Tensor, Tensor], x0: Tensor,
+                        skip: tuple[int, Tensor] | None) -> tuple[Tensor, Tensor]:
+        """Attention reads lane 0, which the skip is mixed into, the MLP lane 1; both write to both."""
         weights = context.layers[layer]
+        if skip is not None:
+            gate, share = (factor.to(self.dtype) for factor in self._skip_factors(skip[0]))
+            lanes = gate * lanes[0] + share * skip[1], lanes[1]
         mix, resid, post = weights.resid_mix, weights.resid, weights.post
         a = self._attention(context, layer, visit, rms_norm(mix[0] * lanes[0] + mix[1] * x0, self._divisor(layer)))
         m = self._mlp(context, layer, visit, lanes[1])
@@ -1697,17 +1712,19 @@ class GPT(nn.Module):
         y = y if bypass is None else y + weights.attn_scale * bypass
         return y if x is None else add(x, y)
 
-    def _mlp(self, context: Context, layer: int, visit: int, x: Tensor) -> Tensor:
-        """What the MLP of x (T, d), which it normalises itself, adds: scale and gate included."""
+    def _mlp(self, context: Context, layer: int, visit: int, x: Tensor, factor: Tensor | None = None) -> Tensor:
+        """What the MLP of x (T, d), which it normalises itself, adds: scale and gate included, and a factor (d,) of the caller's."""
         weights, linear = context.layers[layer], context.linear
         if linear is plain_linear:
-            y = fused_mlp(x, self._divisor(layer), weights.up, weights.down)
+            down = weights.down if factor is None else weights.down * factor[:, None]
+            y = fused_mlp(x, self._divisor(layer), weights.up, down.to(self.dtype))
         else:
             n = rms_norm(x, self._divisor(layer))
             h = F.leaky_relu(linear((layer, visit, "up"), n, weights.up), 0.5).square()
-            y = linear((layer, visit, "down"), h, weights.down)
+            y = linear((layer, visit, "down"), h, weights.down.to(self.dtype))
             bypass = linear((layer, visit, "mlp_bypass"), n, None)
             y = y if bypass is None else y + weights.mlp_scale * bypass
+            y = y if factor is None else factor * y
         if not self.cfg.mlp_gate_enabled:
             return y
         weight, bias = (self.get_parameter(f"blocks.{layer}.mlp_gate_out.{name}").to(self.dtype) for name in ("weight", "bias"))
@@ -4366,9 +4383,9 @@ if triton is not None:
     @triton.jit
     def mlp_kernel(a_desc, b_desc, hidden_desc, out_desc, factors, rows, columns, depth, BACKWARD: tl.constexpr, BIT: tl.constexpr,
                    TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr, PROGRAMS: tl.constexpr):
-        """out = leaky(z)^2 with z = f a @ b^T, its sign in bit BIT; or, BACKWARD, out = f (a @ b) d leaky(z)^2 / dz by what hidden kept of z.
+        """out = leaky(z)^2 with z = f a @ b^T, f a row's factor, and its sign in bit BIT; or, BACKWARD, the gradient of a @ b^T.
 
-        f is a row's factor.
+        That is f (a @ b) d leaky(z)^2 / dz, by what hidden kept of z.
         """
         tiles_n = tl.cdiv(columns, TILE_N)
         tiles = tl.cdiv(rows, TILE_M) * tiles_n
