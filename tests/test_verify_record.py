@@ -208,7 +208,7 @@ FOLDER_CASES: list[tuple[str, Callable[[Path], None], str]] = [
     ("packed code with more beside it", spoil_loader, "the code that runs can be read"),
     ("another source in one seed", edit(LOG, r"source_sha256:\w{9}", "source_sha256:123456789"), "the code that runs can be read"),
     ("another Python in one seed", edit(LOG, r"python:\S+", "python:3.12.1"), "one configuration"),
-    ("other threads in one seed", edit(LOG, r"threads:\d+", "threads:2"), "one configuration"),
+    ("other threads in one seed", edit(LOG, r"threads:\d+", "threads:97"), "one configuration"),
     ("quantized far better than averaged", better(LOG, "quantized", 0.6), "the figures of each log"),
     ("TTT far better than quantized", better(LOG, "quantized_ttt", 0.7), "the figures of each log"),
     ("validation far better than training", better(LOG, "ema", 0.5), "the figures of each log"),
@@ -287,8 +287,10 @@ def test_a_public_folder_in_its_own_words_is_read(tmp_path: Path) -> None:
     results = folder_checks(folder)
     assert [result for result in results if result.status == verify.FAIL] == []
     assert "15,900,000" in next(result.detail for result in results if result.rule.startswith("artifact and code"))
-    (folder / "submission.json").write_text(json.dumps({**page, "val_bpb": 1.071}))
-    assert status_of(folder_checks(folder), "submission.json") == verify.FAIL
+    for change, status in (({"seed_results": {"seed_1": 1.08, "2": 1.082}}, verify.PASS), ({"seed_results": {"1": 1.07}}, verify.FAIL),
+                           ({"seeds": {"1": {}, "2": {"val_bpb": 1.082}}}, verify.PASS), ({"val_bpb": 1.071}, verify.FAIL)):
+        (folder / "submission.json").write_text(json.dumps({**page, **change}))
+        assert status_of(folder_checks(folder), "submission.json") == status
 
 
 def test_no_damage_ends_in_a_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

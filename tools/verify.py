@@ -367,10 +367,11 @@ def agree(claim: Any, value: float, given: int = 7) -> bool:
 
 
 def by_seed(told: Any) -> dict[str, dict[str, Any]]:
-    """seed_results as a table or as a list, with seeds as text."""
+    """seed_results as a table or as a list, with seeds as text; a mere figure is a BPB."""
     if isinstance(told, list):
         return {str(row.get("seed")): row for row in told if isinstance(row, dict)}
-    return {str(seed): row for seed, row in told.items() if isinstance(row, dict)} if isinstance(told, dict) else {}
+    rows = told.items() if isinstance(told, dict) else ()
+    return {re.sub(r"^seed\W?_?", "", str(seed)): row if isinstance(row, dict) else {"val_bpb": row} for seed, row in rows}
 
 
 def check_claims(record: Record) -> Result:
