@@ -591,7 +591,8 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 @dataclass(frozen=True)
 class BuildRequest:
     """What to build, from what. `OPTIONS` shape the result, as the documents and the tokenizer do."""
-    OPTIONS: ClassVar = ("val_docs", "shard_entries", "replace_surrogates", "skip_bad")
+    LENIENCE: ClassVar = ("replace_surrogates", "skip_bad")  # a build that stopped at a bad document goes on with these
+    OPTIONS: ClassVar = ("val_docs", "shard_entries", *LENIENCE)
     docs: tuple[str, ...]
     out: Path
     model: Path
@@ -872,7 +873,7 @@ def begin(request: BuildRequest, wanted: dict[str, Any], afresh: bool = False) -
     if (out / JOURNAL).exists() and not (out / MANIFEST).exists() and not afresh:
         try:
             there = read_json(out / JOURNAL, {"request": dict})["request"]
-            if differing := [key for key in wanted if there.get(key) != wanted[key]]:
+            if differing := [key for key in wanted if there.get(key) != wanted[key] and key not in BuildRequest.LENIENCE]:
                 raise ValueError(f"{out} holds an unfinished build with another {', '.join(differing)}: build again with --force, or"
                                  " choose another --out")
             kept = names & {VAL_TOKENS, VAL_BYTES, *map(TRAIN_TOKENS.format, range(len(names)))}

@@ -88,7 +88,11 @@ def test_bad_documents(line: str, place: int, folder: Path, capsys: pytest.Captu
     assert_refused(build(folder, docs="bad.jsonl"), capsys, f"document {place + 1} of ")
     if place:  # else it is the only one for validation, and its tokens are those of all others
         (folder / "bad.jsonl").write_bytes(b"\n".join([b'{"text": "val"}', *lines]))
-        assert prepare.main(build(folder, "--skip-bad", "--force", docs="bad.jsonl")) == 0
+        assert_refused(build(folder, "--force", docs="bad.jsonl"), capsys, "leave bad documents out with --skip-bad")
+        shard = folder / "set/fineweb_val_000000.bin"
+        built = shard.exists() and shard.stat().st_mtime_ns
+        assert prepare.main(build(folder, "--skip-bad", docs="bad.jsonl")) == 0
+        assert not built or shard.stat().st_mtime_ns == built, "what is there is not built again"
 
 
 COMPRESS = {"gzip": gzip.compress, "bzip2": bz2.compress, "xz": lzma.compress, "zstd": zstandard.compress}

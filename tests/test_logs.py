@@ -157,7 +157,8 @@ def test_the_dialect_of_the_first_records_is_read(tmp_path: Path) -> None:
     assert run.seed == 1337 and run.final.val_bpb == 1.2276 and run.train[1].step_ms == pytest.approx(42.5)
 
 
-@pytest.mark.parametrize("listed, depth", [(" encoder:[0, 1, 2, 3, 4, 5, 3, 4] decoder:[5, 3, 4, 5, 6, 7]", 3), ("", 2), (" num_loops:1", 2)])
+@pytest.mark.parametrize("listed, depth", [(" encoder:[0, 1, 2, 3, 4, 5, 3, 4] decoder:[5, 3, 4, 5, 6, 7]", 3), ("", 2),
+                                           (" num_loops:1", 2)])
 def test_the_depth_of_a_loop_that_is_switched_on_is_read(listed: str, depth: int, tmp_path: Path) -> None:
     run = logs.read_log(
         their_log(

@@ -21,6 +21,7 @@ import json
 import math
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -652,15 +653,15 @@ def suspect_of(record: Record, run: RunLog, options: argparse.Namespace) -> Susp
 
 
 def standing_rows(record: Record, save: bool) -> Iterator[Result]:
-    """What no tool can see."""
+    """What no tool can see. The diff is kept in the folder if anything is to be, else among the temporary files: the folder stays as it is."""
     ours, theirs = ((ROOT / CODE_FILE).read_text(encoding="utf-8") if (ROOT / CODE_FILE).is_file() else ""), readable_code(record)
     diff = list(difflib.unified_diff(ours.splitlines(), theirs.splitlines(), f"repository/{CODE_FILE}", f"record/{CODE_FILE}", lineterm=""))
-    lines = sum(line[0] in "+-" for line in diff[2:])
-    if save:
-        logs.write_atomically(record.folder / "verify.diff", ("\n".join(diff) + "\n").encode())
-    where = "verify.diff" if save else "--save keeps the diff as verify.diff"
-    yield Result(UNKNOWN, "code that behaves differently when it is watched",
-                 f"read it: {lines} lines differ from the repository's {CODE_FILE} ({where})")
+    lines, data = sum(line[0] in "+-" for line in diff[2:]), ("\n".join(diff) + "\n").encode(errors="replace")
+    path = record.folder / "verify.diff" if save else Path(tempfile.gettempdir(), f"verify_{hashlib.sha256(data).hexdigest()[:12]}.diff")
+    if save or lines:
+        logs.write_atomically(path, data)
+    words = f"{lines} lines differ from the repository's {CODE_FILE}" + (f", which are in {path}" if lines else "")
+    yield Result(UNKNOWN, "code that behaves differently when it is watched", f"read it: {words}" if theirs else f"no {CODE_FILE} is here")
     yield Result(UNKNOWN, "training took place as logged, on that hardware", "only by running it again")
 
 
@@ -705,7 +706,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--same-machine", action="store_true", help="the score again must be the log's to the last digit")
     parser.add_argument("--folder-only", action="store_true", help="only what needs no data")
     parser.add_argument("--strict", action="store_true", help="what is not checkable counts as failed")
-    parser.add_argument("--save", action="store_true", help="keep the table as verify.txt and the diff as verify.diff in the folder")
+    parser.add_argument("--save", action="store_true", help="keep the table as verify.txt and the diff to the repository's code as "
+                        "verify.diff in the folder (without: the diff among the temporary files)")
     options = parser.parse_args(arguments)
     if (options.folder is None) == (options.artifact is None) or (options.log is not None and options.artifact is None):
         parser.error("give either a RECORD_FOLDER, or --artifact (and --log, if there is one)")
@@ -746,7 +748,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print("\n" + count_words(results))
     if options.save:
         table = "\n".join([*map(as_row, results), "", count_words(results), ""])
-        logs.write_atomically(record.folder / "verify.txt", table.encode())
+        try:
+            logs.write_atomically(record.folder / "verify.txt", table.encode(errors="replace"))
+        except OSError as error:
+            print(f"error: the table could not be kept: {error}", file=sys.stderr)
+            return 2
     bad = {FAIL, UNKNOWN} if options.strict else {FAIL}
     return int(any(result.status in bad for result in results))
 
