@@ -6,7 +6,10 @@ import hashlib
 import json
 import random
 import re
+import shlex
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -317,6 +320,36 @@ def test_no_damage_ends_in_a_traceback(tmp_path: Path, capsys: pytest.CaptureFix
         assert verify.main([str(folder), *(["--data", str(made().data)] if turn % 5 == 0 else ["--folder-only"])]) in (0, 1, 2)
         shutil.rmtree(folder)
     assert "Traceback" not in capsys.readouterr().out
+
+
+def test_a_table_that_cannot_be_written_is_no_traceback(tmp_path: Path) -> None:
+    folder = one_seed(tmp_path / "record")
+    (folder / "verify.txt").mkdir()
+    program = [sys.executable, verify.__file__, str(folder), "--folder-only"]
+    for sink, more, said in (("/dev/full", [], "cannot be written"), ("/dev/null", ["--save"], "cannot be written")):
+        with open(sink, "w") as out:
+            done = subprocess.run([*program, *more], stdout=out, stderr=subprocess.PIPE, text=True, check=False)
+        assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+    done = subprocess.run(f"{shlex.join(program)} | true", shell=True, capture_output=True, text=True, check=False)
+    assert done.stderr == ""
+
+
+def test_the_diff_is_kept_beside_the_folder_or_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                       capsys: pytest.CaptureFixture[str]) -> None:
+    folder = one_seed(tmp_path / "record")
+    before = sorted(folder.iterdir())
+    shutil.copy(folder / "source" / "train_gpt.py", folder)
+    tiny_record.rewrite(folder / "train_gpt.py", "RANS_BITS = 14", "RANS_BITS = 13")
+    monkeypatch.setattr(verify.tempfile, "tempdir", str(tmp_path))
+    verify.main([str(folder), "--folder-only"])
+    said = capsys.readouterr().out
+    (diff,) = tmp_path.glob("verify_*.diff")
+    assert f"read it: 2 lines differ from the repository's train_gpt.py, which are in {diff}" in said
+    assert "+RANS_BITS = 13" in diff.read_text() and sorted(folder.iterdir()) == before
+    (folder / "train_gpt.py").unlink()
+    shutil.rmtree(folder / "source")
+    verify.main([str(folder), "--folder-only"])
+    assert "no train_gpt.py is here" in capsys.readouterr().out
 
 
 def test_a_folder_that_lies_in_another_track_than_it_says_is_found(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ import difflib
 import hashlib
 import json
 import math
+import os
 import re
 import sys
 import tempfile
@@ -742,17 +743,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     results = []
-    for result in verify(record, options):
-        print(as_row(result), flush=True)
-        results.append(result)
-    print("\n" + count_words(results))
-    if options.save:
-        table = "\n".join([*map(as_row, results), "", count_words(results), ""])
-        try:
+    try:
+        for result in verify(record, options):
+            print(as_row(result), flush=True)
+            results.append(result)
+        print("\n" + count_words(results), flush=True)
+        if options.save:
+            table = "\n".join([*map(as_row, results), "", count_words(results), ""])
             logs.write_atomically(record.folder / "verify.txt", table.encode(errors="replace"))
-        except OSError as error:
-            print(f"error: the table could not be kept: {error}", file=sys.stderr)
-            return 2
+    except OSError as error:  # a full disk, a folder that may not be written to, a reader who has seen enough
+        if not isinstance(error, BrokenPipeError):
+            print(f"error: the table cannot be written: {error}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 2
     bad = {FAIL, UNKNOWN} if options.strict else {FAIL}
     return int(any(result.status in bad for result in results))
 
