@@ -117,7 +117,8 @@ def test_damaged_compressed_files(kind: str, harm: str, folder: Path, capsys: py
         assert_refused(build(folder, docs="bad"), capsys, "bad")
 
 
-STARTS = {"UTF-16": b"\xff\xfe", "LZMA": b"\x5d\0\0\x80\0", "zip": b"PK\x03\x04", "Parquet": b"PAR1", "7z": b"7z\xbc\xaf", "LZ4": b"\x04\x22\x4d\x18", "ELF": b"\x7fELF", "zeros": bytes(9)}
+STARTS = {"UTF-16": b"\xff\xfe", "LZMA": b"\x5d\0\0\x80\0",
+          "zip": b"PK\x03\x04", "Parquet": b"PAR1", "7z": b"7z\xbc\xaf", "LZ4": b"\x04\x22\x4d\x18", "ELF": b"\x7fELF", "zeros": bytes(9)}
 
 
 @pytest.mark.parametrize("start", STARTS)

@@ -654,7 +654,7 @@ def suspect_of(record: Record, run: RunLog, options: argparse.Namespace) -> Susp
 
 
 def standing_rows(record: Record, save: bool) -> Iterator[Result]:
-    """What no tool can see. The diff is kept in the folder if anything is to be, else among the temporary files: the folder stays as it is."""
+    """What no tool can see. The diff is kept in the folder if anything is to be, else among the temporary files."""
     ours, theirs = ((ROOT / CODE_FILE).read_text(encoding="utf-8") if (ROOT / CODE_FILE).is_file() else ""), readable_code(record)
     diff = list(difflib.unified_diff(ours.splitlines(), theirs.splitlines(), f"repository/{CODE_FILE}", f"record/{CODE_FILE}", lineterm=""))
     lines, data = sum(line[0] in "+-" for line in diff[2:]), ("\n".join(diff) + "\n").encode(errors="replace")
