@@ -135,7 +135,7 @@ class RunLog:
     def seed(self) -> int | None:
         if self.final is not None and self.final.seed is not None:
             return self.final.seed
-        return int(self.settings["SEED"]) if self.settings.get("SEED", "").isdigit() else None
+        return int(self.settings["SEED"]) if re.fullmatch("[0-9]{1,18}", self.settings.get("SEED", "")) else None
 
     @property
     def says_ttt(self) -> bool:
@@ -342,8 +342,10 @@ def their_end(name: str, scale: float = 1, add: bool = False) -> Callable[[RunLo
     """A figure of the end of a run, in place of what was said before or on top of it."""
     def read(run: RunLog, text: str) -> None:
         run.final = run.final or Final()
-        before = (getattr(run.final, name) or 0.0) if add else 0.0
-        setattr(run.final, name, before + scale * float(text.replace(",", "")))
+        value = ((getattr(run.final, name) or 0.0) if add else 0.0) + scale * float(text.replace(",", ""))
+        if not math.isfinite(value):
+            raise ValueError(f"{text[:20]} is no figure")
+        setattr(run.final, name, value)
     return read
 
 
@@ -444,6 +446,8 @@ def read_log(path: Path) -> RunLog:
         finish_theirs(run)
     elif run.final is None:
         run.problems.append("the run did not end: there is no final score in this log")
+    if run.final is not None and run.final.val_bpb is not None and not math.isfinite(run.final.val_bpb):
+        run.problems.append(f"its final score is {run.final.val_bpb}")
     return run
 
 
@@ -566,8 +570,8 @@ def canonical(value: str) -> str:
 
 
 def mean_and_std(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation (nan for fewer than two values)."""
-    if not values:
+    """Mean and sample standard deviation (nan for fewer than two values, and of what is not finite)."""
+    if not values or not all(map(math.isfinite, values)):
         return math.nan, math.nan
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else math.nan
 
@@ -606,7 +610,7 @@ def stage_names(runs: Iterable[RunLog]) -> list[str]:
     """The stages that were scored, in the order of a run."""
     last = ["final", "ema", "quantized", "quantized_ttt"]
     found = {name for run in runs for name in run.evals}
-    steps = sorted((name for name in found if name.startswith("step")), key=lambda name: int(name[4:]))
+    steps = sorted((name for name in found if re.fullmatch(r"step\d+", name)), key=lambda name: int(name[4:]))
     other = sorted(found - set(last) - set(steps) - {"initial"})
     return [name for name in ["initial", *steps, *other, *last] if name in found]
 
@@ -1217,6 +1221,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Exception as error:  # noqa: BLE001  whatever a damaged log can provoke is no traceback
+        print(f"error: these logs cannot be read: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
         return 2
     return 0
 
