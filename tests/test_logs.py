@@ -6,6 +6,7 @@ import math
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -400,6 +401,14 @@ def test_names_in_a_log_cannot_break_the_page(tmp_path: Path) -> None:
     log = our_log(tmp_path / "a.log", 1, 2.0, "setting *RUN_ID value:<script>alert(1)</script> default:\nwarning: <b>bold</b>\n")
     logs.report([logs.read_group(str(log))], tmp_path / "r.html")
     assert "<script>" not in (tmp_path / "r.html").read_text() and "<b>" not in (tmp_path / "r.html").read_text()
+
+
+@pytest.mark.parametrize("piece", ["a" + " " * 10**5, "total submission size " + "1," * 10**5, "1/2 train_loss: " + "1" * 10**5,
+                                   "layer_loop:enabled step:1 frac:1" + "[1" * 10**5, "ttp:" + " dl:1" * 10**5])
+def test_a_line_made_to_keep_a_reader_busy_does_not(piece: str, tmp_path: Path) -> None:
+    began = time.process_time()
+    run = logs.read_log(their_log(tmp_path / "a.log", changes={"0/20000 val_loss: 9": f"{piece} val_loss\n" * 20 + "0/20000 val_loss: 9"}))
+    assert run.final.val_bpb == 1.06417 and time.process_time() - began < 3
 
 
 @pytest.mark.parametrize("old, new", [

@@ -37,6 +37,7 @@ BAR_NATS = 0.005  # what a new record must gain, nats a token
 SIGNIFICANCE = 0.01  # largest p with which it must have gained it
 MOST_SEEDS = 1000
 MOST_BYTES = 1 << 28  # of a log
+MOST_CHARACTERS = 1 << 12  # of a line that are looked at; more is source, or made to keep a reader busy
 SAME_BYTES = 1e-4  # by which two counts of bytes a token may differ
 INSTALL_HINT = "install what the tools need with: pip install -r requirements-tools.txt"
 RECORD_LOGS = "train_seed*.log"
@@ -359,14 +360,14 @@ THEIRS: list[tuple[re.Pattern[str], Callable[..., None]]] = [(re.compile(pattern
     (r"((?:seed|train_batch_tokens|attention_mode|tie_embeddings):\S.*)", their_settings),
     (rf"(?:step:|\d+:)?(\d+)/\d+ train_loss:\s*{FLOAT}(.*)", their_train),
     (rf"(?:step:|\d+:)?(\d+)/\d+ val_loss:\s*{FLOAT} val_bpb:\s*{FLOAT}", their_validation),
-    (rf"([A-Za-z][\w .+-]*?):?\s+val_loss[:=]\s*{FLOAT},?\s+val_bpb[:=]\s*{FLOAT}(.*)", their_stage),
+    (rf"([A-Za-z][\w .+-]{{,99}}?):?\s{{1,9}}val_loss[:=]\s*{FLOAT},?\s+val_bpb[:=]\s*{FLOAT}(.*)", their_stage),
     (rf"layer_loop:phase step:(\d+) frac:{FLOAT} depth:(\d+)", their_phase),
     (rf"layer_loop:enabled step:(\d+) frac:{FLOAT}(.*)", their_loop),
     (r"ttp:(.*)", their_ttt),
     (rf"stopping_early: \S+ train_time:\s*{FLOAT}ms step:\s*(\d+)", their_stop),
     (r"(?:ttt\w*|ttpp): ?\w(?!.*(?:disabled|skipped))|beginning TTT", their_ttt_start),
     (rf"(?i).*\bcollected \d+ hessians in {FLOAT} ?s", their_end("train_ms", 1e3, add=True)),
-    (r"(?i)total submission size\b.*?([\d,]{4,}) bytes", their_end("total_bytes")),
+    (r"(?i)total submission size\b.{,99}?([\d,]{4,20}) bytes", their_end("total_bytes")),
     (rf"(?i)total[_ ]eval[_ ]\w+:\s*{FLOAT} ?s", their_end("eval_ms", 1e3)),
     (r"(.*\b(?:val_)?bpb\b\W{0,3}\d\.\d{3,}.*|Traceback \(most recent call last\).*)", their_unknown_score),
 )]
@@ -427,7 +428,7 @@ def lines_of(path: Path) -> list[str]:
     data = path.read_bytes()
     encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
     lines = [RANK_PREFIX.match(line) for line in data.decode(encoding, errors="replace").splitlines()]
-    return [line["text"] for line in lines if line and (line["a"] or line["b"] or "0") == "0"]
+    return [line["text"][:MOST_CHARACTERS] for line in lines if line and (line["a"] or line["b"] or "0") == "0"]
 
 
 def read_log(path: Path) -> RunLog:
