@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -274,6 +275,39 @@ def test_a_part_of_the_documents_is_held_to_the_log_within_its_error() -> None:
         found = referee.check_part(run, {stage: nats[: len(part.tokens) - 1].astype(np.float32)}, part, val)
         assert found.status == status and "20 of 60 documents" in found.detail
     assert (part.document[-1], part.offset[part.starts].max()) == (19, 0)
+
+
+MEMORY = """
+import ctypes, os, subprocess, sys
+def works(act):
+    try:
+        return act() not in (None, -1)
+    except OSError:
+        return False
+folders = ["/usr", "/etc", "/opt", "/dev", "/proc", os.path.dirname(os.__file__), os.path.dirname(__import__("numpy").__file__), "/"]
+print([folder for folder in folders if works(lambda: open(os.path.join(folder, "left"), "w"))])
+print(works(lambda: open("/dev/shm/left", "x")), works(lambda: ctypes.CDLL(None).shmget(4711, 4096, 0o3666)), open("/dev/null", "w").write("x"))
+subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", sys.argv[1]], start_new_session=True)
+print(open("inside", "w").write("x"))
+"""
+
+
+@pytest.mark.skipif(not referee.can_close_off(), reason="the table says so")
+def test_code_leaves_nothing_behind_for_the_next_score(tmp_path: Path) -> None:
+    """No file but its own, no shared memory and no process: what it remembered would tell the real set from others."""
+    for name in ("first", "second"):
+        case, mark = (tmp_path / name).resolve(), f"mark of {tmp_path}"
+        case.mkdir()
+        done = subprocess.run([sys.executable, "-c", MEMORY, mark], capture_output=True, text=True, preexec_fn=partial(referee.close_off, case))
+        assert done.stdout.split("\n") == ["['/']", "True True 1", "1", ""] and done.stderr == ""
+        assert not [path for path in Path("/proc").glob("[0-9]*/cmdline") if mark.encode() in content(path)]
+
+
+def content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
 
 
 def test_no_code_runs_unless_it_is_asked_for(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
