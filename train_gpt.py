@@ -44,7 +44,6 @@ import shutil
 import signal
 import struct
 import sys
-import tempfile
 import threading
 import time
 import tokenize
@@ -92,6 +91,12 @@ OPERATORS = __name__.strip("_")  # namespace of the operators: two copies of thi
 # runtime for what torchrun sets. A field marked `model` changes which function the weights are, one marked `score` how it
 # is scored: an artifact carries both, so the file alone gives its score.
 # ======================================================================================================================
+
+
+def require(holds: Any, words: str) -> None:
+    """ValueError with `words`, which say what is wrong and what to do, unless `holds`."""
+    if not holds:
+        raise ValueError(words)
 
 
 class Check(NamedTuple):
@@ -454,12 +459,20 @@ def settings_help() -> str:
 #
 # What a process knows of its surroundings: its rank, its device, the log, the clock, and whether the run is asked to end.
 # On one process `Ranks` is the identity, so nothing else asks whether torch.distributed is up. A rank that fails says so on
-# a blackboard that all ranks watch, because a collective on an error path would wait for ever.
+# a board that all ranks watch, because a collective on an error path would wait for ever.
 # ======================================================================================================================
 
 EXIT_USER_ERROR, EXIT_OVER_LIMIT = 2, 3
 LOOK_SECONDS = 0.5  # between two looks at the other ranks
 SIGNAL_GRACE_SECONDS = 25.0  # torchrun kills 30 s after it asked; a rank that waits for a dead one says so before that
+
+
+class Stopped(BaseException):
+    """The run was asked to end by a signal."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
 
 
 @dataclass
@@ -471,22 +484,22 @@ class Ranks:
     device: torch.device = torch.device("cpu")
     host_group: Any = None  # a gloo group: small decisions must not wait for the GPU
     local_world: int = 1  # processes on this machine
-    board: Any = None  # a store that any rank may write to and read from without waiting for another
-    notes: dict[str, str] = field(default_factory=dict)  # the same on one process
+    board: Any = field(default_factory=torch.distributed.HashStore)  # that any rank may write to and read from without waiting
     calls: int = 0  # collectives that this rank has come to: one that hangs has come to fewer than the others
+    signalled: int = 0  # number of the first signal that came to this rank
+    keeps_signals: bool = False  # until the next check_stop; else a signal ends the run at once
+    stopping: bool = False  # all ranks know that the run was asked to end
 
     @classmethod
     def start(cls, environ: Mapping[str, str], timeout_seconds: float = 1800.0) -> Ranks:
         """Join the other processes that torchrun started, if any; NCCL on CUDA, gloo on a CPU."""
         for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
-            if not re.fullmatch("[0-9]{1,5}", environ.get(name, "0")):
-                raise ValueError(f"{name}={environ[name]!r} is no number: leave it to torchrun")
-        world, local_rank = int(environ.get("WORLD_SIZE", 1)), int(environ.get("LOCAL_RANK", 0))
-        device = torch.device("cpu")
+            require(re.fullmatch("[0-9]{1,5}", environ.get(name, "0")), f"{name}={environ.get(name)!r} is no number: leave it to torchrun")
+        world, local_rank, device = int(environ.get("WORLD_SIZE", 1)), int(environ.get("LOCAL_RANK", 0)), torch.device("cpu")
         if torch.cuda.is_available():
-            if local_rank >= torch.cuda.device_count():
-                raise ValueError(f"local rank {local_rank}, but only {torch.cuda.device_count()} GPUs here; "
-                                 f"start torchrun with --nproc_per_node={torch.cuda.device_count()} at most")
+            gpus = torch.cuda.device_count()
+            require(local_rank < gpus, f"local rank {local_rank}, but only {gpus} GPUs here; start torchrun with "
+                                       f"--nproc_per_node={gpus} at most")
             device = torch.device("cuda", local_rank)
             torch.cuda.set_device(device)
             torch.backends.cuda.enable_cudnn_sdp(False)  # its gradient can be NaN with a mask at lengths like 2112 (torch 2.11 on)
@@ -510,20 +523,20 @@ class Ranks:
         if self.world > 1:
             torch.distributed.destroy_process_group()
 
+    def together(self, collective: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+        """A collective of torch.distributed, counted; nothing on one process."""
+        self.calls += 1
+        return collective(*arguments, **named) if self.world > 1 else None
+
     def sum(self, tensor: Tensor) -> Tensor:
         """`tensor` summed over the ranks, in place."""
-        self.calls += 1
-        if self.world > 1:
-            torch.distributed.all_reduce(tensor)
+        self.together(torch.distributed.all_reduce, tensor)
         return tensor
 
     def gather(self, value: Any) -> list[Any]:
         """The objects of all ranks, in rank order, on every rank."""
-        if self.world == 1:
-            return [value]
-        self.calls += 1
-        values: list[Any] = [None] * self.world
-        torch.distributed.all_gather_object(values, value, group=self.host_group)
+        values: list[Any] = [value] * self.world
+        self.together(torch.distributed.all_gather_object, values, value, group=self.host_group)
         return values
 
     def agree(self, value: Any) -> Any:
@@ -532,56 +545,47 @@ class Ranks:
 
     def share(self, tensors: list[Tensor]) -> None:
         """Rank 0's values into the host tensors of every rank."""
-        self.calls += 1
-        if self.world > 1:
-            for tensor in tensors:
-                torch.distributed.broadcast(tensor, src=0, group=self.host_group)
+        for tensor in tensors:
+            self.together(torch.distributed.broadcast, tensor, src=0, group=self.host_group)
 
     def check_same(self, values: dict[str, Any]) -> None:
         """ValueError, on every rank, that names a rank for which not all these values are rank 0's, and which are not."""
         first, *others = self.gather(values)
         for rank, theirs in enumerate(others, 1):
-            if differing := sorted({name for name, _ in first.items() ^ theirs.items()}):
-                raise ValueError(f"rank {rank} has another {', '.join(differing[:5])} than rank 0: every machine needs the same")
+            differing = sorted({name for name, _ in first.items() ^ theirs.items()})
+            require(not differing, f"rank {rank} has another {', '.join(differing[:5])} than rank 0: every machine needs the same")
 
     def post(self, topic: str, text: str) -> None:
         """Leave a note of this rank, in place of its last one on the topic; waits for nobody."""
-        if self.board is None:
-            self.notes[topic] = text
-        else:
-            self.board.set(f"{topic}/{self.rank}", text)
+        self.board.set(f"{topic}/{self.rank}", text)
 
     def posted(self, topic: str) -> dict[int, str]:
         """The latest notes on a topic, by rank; ranks that left none are not in it."""
-        if self.board is None:
-            return {0: self.notes[topic]} if topic in self.notes else {}
         keys = {r: f"{topic}/{r}" for r in range(self.world)}
         return {r: self.board.get(key).decode() for r, key in keys.items() if self.board.check([key])}
 
-    def fail(self, text: str) -> None:
-        """Tell the others that this rank ends, and why."""
-        with suppress(RuntimeError, OSError):
-            self.post("failed", text)
+    def first(self, topic: str, text: str) -> str:
+        """The first words that any rank has had for a topic, these if they are; with "" it only looks."""
+        return self.board.compare_set(topic, "", text).decode()
 
-    def failures(self) -> dict[int, str]:
-        """Words on every rank that has ended with an error; under -1 if the board went with the process that held it."""
-        try:
-            return {rank: text if text.startswith("rank ") else f"rank {rank}: {text}" for rank, text in self.posted("failed").items()}
-        except (RuntimeError, OSError):
-            return {-1: "the process that held the ranks together has ended"}
+    def hear(self, number: int, frame: object) -> None:
+        """What a signal does: the first ends the run, here or in `check_stop`."""
+        is_first, self.signalled = not self.signalled, self.signalled or number
+        if is_first and not self.keeps_signals:
+            raise Stopped(number)
 
-    def silent(self, seconds: float) -> list[int]:
-        """The ranks whose watches leave no new note for so long, or have left none yet."""
-        with suppress(RuntimeError, OSError):
-            before, _, after = self.posted("at"), time.sleep(seconds), self.posted("at")
-            return [rank for rank in range(self.world) if after.get(rank) == before.get(rank)]
-        return []
+    def check_stop(self) -> None:
+        """Raise Stopped on every rank if a signal has come to any; all ranks must call it at the same places."""
+        if number := max(self.gather(self.signalled)):
+            self.stopping = True
+            raise Stopped(number)
 
 
 def write_line(stream: Any, text: str) -> str:
-    """A line to a console; why it cannot be written, else "". Then all that is still to come goes nowhere, quietly."""
+    """A line to a console or file; why it cannot be written, else "". Then all that is still to come goes nowhere, quietly."""
     try:
-        print(text, file=stream, flush=True)
+        stream.write(text + "\n")
+        stream.flush()
         return ""
     except OSError as error:
         with suppress(OSError, ValueError):
@@ -592,10 +596,10 @@ def write_line(stream: Any, text: str) -> str:
 class Log:
     """Writes lines to standard output and appends them to a file, which it locks; silent on other ranks than 0.
 
-    A file or a console that cannot be written any more costs its lines, not the run.
+    A file or a console that cannot be written any more costs its lines, not the run. Without a file it is for errors.
     """
 
-    def __init__(self, path: Path | None, enabled: bool = True) -> None:
+    def __init__(self, path: Path | None = None, enabled: bool = True) -> None:
         self.enabled, self.path, self.file = enabled, path, None
         if enabled and path is not None:
             self.open()
@@ -622,16 +626,11 @@ class Log:
         """One line of prose."""
         if not self.enabled:
             return
-        encoding, lost = getattr(sys.stdout, "encoding", None) or "utf-8", {}
-        lost["standard output"] = write_line(sys.stdout, text.encode(encoding, "backslashreplace").decode(encoding))
-        try:
-            if self.file is not None:
-                self.file.write(text + "\n")
-                self.file.flush()
-        except OSError as error:
-            self.file, lost[str(self.path)] = None, error.strerror
-        for name, reason in lost.items():
-            if reason:
+        console = sys.stdout if self.path else sys.stderr
+        encoding = getattr(console, "encoding", None) or "utf-8"
+        printable = text.encode(encoding, "backslashreplace").decode(encoding)
+        for name, stream, line in (("standard output", console, printable), (self.path, self.file, text)):
+            if stream is not None and (reason := write_line(stream, line)):
                 write_line(sys.stderr, f"warning: {name} cannot be written any more ({reason}); the run goes on without it")
 
     def record(self, word: str, /, **values: Any) -> None:
@@ -639,96 +638,69 @@ class Log:
         self(" ".join([word, *(f"{key}:{value}" for key, value in values.items())]))
 
 
-class Stopped(Exception):
-    """The run was asked to end by a signal, and every rank knows."""
+def end_run(ranks: Ranks, log: Log, reason: str) -> typing.NoReturn:
+    """Leave at once, without any collective, for a reason `STATUS words` that the board has.
 
-    def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
-        self.number = number
+    Rank 0 says it, or who is left where it cannot; of several who come to say something, in whatever thread, the first alone does.
+    """
+    status, line = reason.split(" ", 1)
+    speaks = ranks.rank % ranks.local_world == 0  # on each machine, if the board went with the process that held it
+    with suppress(RuntimeError, OSError):
+        time.sleep(4 * LOOK_SECONDS if ranks.rank else 0.0)
+        speaks = ranks.first("said", own := os.urandom(8).hex()) == own
+    if speaks:
+        log.take_over()
+        log(line)
+    time.sleep(1.0)  # until the other thread has spoken, and the other ranks have seen why
+    sys.stdout.flush()
+    os._exit(int(status))
 
 
 class Watch:
-    """Notices signals and other ranks' failures while the main thread may be waiting inside a collective.
-
-    Between `with` and its end SIGTERM and SIGINT are kept, and `check` raises Stopped in all ranks at the same place.
-    """
+    """Notices the other ranks' failures, and signals, while the main thread may be waiting inside a collective."""
 
     def __init__(self, ranks: Ranks, log: Log, timeout_seconds: float) -> None:
-        self.ranks, self.log, self.number, self.since, self.over = ranks, log, 0, 0.0, threading.Event()
+        self.ranks, self.log, self.over = ranks, log, threading.Event()
         self.limit, self.looks, self.came = timeout_seconds / LOOK_SECONDS, 0, (0, 0)  # collectives, and the look that first saw so many
         self.heard = {rank: ("0 0", 0) for rank in range(ranks.world)}  # the last note of each, and the look that first saw it
-        self._pipe: tuple[int, int] | None = None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, ranks.hear)
         if ranks.world > 1:
+            self.signals, writer = os.pipe2(os.O_NONBLOCK)
+            signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
             threading.Thread(target=self._look, daemon=True).start()
 
-    def __enter__(self) -> Watch:
-        reader, writer = os.pipe2(os.O_NONBLOCK)
-        self._pipe, self._wakeup = (reader, writer), signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        self._before = {n: signal.signal(n, self._note) for n in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        signal.set_wakeup_fd(self._wakeup)
-        for end in self._pipe:
-            os.close(end)
-        self._pipe, self.since = None, 0.0
-
-    def _note(self, number: int, frame: object) -> None:
-        self.number = self.number or number
-
-    def check(self) -> None:
-        """Raise Stopped if a signal has come to any rank; all ranks must call it at the same places."""
-        if number := max(self.ranks.gather(self.number)):
-            self.since = 0.0
-            raise Stopped(number)
-
     def _look(self) -> None:
-        """In a thread: end this process when another rank has failed or hangs, or when a signal finds the main thread stuck."""
-        while not self.over.wait(LOOK_SECONDS):
-            hanging = self._hanging()
-            if hanging and self.ranks.rank == min(self.heard.keys() - hanging):
-                self.log.take_over()
-                self.end(f"rank {', '.join(map(str, hanging))} hangs: the others have waited for it for "
-                         f"{self.limit * LOOK_SECONDS:g} s (RANK_TIMEOUT_SECONDS)", EXIT_USER_ERROR)
-            failed = self.ranks.failures()
-            if failed and self.ranks.rank not in failed and not self.over.is_set():
-                if min(failed) < 0 and self.ranks.rank % self.ranks.local_world == 0:
-                    self.log.take_over()
-                self.end(next(iter(failed.values())), EXIT_USER_ERROR)
-            if self._pipe is not None and not self.since:
-                try:
-                    self.since = time.monotonic() if os.read(self._pipe[0], 64) else 0.0
-                except (BlockingIOError, OSError):
-                    continue
-            elif self.since and time.monotonic() - self.since > SIGNAL_GRACE_SECONDS:
-                self.end("asked to end while waiting for the other ranks: one of them has ended or hangs", 128 + signal.SIGTERM)
+        """In a thread: end this process when another rank has failed or hangs, or when a signal finds the main thread stuck.
 
-    def _hanging(self) -> list[int]:
-        """The ranks that have come to fewer collectives than this one waits in, or that give no sign of life, for too long.
-
-        Time is counted in looks of this thread: a job that was suspended as a whole does not count its sleep.
+        Time is counted in looks: a job that was suspended as a whole does not count its sleep.
         """
-        calls, self.looks = self.ranks.calls, self.looks + 1
+        asked = math.inf
+        while not self.over.wait(LOOK_SECONDS):
+            self.looks += 1
+            try:
+                reason = self.ranks.first("reason", self._hanging())
+            except (RuntimeError, OSError):
+                reason = f"{EXIT_USER_ERROR} error: the process that held the ranks together has ended"
+            with suppress(BlockingIOError):
+                asked = self.looks if os.read(self.signals, 64) else asked
+            if (self.looks - asked) * LOOK_SECONDS > SIGNAL_GRACE_SECONDS and not self.ranks.stopping:
+                reason = f"{128 + signal.SIGTERM} error: asked to end while waiting for the other ranks: one of them has ended or hangs"
+            if reason and not self.over.is_set():
+                end_run(self.ranks, self.log, reason)
+
+    def _hanging(self) -> str:
+        """The reason to end if ranks have come to fewer collectives than this one waits in, or give no sign of life, for too long."""
+        calls = self.ranks.calls
         self.came = self.came if calls == self.came[0] else (calls, self.looks)
-        try:
-            self.ranks.post("at", f"{calls} {self.looks}")
-            notes = self.ranks.posted("at")
-        except (RuntimeError, OSError):
-            return []
-        for rank, note in notes.items():
+        self.ranks.post("at", f"{calls} {self.looks}")
+        for rank, note in self.ranks.posted("at").items():
             self.heard[rank] = self.heard[rank] if note == self.heard[rank][0] else (note, self.looks)
         waiting = self.looks - self.came[1] > self.limit
-        return [rank for rank, (note, look) in self.heard.items()
-                if self.looks - look > self.limit or (waiting and int(note.split()[0]) < calls)]
-
-    def end(self, text: str, status: int) -> typing.NoReturn:
-        """Say why and leave at once, without any collective."""
-        self.log(f"error: {text}")
-        self.ranks.fail(text)
-        sys.stdout.flush()
-        os._exit(status)
+        hanging = [str(rank) for rank, (note, look) in self.heard.items()
+                   if self.looks - look > self.limit or (waiting and int(note.split()[0]) < calls)]
+        return hanging and (f"{EXIT_USER_ERROR} error: rank {', '.join(hanging)} hangs: the others have waited for it for "
+                            f"{self.limit * LOOK_SECONDS:g} s (RANK_TIMEOUT_SECONDS)") or ""
 
 
 class Clock:
@@ -786,13 +758,12 @@ class Progress:
 
 @dataclass
 class Run:
-    """What every stage needs: settings, ranks, log, whether to compile, and the watch that says when to end."""
+    """What every stage needs: settings, ranks, log, and whether to compile."""
 
     cfg: Config
     ranks: Ranks
     log: Log
     compile: bool = False
-    watch: Watch | None = None
 
     @property
     def device(self) -> torch.device:
@@ -803,31 +774,32 @@ class Run:
         """Of activations: bfloat16 on CUDA, float32 on a CPU."""
         return torch.bfloat16 if self.device.type == "cuda" else torch.float32
 
-    def check_stop(self) -> None:
-        """Raise Stopped, on every rank, if the run was asked to end."""
-        if self.watch is not None:
-            self.watch.check()
-
 
 def write_atomically(path: str | Path, data: bytes) -> None:
-    """Write a file so that readers see the old bytes or the new ones, never a part: temporary name in the same folder,
-    fsync, rename. Raises OSError with a hint when the folder cannot be written or is full; the old file stays."""
+    """Write a file so that readers see the old bytes or the new ones, never a part: a name beside it, fsync, rename.
+
+    What a kill leaves under that name the next write takes. Raises OSError with a hint when the folder cannot be written or is
+    full; the old file stays.
+    """
     path = Path(path)
-    temporary = None
+    unfinished = path.with_name(path.name[:200] + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=path.name[:100] + ".", suffix=".tmp", dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
+        with unfinished.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        os.replace(unfinished, path)
     except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
+        with suppress(OSError):
+            unfinished.unlink()
         hint = "free some space there or choose another place with ARTIFACT_DIR; a file of that name is left as it was"
         raise OSError(error.errno, f"cannot write {len(data)} bytes to {path}: {error.strerror} ({hint})") from error
+
+
+def as_tensor(data: bytes) -> Tensor:
+    """(len(data),) uint8."""
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 
 # ======================================================================================================================
@@ -1728,15 +1700,11 @@ class ShardedTensor:
 
     def start_reduce(self) -> None:
         """Begin to sum the gradient's rows over the ranks into `shard.grad`."""
-        self.ranks.calls += 1
-        if self.ranks.world > 1:
-            self._pending = torch.distributed.reduce_scatter_tensor(self.shard.grad, self.full_grad, async_op=True)
+        self._pending = self.ranks.together(torch.distributed.reduce_scatter_tensor, self.shard.grad, self.full_grad, async_op=True)
 
     def start_gather(self) -> None:
         """Begin to hand the updated rows to all ranks."""
-        self.ranks.calls += 1
-        if self.ranks.world > 1:
-            self._pending = torch.distributed.all_gather_into_tensor(self.storage, self.shard.data, async_op=True)
+        self._pending = self.ranks.together(torch.distributed.all_gather_into_tensor, self.storage, self.shard.data, async_op=True)
 
     def wait(self) -> None:
         if self._pending is not None:
@@ -1748,7 +1716,7 @@ class ShardedTensor:
         if self.ranks.world == 1:
             return shard.clone()
         full = torch.empty_like(self.storage)
-        torch.distributed.all_gather_into_tensor(full, shard.contiguous())
+        self.ranks.together(torch.distributed.all_gather_into_tensor, full, shard.contiguous())
         return full[: self.rows].clone()
 
     def own_rows(self, whole: Tensor) -> Tensor:
@@ -1937,7 +1905,7 @@ class Trainer:
         self.names, self.params = [name for name, _ in model.named_parameters()], [p.data for p in model.parameters()]
         self.ema = [p.clone() for p in self.params]
         self.forward = compiled(run, model)
-        self.step = self.depth = self.trained = 0
+        self.step = self.depth = 0
         self.end: tuple[int, float] | None = None  # position and time when training was over: there the Hessians begin, again if need be
         self.late_graphs = 0  # made after the warm-up, on the clock: there should be none
         self.reserve_seconds = run.cfg.gptq_reserve_seconds
@@ -1966,7 +1934,8 @@ class Trainer:
         tensors |= {f"ema.{name}": p.clone() for name, p in zip(self.names, self.ema)}
         tensors |= {f"optimizer.{name}": value for name, value in self.optimizers.state().items()}
         position, elapsed_ms = self.end or (self.loader.position, self.clock.total_ms)
-        return tensors, {"position": position, "step": self.step, "depth": self.depth, "trained": self.trained, "elapsed_ms": elapsed_ms}
+        return tensors, {"position": position, "elapsed_ms": elapsed_ms, "step": self.step, "depth": self.depth,
+                         "trained": self.end is not None}
 
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
@@ -1975,9 +1944,8 @@ class Trainer:
                 value.copy_(tensors[f"{kind}.{name}"])
         self.optimizers.load_state({name.removeprefix("optimizer."): t for name, t in tensors.items() if name.startswith("optimizer.")})
         self.loader.seek(numbers["position"])
-        self.step, self.depth, self.trained = numbers["step"], numbers["depth"], numbers["trained"]
-        self.clock.total_ms = numbers["elapsed_ms"]
-        self.end = (numbers["position"], numbers["elapsed_ms"]) if self.trained else None
+        self.step, self.depth, self.clock.total_ms = numbers["step"], numbers["depth"], numbers["elapsed_ms"]
+        self.end = (numbers["position"], numbers["elapsed_ms"]) if numbers["trained"] else None
         torch.set_rng_state(tensors["rng"].cpu())
 
     def warm_up(self) -> None:
@@ -2021,114 +1989,89 @@ class Trainer:
     def load_averaged_weights(self) -> None:
         """From here on the model holds the moving average, which is what is exported."""
         torch._foreach_copy_(self.params, self.ema)
-        self.trained, self.end = 1, (self.loader.position, self.clock.total_ms)
+        self.end = self.loader.position, self.clock.total_ms
 
 
 class Checkpoint:
-    """What a run leaves on disk so that the same command goes on from there: an index, and while it trains one state file.
+    """What a run leaves on disk so that the same command goes on from there: one file, replaced as a whole, that rank 0 alone reads.
 
-    Rank 0 alone reads and writes; the others are told. The index is written last and removed first, and holds the state's
-    hash. Stages: "training" (a state), "exported" (an artifact of the hash that the index holds), "done".
+    It begins with the SHA-256 of the rest, a safetensors file. Its stages: "training" (the complete state), "exported" (the
+    artifact, which has its own file in the next moment), "done".
     """
 
     def __init__(self, run: Run) -> None:
-        self.run, self.index = run, output_path(run.cfg, ".run.json")
+        self.run, self.path, self.last = run, output_path(run.cfg, ".state"), time.perf_counter()
         self.settings = checksum(identity(run.cfg, but={"checkpoint_every"}))
-        every = run.cfg.checkpoint_every
-        self.steps = int(every) if every.isdigit() else 0
-        self.seconds = float(every[:-1]) if every.endswith("s") else 0.0
-        self.last = time.perf_counter()
-        self.found = self._read() if run.ranks.rank == 0 else {}
-        self.found = run.ranks.agree(self.found)
-        there = run.ranks.gather(self.index.exists())
-        if not self.found and any(there):
-            self.found = {"problem": f"{self.index} is on the machine of rank {there.index(True)} and not on that of rank 0: give the "
-                                     "machines their old places (--node_rank), or delete it to start again"}
-        if problem := self.found.get("problem"):
-            raise ValueError(problem)
+        self.record, self.tensors = {"stage": ""}, {}
+        there = run.ranks.gather(self.path.exists())
+        if any(there[1:]) and not there[0]:
+            raise ValueError(f"{self.path} is on the machine of rank {there.index(True)} and not on that of rank 0: give the machines "
+                             "their old places (--node_rank), or delete it to start again")
+        if there[0] and run.ranks.rank == 0:
+            self._read()
+        self.record = run.ranks.agree(self.record)
 
     def due(self, step: int) -> bool:
-        return bool(self.steps and step % self.steps == 0) or bool(self.seconds and time.perf_counter() - self.last >= self.seconds)
+        every = self.run.cfg.checkpoint_every
+        if every.endswith("s"):
+            return time.perf_counter() - self.last >= float(every[:-1])
+        return every != "" and step % int(every) == 0
 
     def write(self, trainer: Trainer) -> None:
-        """Save the state of this step, with the clock stopped, and drop the one before. A collective."""
+        """Save the state of this step, with the clock stopped. A collective."""
         trainer.clock.stop()
         tensors, numbers = trainer.snapshot()
-        if self.run.ranks.rank == 0:
-            data = safetensors.torch.save({name: t.cpu().contiguous() for name, t in tensors.items()})
-            path = output_path(self.run.cfg, f".state{trainer.step}")
-            write_atomically(path, data)
-            self._set("training", state=path.name, sha256=hashlib.sha256(data).hexdigest(), **numbers)
-            self._sweep(keep=path.name)
+        self._write("training", tensors, **numbers)
         self.last = time.perf_counter()
-        self.run.log.record("checkpoint", step=trainer.step, path=self.index)
+        self.run.log.record("checkpoint", step=trainer.step, path=self.path)
         trainer.clock.start()
 
     def resume(self, trainer: Trainer) -> None:
-        """Put back the state that the index names, if there is one. A collective; ValueError if the state is damaged."""
-        if self.found.get("stage") != "training":
+        """Put back the state that was found, if one was. A collective."""
+        if self.record["stage"] != "training":
             return
-        tensors, _ = trainer.snapshot()  # what the others read into
-        tensors = {name: t.cpu() for name, t in tensors.items()}
-        problem = ""
-        if self.run.ranks.rank == 0:
-            path = output_path(self.run.cfg, "").with_name(self.found["state"])
-            data = path.read_bytes() if path.exists() else b""
-            if hashlib.sha256(data).hexdigest() == self.found["sha256"]:
-                tensors = safetensors.torch.load(data)
-            else:
-                problem = (f"{path}, the state of this run, is {'damaged' if data else 'not there'}; "
-                           f"delete {self.index} to start again from step 0")
-        if problem := self.run.ranks.agree(problem):
-            raise ValueError(problem)
+        tensors = {name: t.cpu() for name, t in trainer.snapshot()[0].items()} | self.tensors  # the others' are read into
         self.run.ranks.share([tensors[name] for name in sorted(tensors)])
-        trainer.restore(tensors, self.found)
+        trainer.restore(tensors, self.record)
+        self.tensors = {}
         self.run.log(f"resumed from step {trainer.step}, {trainer.clock.total_ms / 1e3:.1f} s of training done")
 
-    def exported(self, data: bytes, **numbers: Any) -> None:
-        """Write the artifact; from now on the run goes on with scoring it. On rank 0."""
-        self._set("exported", artifact_sha256=hashlib.sha256(data).hexdigest(), **numbers, before=self.found)
-        write_atomically(output_path(self.run.cfg, ".artifact"), data)
-        self._sweep(keep="")
+    def export(self, data: bytes, **numbers: Any) -> None:
+        """Write the artifact; from now on the run goes on with scoring it."""
+        self._write("exported", {"artifact": as_tensor(data)}, **numbers)
+        if self.run.ranks.rank == 0:
+            write_atomically(output_path(self.run.cfg, ".artifact"), data)
+
+    def exported(self) -> Exported | None:
+        """The artifact, if it had been exported before this start. A collective."""
+        if self.record["stage"] != "exported":
+            return None
+        steps, train_ms = self.record["steps"], self.record["train_ms"]
+        self.run.log(f"the artifact of this run is there, after {steps} steps: it is scored")
+        data = self.run.ranks.agree(self.tensors["artifact"].numpy().tobytes() if self.tensors else b"")
+        self.export(data, steps=steps, train_ms=train_ms)
+        return Exported(data, steps, train_ms)
 
     def done(self) -> None:
+        self._write("done", {})
+
+    def _write(self, stage: str, tensors: dict[str, Tensor], **numbers: Any) -> None:
         if self.run.ranks.rank == 0:
-            self._sweep(keep="")
-            self._set("done")
+            record = json.dumps({"stage": stage, "settings": self.settings, **numbers}).encode()
+            data = safetensors.torch.save({name: t.cpu().contiguous() for name, t in {**tensors, "record": as_tensor(record)}.items()})
+            write_atomically(self.path, hashlib.sha256(data).digest() + data)
 
-    def _set(self, stage: str, **values: Any) -> None:
-        self.found = {"stage": stage, "settings": self.settings, **values}
-        write_atomically(self.index, json.dumps({**self.found, "check": checksum(self.found)}).encode())
-
-    def _sweep(self, keep: str) -> None:
-        """Remove this run's other states and what an interrupted write left."""
-        for path in self.index.parent.glob(f"{self.run.cfg.run_id}.*"):
-            name = path.name.removeprefix(self.run.cfg.run_id)
-            if path.name != keep and (re.fullmatch(r"\.state[0-9]+", name) or name.endswith(".tmp")):
-                path.unlink(missing_ok=True)
-
-    def _read(self) -> dict[str, Any]:
-        """The index; {} if there is none, {"problem": words} if the run cannot go on from it."""
-        try:
-            found = json.loads(self.index.read_text())
-            if not isinstance(found, dict) or found.pop("check", "") != checksum(found):
-                raise ValueError("no index")
-        except FileNotFoundError:
-            self._sweep(keep="")
-            return {}
-        except (ValueError, OSError, RecursionError):
-            return {"problem": f"{self.index} is damaged; delete it to start this run again, or choose another RUN_ID"}
-        if found["stage"] == "done":
-            return {"problem": f"run {self.run.cfg.run_id} is complete: its log ends with the score; choose another RUN_ID, or score its "
-                               "artifact again with EVAL_ONLY=1"}
-        if found.get("settings") != self.settings:
-            return {"problem": f"{self.index} is of a run with settings or code that differ from this one's; start it as it was started, "
-                               "or choose another RUN_ID"}
-        path = output_path(self.run.cfg, ".artifact")
-        there = path.read_bytes() if path.exists() else b""
-        if found["stage"] == "exported" and hashlib.sha256(there).hexdigest() != found["artifact_sha256"]:
-            return found["before"]  # it was ended before the artifact was there
-        return found
+    def _read(self) -> None:
+        """The record and the tensors of the file; ValueError if the run cannot go on from it."""
+        data = self.path.read_bytes()
+        digest, data = data[:32], data[32:]
+        require(hashlib.sha256(data).digest() == digest, f"{self.path} is damaged; delete it to start this run again, or choose another RUN_ID")
+        self.tensors = safetensors.torch.load(data)
+        self.record = json.loads(self.tensors.pop("record").numpy().tobytes())
+        require(self.record["stage"] != "done", f"run {self.run.cfg.run_id} is complete: its log ends with the score; choose another RUN_ID, "
+                                                "or score its artifact again with EVAL_ONLY=1")
+        require(self.record["settings"] == self.settings, f"{self.path} is of a run with settings or code that differ from this one's; "
+                                                          "start it as it was started, or choose another RUN_ID")
 
 
 def checksum(values: dict[str, Any]) -> str:
@@ -2173,7 +2116,7 @@ def train(run: Run, trainer: Trainer, val: ValData, checkpoint: Checkpoint) -> N
         frac = elapsed_ms / budget_ms if budget_ms else trainer.step / cfg.iterations
         pace.report(trainer, loss, min(frac, 1.0), lr_scale)
         if signalled:
-            run.check_stop()
+            run.ranks.check_stop()
         if save:
             checkpoint.write(trainer)
     trainer.clock.stop()
@@ -2194,8 +2137,7 @@ class Pace:
             self.events.append(event)
             if len(self.events) > 2:
                 self.events.pop(0).synchronize()
-        signalled = self.run.watch is not None and self.run.watch.number > 0
-        elapsed, saves, signals = zip(*self.run.ranks.gather((elapsed_ms, save, signalled)))
+        elapsed, saves, signals = zip(*self.run.ranks.gather((elapsed_ms, save, self.run.ranks.signalled)))
         return elapsed[0], saves[0], any(signals)
 
     def report(self, trainer: Trainer, loss: Tensor, frac: float, lr_scale: float) -> None:
@@ -2417,7 +2359,7 @@ def collect_hessians(run: Run, model: GPT, loader: TrainLoader) -> dict[str, Ten
     cfg, began, progress = run.cfg, time.perf_counter(), Progress(run.log)
     calibration = Calibration(cfg, run.device)
     for i in range(cfg.gptq_calibration_batches):
-        run.check_stop()
+        run.ranks.check_stop()
         calibration.add(model, loader.next())
         progress("hessians", i + 1, cfg.gptq_calibration_batches)
     for hessian in calibration.hessians.values():
@@ -2667,7 +2609,7 @@ def quantize_group(run: Run, name: str, weights: Tensor, hessian: Tensor, group:
     Logs how large the error of the group's outputs is, relative to the outputs.
     """
     cfg, ranks, clip_sigmas = run.cfg, run.ranks, group.clip_sigmas * clip_factor
-    run.check_stop()
+    run.ranks.check_stop()
     own = slice(len(weights) * ranks.rank // ranks.world, len(weights) * (ranks.rank + 1) // ranks.world)
     energy, part = torch.zeros(2, dtype=torch.float64, device=run.device), None
     if own.start < own.stop:
@@ -2699,15 +2641,15 @@ def quantize_and_pack(run: Run, model: GPT, hessians: dict[str, Tensor], code_by
 
     def tick(done: float, total: float) -> None:
         progress("pack", done, total)
-        if run.watch is not None and run.watch.number:
-            raise Stopped(run.watch.number)
+        if run.ranks.signalled:
+            raise Stopped(run.ranks.signalled)
 
     for attempt in range(TARGET_ROUNDS):
         tensors, error = quantize(run, model, hessians, factor)
         data = b""
         with suppress(Stopped):  # which all ranks hear of in the next line
             data = pack_artifact(tensors, cfg, tick) if run.ranks.rank == 0 else b""
-        run.check_stop()
+        run.ranks.check_stop()
         size = run.ranks.agree(len(data)) + code_bytes
         if not target and size <= ARTIFACT_CAP_BYTES:
             return tensors, data
@@ -2785,7 +2727,7 @@ def pack_artifact(tensors: Tensors, cfg: Config, tick: Callable[[float, float], 
     `tick` hears now and then how many bytes of how many are compressed.
     """
     header = {"compressor": cfg.compressor, "settings": stored_settings(cfg)}
-    plain = {"settings": torch.frombuffer(bytearray(json.dumps(header, allow_nan=False).encode()), dtype=torch.uint8)}
+    plain = {"settings": as_tensor(json.dumps(header, allow_nan=False).encode())}
     banks = []
     for row in parameter_table(cfg):
         tensor = tensors[row.name]
@@ -3491,7 +3433,7 @@ def evaluate(run: Run, model: GPT, val: ValData, name: str, depth: int) -> Score
     sums = np.zeros(len(runs))
     scored = 0
     for first_of_round in range(0, len(runs), ranks.world):
-        run.check_stop()
+        run.ranks.check_stop()
         i = first_of_round + ranks.rank
         if i >= len(runs):
             continue
@@ -4678,22 +4620,23 @@ def train_and_export(run: Run, val: ValData, checkpoint: Checkpoint, layout: Spa
     trainer = Trainer(run, model, TrainLoader(TokenStream(shards), layout, cfg, run.ranks))
     trainer.warm_up()
     checkpoint.resume(trainer)
-    with run.watch:
-        try:
-            if not trainer.trained:
-                train(run, trainer, val, checkpoint)
-                trainer.load_averaged_weights()
-            ema = evaluate(run, model, val, "ema", cfg.eval_loop_depth)
-            if cfg.losses_path:
-                write_losses(run, {"ema": ema})
-            trainer.clock.start()
-            hessians = collect_hessians(run, model, trainer.loader)
-            train_ms = trainer.clock.stop()
-            return export(run, model, hessians, checkpoint, trainer.step, train_ms)
-        except Stopped as stop:
-            checkpoint.write(trainer)
-            log(f"stopped by {stop} after step {trainer.step}; the same command with RUN_ID={cfg.run_id} goes on from there")
-            raise
+    run.ranks.keeps_signals = True  # what is trained is saved first
+    try:
+        if trainer.end is None:
+            train(run, trainer, val, checkpoint)
+            trainer.load_averaged_weights()
+        ema = evaluate(run, model, val, "ema", cfg.eval_loop_depth)
+        if cfg.losses_path:
+            write_losses(run, {"ema": ema})
+        trainer.clock.start()
+        hessians = collect_hessians(run, model, trainer.loader)
+        train_ms = trainer.clock.stop()
+        return export(run, model, hessians, checkpoint, trainer.step, train_ms)
+    except Stopped:
+        checkpoint.write(trainer)
+        raise
+    finally:
+        run.ranks.keeps_signals = False
 
 
 def export(run: Run, model: GPT, hessians: dict[str, Tensor], checkpoint: Checkpoint, steps: int, train_ms: float) -> Exported:
@@ -4703,7 +4646,7 @@ def export(run: Run, model: GPT, hessians: dict[str, Tensor], checkpoint: Checkp
     if run.ranks.rank == 0:
         for row in size_table(data, tensors, cfg):
             run.log.record("size", **row)
-        checkpoint.exported(data, steps=steps, train_ms=train_ms)
+        checkpoint.export(data, steps=steps, train_ms=train_ms)
         run.log.record("artifact", model_bytes=len(data), code_bytes=code_bytes, total_bytes=len(data) + code_bytes,
                        cap_bytes=ARTIFACT_CAP_BYTES, sha256=hashlib.sha256(data).hexdigest(),
                        quantize_and_pack_ms=int(since_ms(began)), path=output_path(cfg, ".artifact"))
@@ -4754,24 +4697,19 @@ def score_and_finish(run: Run, val: ValData, artifact: Exported) -> int:
 
 
 def read_artifact(cfg: Config, ranks: Ranks) -> tuple[bytes, Config]:
-    """The artifact to score, read by rank 0 alone, and the settings in it; ValueError on every rank if it cannot be."""
+    """The artifact to score, read by rank 0 alone, and the settings in it; ValueError if it cannot be."""
     path = Path(cfg.artifact_path) if cfg.artifact_path else output_path(cfg, ".artifact")
-    data, stored, problem = b"", None, ""
+    data, stored = b"", cfg
     if ranks.rank == 0:
+        require(path.is_file(), f"no artifact at {path}; set ARTIFACT_PATH to one, or ARTIFACT_DIR and RUN_ID to those of the run that made it")
+        size = path.stat().st_size
+        require(size <= ARTIFACT_MAX_FILE_BYTES, f"{path}: {size} bytes are more than an artifact may have ({ARTIFACT_MAX_FILE_BYTES})")
         try:
-            if not path.is_file():
-                problem = f"no artifact at {path}; set ARTIFACT_PATH to one, or ARTIFACT_DIR and RUN_ID to those of the run that made it"
-            elif path.stat().st_size > ARTIFACT_MAX_FILE_BYTES:
-                problem = f"{path}: {path.stat().st_size} bytes are more than an artifact may have ({ARTIFACT_MAX_FILE_BYTES})"
-            else:
-                data = path.read_bytes()
-                stored = open_artifact(data)[0]
+            data = path.read_bytes()
+            stored = open_artifact(data)[0]
         except (ArtifactError, OSError) as error:
-            problem = f"{path}: {error}"
-    data, stored, problem = ranks.agree((data, stored, problem))
-    if problem:
-        raise ValueError(problem)
-    return data, stored
+            raise ValueError(f"{path}: {error}") from None
+    return ranks.agree((data, stored))
 
 
 def adopt_settings(cfg: Config, stored: Config, environ: Collection[str]) -> tuple[Config, list[str]]:
@@ -4794,33 +4732,31 @@ def adopt_settings(cfg: Config, stored: Config, environ: Collection[str]) -> tup
     return cfg, words
 
 
-def run_stages(cfg: Config, ranks: Ranks, environ: Mapping[str, str], log: Log, watch: Watch) -> int:
+def run_stages(run: Run, environ: Mapping[str, str]) -> int:
     """A run, or a part of it: what has been done already under this RUN_ID is not done again."""
-    use_compile = cfg.compile == "1" or (cfg.compile == "auto" and ranks.device.type == "cuda")
-    run = Run(cfg, ranks, log, use_compile, watch)
+    cfg = run.cfg
     if cfg.eval_only:
-        data, stored = read_artifact(cfg, ranks)
-        run.cfg, words = adopt_settings(cfg, stored, ranks.agree(list(environ)))
+        data, stored = read_artifact(cfg, run.ranks)
+        run.cfg, words = adopt_settings(cfg, stored, run.ranks.agree(list(environ)))
         val = prepare(run, environ)
         for text in words:
-            log(f"warning: {text}")
-        log.record("data", val_tokens=len(val.tokens), val_bytes=val.num_bytes, val_docs=val.documents,
-                   published=int(run.cfg.shards_dir.name == PUBLISHED_NAME))
+            run.log(f"warning: {text}")
+        run.log.record("data", val_tokens=len(val.tokens), val_bytes=val.num_bytes, val_docs=val.documents,
+                       published=int(run.cfg.shards_dir.name == PUBLISHED_NAME))
         return score_and_finish(run, val, Exported(data))
-    layout, checkpoint = SpanLayout.plan(cfg, ranks.world), Checkpoint(run)
+    layout, checkpoint = SpanLayout.plan(cfg, run.ranks.world), Checkpoint(run)
     val = prepare(run, environ)
-    if checkpoint.found.get("stage") == "exported":
-        log(f"the artifact of this run is there, after {checkpoint.found['steps']} steps: it is scored")
-        artifact = Exported(read_artifact(cfg, ranks)[0], checkpoint.found["steps"], checkpoint.found["train_ms"])
-    else:
-        artifact = train_and_export(run, val, checkpoint, layout)
-    status = score_and_finish(run, val, artifact)
+    status = score_and_finish(run, val, checkpoint.exported() or train_and_export(run, val, checkpoint, layout))
     checkpoint.done()
     return status
 
 
 def describe(error: BaseException) -> tuple[str, int]:
     """What to tell the user, and the exit status."""
+    if isinstance(error, (Stopped, KeyboardInterrupt)):
+        name = getattr(error, "number", signal.SIGINT)
+        return (f"stopped by {signal.Signals(name).name}; the same command, with the RUN_ID of this log, goes on from what is there",
+                128 + name)
     if isinstance(error, torch.OutOfMemoryError):
         hint = "set MICRO_BATCH_TOKENS, VAL_BATCH_TOKENS or TTT_BATCH_SIZE lower"
         return f"out of GPU memory: {str(error).splitlines()[0]}; {hint}", EXIT_USER_ERROR
@@ -4828,38 +4764,38 @@ def describe(error: BaseException) -> tuple[str, int]:
         return str(error), EXIT_USER_ERROR
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # torch has no kind of its own for it on a CPU
         return "out of memory: smaller batches, models or data take less", EXIT_USER_ERROR
-    if isinstance(error, KeyboardInterrupt):
-        return "stopped by SIGINT; the same command goes on from what is there", 128 + signal.SIGINT
     return f"{type(error).__name__}: {error}", 1
 
 
-def fail(error: BaseException, ranks: Ranks | None, log: Log | None) -> int:
+def describe_lost(error: BaseException, ranks: Ranks) -> str:
+    """Which ranks were killed, when a collective has failed: those whose watches leave no new note, or have left none yet."""
+    with suppress(RuntimeError, OSError):
+        before, _, after = ranks.posted("at"), time.sleep(4 * LOOK_SECONDS), ranks.posted("at")
+        if killed := [str(rank) for rank in range(ranks.world) if after.get(rank) == before.get(rank)]:
+            return f"rank {', '.join(killed)} was killed, or its machine was"
+    return f"lost the other ranks: {str(error).splitlines()[0][:300]}"
+
+
+def fail(error: BaseException, ranks: Ranks, log: Log) -> int:
     """Report an error once for the whole run, without any collective: the other ranks may be waiting in one."""
+    ranks.keeps_signals = True
     text, status = describe(error)
     if status == 1 and not isinstance(error, RuntimeError):
         traceback.print_exc()
-    alone, first = ranks is None or ranks.world == 1, ranks is None or ranks.rank == 0
-    lost = not alone and isinstance(error, RuntimeError) and re.search("(?i)gloo|nccl|connection", str(error))  # for a reason of another's
-    if lost:
-        silent = ", ".join(map(str, ranks.silent(4 * LOOK_SECONDS)))
-        reason = f"rank {silent} was killed, or its machine was" if silent else f"lost the other ranks: {text.splitlines()[0][:300]}"
-        text = next(iter(ranks.failures().values()), reason)
-    if not alone:
-        ranks.fail(text)
-    if not first:
-        time.sleep(2.0)  # until rank 0 has said it, if it can
-        speaker = min(ranks.failures())
-        if log is not None and (speaker == ranks.rank or (lost and speaker < 0 and ranks.rank % ranks.local_world == 0)):
-            log.take_over()
-    if log is not None:
-        log(f"error: {text}")
-    elif first:
-        write_line(sys.stderr, f"error: {text}")
-    if not alone:
-        time.sleep(1.0 if first else 0.0)
-        sys.stdout.flush()
-        os._exit(status)
-    return status
+    lost = ranks.world > 1 and isinstance(error, RuntimeError) and re.search("(?i)gloo|nccl|connection", str(error))
+    if lost:  # for a reason of another's
+        text = describe_lost(error, ranks)
+    elif ranks.rank:
+        text = f"rank {ranks.rank}: {text}"
+    line = text if status > 128 else f"error: {text}"
+    if ranks.world == 1 or ranks.stopping:
+        log(line)
+        return status
+    reason = f"{status} {line}"
+    with suppress(RuntimeError, OSError):
+        first = ranks.first("reason", reason)
+        reason = first if lost else reason
+    end_run(ranks, log, reason)
 
 
 def main(environ: Mapping[str, str] = os.environ, arguments: tuple[str, ...] = ()) -> int:
@@ -4876,7 +4812,7 @@ def main(environ: Mapping[str, str] = os.environ, arguments: tuple[str, ...] = (
         print(known.get(arguments[0], f"{arguments[0]} is not known; settings are environment variables (--help lists them, --source "
                                       "prints the code, --pack packs it)"))
         return 0 if arguments[0] in known else EXIT_USER_ERROR
-    log, ranks = None, None
+    ranks, log, handlers = Ranks(), Log(), {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         cfg = Config.from_env(environ)
         ranks = Ranks.start(environ, cfg.rank_timeout_seconds)
@@ -4885,16 +4821,18 @@ def main(environ: Mapping[str, str] = os.environ, arguments: tuple[str, ...] = (
         log = open_log(cfg, ranks)
         watch = Watch(ranks, log, cfg.rank_timeout_seconds)
         ranks.check_same(identity(cfg, but=PLACES))  # a rank with other settings would wait in other places
-        status = run_stages(cfg, ranks, environ, log, watch)
+        use_compile = cfg.compile == "1" or (cfg.compile == "auto" and ranks.device.type == "cuda")
+        status = run_stages(Run(cfg, ranks, log, use_compile), environ)
         watch.over.set()
         ranks.stop()
         return status
-    except Stopped as stop:
-        return 128 + stop.number
+    except SystemExit:
+        raise
     except BaseException as error:
-        if isinstance(error, SystemExit):
-            raise
         return fail(error, ranks, log)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

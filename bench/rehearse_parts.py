@@ -257,7 +257,7 @@ def part_checkpoint(stage: Stage) -> None:
         if (again.step, again.loader.position) != (trainer.step, trainer.loader.position):
             raise RuntimeError(f"resumed at step {again.step}, position {again.loader.position}")
         again.train_step(1, 1.0)
-    checkpoint.index.unlink()
+    checkpoint.path.unlink()
 
 
 # ----------------------------------------------------------------------------------------------------- ranks over NCCL
