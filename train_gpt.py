@@ -840,89 +840,73 @@ def read_shard(path: Path, entries: int | None = None) -> np.ndarray:
         size, header = path.stat().st_size, np.fromfile(path, dtype="<i4", count=SHARD_HEADER_INTS)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}; {BUILD_HINT}") from None
-    if len(header) < SHARD_HEADER_INTS:
-        raise ValueError(f"{path}: {size} bytes, shorter than the {header_bytes}-byte header: the file is cut short; "
-                         "copy or build it again")
+    require(len(header) == SHARD_HEADER_INTS, f"{path}: {size} bytes, shorter than the {header_bytes}-byte header: the file is cut short; "
+                                              "copy or build it again")
     magic, version, count = (int(v) for v in header[:3])
-    if magic != SHARD_MAGIC:
-        raise ValueError(f"{path}: magic number {magic}, not {SHARD_MAGIC}: this is no token shard; {BUILD_HINT}")
-    if version != SHARD_VERSION:
-        raise ValueError(f"{path}: version {version}, this program reads {SHARD_VERSION}; {BUILD_HINT}")
-    if size != header_bytes + 2 * count or count < 1:
-        raise ValueError(f"{path}: the header promises {count} entries = {header_bytes + 2 * count} bytes, the file has "
-                         f"{size}: it is empty, cut short or damaged; copy or build it again")
-    if entries is not None and count != entries:
-        raise ValueError(f"{path}: {count} entries, {MANIFEST} beside it says {entries}: it is of another data set; "
-                         "copy or build it again")
+    require(magic == SHARD_MAGIC, f"{path}: magic number {magic}, not {SHARD_MAGIC}: this is no token shard; {BUILD_HINT}")
+    require(version == SHARD_VERSION, f"{path}: version {version}, this program reads {SHARD_VERSION}; {BUILD_HINT}")
+    require(size == header_bytes + 2 * count and count > 0,
+            f"{path}: the header promises {count} entries = {header_bytes + 2 * count} bytes, the file has {size}: it is empty, cut short "
+            "or damaged; copy or build it again")
+    require(entries in (None, count), f"{path}: {count} entries, {MANIFEST} beside it says {entries}: it is of another data set; copy or "
+                                      "build it again")
     return np.memmap(path, dtype="<u2", mode="r", offset=header_bytes, shape=(count,))
 
 
-class Manifest(NamedTuple):
-    """What `manifest.json` says of a data set; without one all fields are empty."""
-
-    files: dict[str, dict[str, Any]] = {}  # shard -> entries, sha256
-    transform: str = ""  # CaseOps version
-    tokenizer_sha256: str = ""
-
-
-def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a data set, checked; ValueError if it is damaged."""
-    path = folder / MANIFEST
-    if not path.exists():
-        return Manifest()
-    try:
-        record = json.loads(path.read_bytes())
-        files = {entry["file"]: entry for split in ("val", "train") for entry in record["splits"][split]["files"]}
-        manifest = Manifest(files, record.get("transform", ""), record.get("tokenizer", {}).get("sha256", ""))
-        right = [SHARD_NAME.fullmatch(name) and type(entry["entries"]) is int and type(entry["sha256"]) is str
-                 for name, entry in files.items()]
-        if not right or not all(right) or type(manifest.transform) is not str:
-            raise ValueError("its list of shards is not in the form of a build")
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path} is not the manifest of a data set ({type(error).__name__}: {error}); move it away if it "
-                         f"is another program's, else {BUILD_HINT}") from None
-    return manifest
-
-
-def dataset_shards(folder: Path) -> dict[str, list[Path]]:
-    """The shards of a data set by kind (train, val, val_bytes), in order. What a right set of shards is stands here alone.
+class Dataset:
+    """A folder of shards, looked at once: which there are, and what its manifest says. What a right set is stands here alone.
 
     `manifest.json` decides where there is one: its files, no others. Always: one prefix, numbers from 0 without a gap, and
     a sidecar shard for each validation shard or none at all. A wrong `.bin` file or an unfinished build is refused by name.
     """
-    if not folder.is_dir():
-        raise ValueError(f"no data: {folder} is not a folder; {BUILD_HINT}")
-    listed = read_manifest(folder).files
-    if not listed and (folder / JOURNAL).exists():
-        raise ValueError(f"{folder} holds an unfinished build ({JOURNAL}): give the same prepare_caseops_data.py command again, "
-                         "it goes on where it stopped")
-    there = sorted(path.name for path in folder.glob("*.bin"))
-    named = {name: match.groups() for name in listed or there if (match := SHARD_NAME.fullmatch(name))}
-    if foreign := [name for name in there if name not in named]:
-        reason = "no name of a shard, PREFIX_train|val|val_bytes_NNNNNN.bin" if not listed else f"not in {MANIFEST}"
-        raise ValueError(f"{folder} holds {', '.join(foreign[:3])}{' …' if foreign[3:] else ''}: {reason}; move or delete it")
-    if len(prefixes := {prefix for prefix, _, _ in named.values()}) > 1:
-        raise ValueError(f"{folder} holds shards of several data sets ({', '.join(sorted(prefixes))}): one folder, one data set")
-    shards = {kind: sorted((int(number), folder / name) for name, (_, its, number) in named.items() if its == kind) for kind in SHARD_KINDS}
-    for kind, numbered in shards.items():
-        if (numbers := [number for number, _ in numbered]) != list(range(len(numbers))):
-            raise ValueError(f"{folder}: the {kind} shards are numbered {', '.join(map(str, numbers))}, not from 0 without a gap")
-    if shards["val"] and shards["val_bytes"] and len(shards["val"]) != len(shards["val_bytes"]):
-        raise ValueError(f"{folder}: {len(shards['val_bytes'])} sidecar shards (val_bytes) for {len(shards['val'])} validation shards")
-    return {kind: [path for _, path in numbered] for kind, numbered in shards.items()}
 
+    paths: dict[str, list[Path]]  # by kind (train, val, val_bytes), in order
+    listed: dict[str, int]  # entries of each shard that the manifest names; with no manifest, this is empty and so are the next two
+    transform = ""  # CaseOps version
+    tokenizer_sha256 = ""
 
-def shard_paths(folder: Path, kind: str) -> list[Path]:
-    """Shards of one kind ('train', 'val' or 'val_bytes') in order; the sidecar is never taken for tokens."""
-    return dataset_shards(folder)[kind]
+    def __init__(self, folder: Path) -> None:
+        """ValueError names the folder and what is wrong with it."""
+        require(folder.is_dir(), f"no data: {folder} is not a folder; {BUILD_HINT}")
+        self.folder, self.listed = folder, {}
+        if (folder / MANIFEST).exists():
+            self._read_manifest(folder / MANIFEST)
+        require(self.listed or not (folder / JOURNAL).exists(), f"{folder} holds an unfinished build ({JOURNAL}): give the same "
+                "prepare_caseops_data.py command again, it goes on where it stopped")
+        there = sorted(path.name for path in folder.glob("*.bin"))
+        named = {name: match.groups() for name in self.listed or there if (match := SHARD_NAME.fullmatch(name))}
+        foreign = [name for name in there if name not in named]
+        reason = f"not in {MANIFEST}" if self.listed else "no name of a shard, PREFIX_train|val|val_bytes_NNNNNN.bin"
+        require(not foreign, f"{folder} holds {', '.join(foreign[:3])}{' …' if foreign[3:] else ''}: {reason}; move or delete it")
+        prefixes = sorted({prefix for prefix, _, _ in named.values()})
+        require(len(prefixes) < 2, f"{folder} holds shards of several data sets ({', '.join(prefixes)}): one folder, one data set")
+        self.paths = {}
+        for kind in SHARD_KINDS:
+            numbered = sorted((int(number), folder / name) for name, (_, its, number) in named.items() if its == kind)
+            numbers, self.paths[kind] = [number for number, _ in numbered], [path for _, path in numbered]
+            require(numbers == list(range(len(numbers))),
+                    f"{folder}: the {kind} shards are numbered {', '.join(map(str, numbers))}, not from 0 without a gap")
+        sidecars, shards = len(self.paths["val_bytes"]), len(self.paths["val"])
+        require(sidecars == shards or not sidecars or not shards,
+                f"{folder}: {sidecars} sidecar shards (val_bytes) for {shards} validation shards")
 
+    def _read_manifest(self, path: Path) -> None:
+        try:
+            record = json.loads(path.read_bytes())
+            files = [entry for split in ("val", "train") for entry in record["splits"][split]["files"]]
+            self.listed = {entry["file"]: entry["entries"] for entry in files}
+            self.transform, self.tokenizer_sha256 = record.get("transform", ""), record.get("tokenizer", {}).get("sha256", "")
+            texts = [self.transform, self.tokenizer_sha256, *(entry["sha256"] for entry in files)]
+            require(files and all(map(SHARD_NAME.fullmatch, self.listed)) and all(type(text) is str for text in texts)
+                    and all(type(count) is int for count in self.listed.values()), "its list of shards is not in the form of a build")
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{path} is not the manifest of a data set ({type(error).__name__}: {error}); move it away if it "
+                             f"is another program's, else {BUILD_HINT}") from None
 
-def read_shards(folder: Path, kind: str) -> list[np.ndarray]:
-    """All shards of one kind, of the lengths that the manifest lists; ValueError if there is none."""
-    if not (paths := shard_paths(folder, kind)):
-        raise ValueError(f"no {kind} shards (*_{kind}_NNNNNN.bin) in {folder}; {BUILD_HINT}")
-    listed = read_manifest(folder).files
-    return [read_shard(path, listed[path.name]["entries"] if listed else None) for path in paths]
+    def read(self, kind: str) -> list[np.ndarray]:
+        """All shards of one kind, of the lengths that the manifest lists; ValueError if there is none or one is damaged."""
+        require(self.paths[kind], f"no {kind} shards (*_{kind}_NNNNNN.bin) in {self.folder}; {BUILD_HINT}")
+        return [read_shard(path, self.listed.get(path.name)) for path in self.paths[kind]]
 
 
 class ValData(NamedTuple):
@@ -945,125 +929,106 @@ def check_tokens(tokens: np.ndarray, vocab_size: int, what: str, sample: int = 2
     """The first `sample` and last `sample` entries must be below `vocab_size` and hold a BOS; ValueError says where not."""
     for offset in {0, max(0, len(tokens) - sample)}:
         part = np.asarray(tokens[offset: offset + sample])
-        if len(part) and int(part.max()) >= vocab_size:
-            at = offset + int(np.argmax(part >= vocab_size))
-            raise ValueError(f"{what}: entry {at} is token {int(tokens[at])}, but VOCAB_SIZE is {vocab_size}: the data was "
-                             "made with another tokenizer, or the file is damaged")
-    if not (np.asarray(tokens[:sample]) == BOS_ID).any():
-        raise ValueError(f"{what}: no BOS (id {BOS_ID}) in {min(len(tokens), sample)} entries: documents cannot be told "
-                         "apart; " + BUILD_HINT)
+        at = offset + int(np.argmax(part >= vocab_size))  # the first that is, if one is
+        require(int(tokens[at]) < vocab_size, f"{what}: entry {at} is token {int(tokens[at])}, but VOCAB_SIZE is {vocab_size}: the data was "
+                                              "made with another tokenizer, or the file is damaged")
+    require((np.asarray(tokens[:sample]) == BOS_ID).any(), f"{what}: no BOS (id {BOS_ID}) in {min(len(tokens), sample)} entries: documents "
+                                                           f"cannot be told apart; {BUILD_HINT}")
 
 
-def read_sidecar(folder: Path, tokens: np.ndarray) -> np.ndarray:
-    """The bytes of every validation token; ValueError if the sidecar is missing or does not belong to `tokens` (N,)."""
-    if not shard_paths(folder, "val_bytes"):
-        raise ValueError(f"no byte sidecar (*_val_bytes_NNNNNN.bin) in {folder}: bits per byte cannot be counted; {BUILD_HINT}")
-    sizes, own = (list(map(len, read_shards(folder, kind))) for kind in ("val", "val_bytes"))
-    if sizes != own:
-        raise ValueError(f"the byte sidecar in {folder} has {own} entries, the validation tokens {sizes}: they must be the same; "
-                         "build both again from the same text")
-    byte_counts = np.concatenate(read_shards(folder, "val_bytes"))
-    if byte_counts[tokens == BOS_ID].any():
-        raise ValueError(f"the byte sidecar in {folder} charges bytes to BOS: it does not belong to these tokens")
+def read_sidecar(dataset: Dataset, val: list[np.ndarray]) -> np.ndarray:
+    """The bytes of every validation token, (N,) uint16; ValueError if the sidecar is missing or does not belong to the shards."""
+    where = f"the byte sidecar in {dataset.folder}"
+    require(dataset.paths["val_bytes"],
+            f"no byte sidecar (*_val_bytes_NNNNNN.bin) in {dataset.folder}: bits per byte cannot be counted; {BUILD_HINT}")
+    sidecar = dataset.read("val_bytes")
+    sizes, own = list(map(len, val)), list(map(len, sidecar))
+    require(sizes == own,
+            f"{where} has {own} entries, the validation tokens {sizes}: they must be the same; build both again from the same text")
+    byte_counts = np.concatenate(sidecar)
+    require(not byte_counts[np.concatenate(val) == BOS_ID].any(), f"{where} charges bytes to BOS: it does not belong to these tokens")
     return byte_counts
 
 
-def check_version(cfg: Config) -> None:
-    """ValueError if the data is of another CaseOps version than the run, or than the artifact whose settings it has adopted."""
-    transform = read_manifest(cfg.shards_dir).transform
-    found, wanted = (transform or Config.caseops_version, cfg.caseops_version) if cfg.caseops_enabled else (transform, "")
-    if found != wanted:
-        raise ValueError(f"the data in {cfg.shards_dir} is of CASEOPS_VERSION={found}, this run or its artifact of "
-                         f"{wanted or 'CASEOPS_ENABLED=0'}: neither can read the other's tokens; choose data, settings and artifact of one")
-
-
-def load_val(cfg: Config) -> ValData:
+def load_val(cfg: Config, dataset: Dataset | None = None) -> ValData:
     """The validation set, checked: sidecar present and of the same length, BOS, ids, the published constants.
 
     Raises:
         ValueError: naming the file and what is wrong with it.
     """
-    folder = cfg.shards_dir
-    check_version(cfg)
-    tokens = np.concatenate(read_shards(folder, "val"))
+    folder, dataset = cfg.shards_dir, dataset or Dataset(cfg.shards_dir)
+    found, wanted = dataset.transform, ""
+    if cfg.caseops_enabled:
+        found, wanted = found or Config.caseops_version, cfg.caseops_version
+    require(found == wanted, f"the data in {folder} is of CASEOPS_VERSION={found}, this run or its artifact of "
+            f"{wanted or 'CASEOPS_ENABLED=0'}: neither can read the other's tokens; choose data, settings and artifact of one")
+    shards = dataset.read("val")
+    tokens = np.concatenate(shards)
     check_tokens(tokens, cfg.vocab_size, f"validation tokens in {folder}", sample=len(tokens))
-    if int(tokens[0]) != BOS_ID:
-        raise ValueError(f"validation tokens in {folder}: the first entry is {int(tokens[0])}, not BOS ({BOS_ID}); {BUILD_HINT}")
-    if not cfg.caseops_enabled:
-        byte_counts = piece_byte_counts(cfg, tokens)
-    else:
-        byte_counts = read_sidecar(folder, tokens)
+    require(tokens[0] == BOS_ID, f"validation tokens in {folder}: the first entry is {tokens[0]}, not BOS ({BOS_ID}); {BUILD_HINT}")
+    byte_counts = read_sidecar(dataset, shards) if cfg.caseops_enabled else piece_byte_counts(cfg, tokens)
     val = ValData(tokens, byte_counts, int((tokens == BOS_ID).sum()))
-    if folder.name == PUBLISHED_NAME:
-        found = {"documents": val.documents, "tokens": len(tokens), "bytes": val.num_bytes}
-        if found != PUBLISHED_VAL:
-            raise ValueError(f"{folder} has the published data set's name, but its validation set has {found}, the "
-                             f"published one {PUBLISHED_VAL}: it is incomplete or another one")
-    if val.num_bytes == 0:
-        raise ValueError(f"the validation targets in {folder} stand for 0 bytes: bits per byte cannot be counted")
-    if cfg.val_doc_fraction < 1:
-        starts = val.document_starts()
-        keep = max(1, int(len(starts) * cfg.val_doc_fraction))
-        end = len(tokens) if keep == len(starts) else int(starts[keep])
-        val = ValData(tokens[:end], byte_counts[:end], keep)
-    return val
+    counts = {"documents": val.documents, "tokens": len(tokens), "bytes": val.num_bytes}
+    require(folder.name != PUBLISHED_NAME or counts == PUBLISHED_VAL, f"{folder} has the published data set's name, but its validation set "
+            f"has {counts}, the published one {PUBLISHED_VAL}: it is incomplete or another one")
+    require(val.num_bytes, f"the validation targets in {folder} stand for 0 bytes: bits per byte cannot be counted")
+    if cfg.val_doc_fraction == 1:
+        return val
+    keep = max(1, int(val.documents * cfg.val_doc_fraction))
+    end = int(np.append(val.document_starts(), len(tokens))[keep])
+    return ValData(tokens[:end], byte_counts[:end], keep)
 
 
-@lru_cache(maxsize=1)
-def _piece_byte_table(path: str, vocab_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """By token: its bytes without a leading space mark, whether it has that mark, whether it is a control token."""
+def load_tokenizer(cfg: Config) -> Any:
+    """The SentencePiece model; ValueError if it is none, or its size is not VOCAB_SIZE."""
     import sentencepiece
 
+    path = cfg.tokenizer_file
     try:
-        model = sentencepiece.SentencePieceProcessor(model_proto=Path(path).read_bytes())
+        model = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
     except (OSError, RuntimeError) as error:
         raise ValueError(f"TOKENIZER_PATH {path} is not a SentencePiece model: {error}") from None
-    if model.vocab_size() != vocab_size:
-        raise ValueError(f"{path} has {model.vocab_size()} pieces, VOCAB_SIZE is {vocab_size}: set the one or the other")
-    lengths, space = np.zeros(vocab_size, np.uint16), np.zeros(vocab_size, bool)
-    control = np.array([model.is_control(i) or model.is_unknown(i) or model.is_unused(i) for i in range(vocab_size)])
-    for i in np.flatnonzero(~control):
-        piece = model.id_to_piece(int(i))
-        space[i] = piece.startswith("\u2581")
-        lengths[i] = 1 if model.is_byte(int(i)) else len(piece.removeprefix("\u2581").encode("utf-8"))
-    return lengths, space, control
+    require(model.vocab_size() == cfg.vocab_size,
+            f"{path} has {model.vocab_size()} pieces, VOCAB_SIZE is {cfg.vocab_size}: set the one or the other")
+    return model
 
 
 def piece_byte_counts(cfg: Config, tokens: np.ndarray) -> np.ndarray:
     """Bytes of each of `tokens` (N,) of plain SentencePiece data: a leading space counts unless a control token is before."""
-    lengths, space, control = _piece_byte_table(str(cfg.tokenizer_file), cfg.vocab_size)
+    model, space_mark = load_tokenizer(cfg), "\u2581"
+    control = np.array([model.is_control(i) or model.is_unknown(i) or model.is_unused(i) for i in range(cfg.vocab_size)])
+    pieces = ["" if control[i] else model.id_to_piece(i) for i in range(cfg.vocab_size)]
+    has_space = np.array([piece.startswith(space_mark) for piece in pieces])
+    lengths = np.array([1 if model.is_byte(i) else len(piece.removeprefix(space_mark).encode()) for i, piece in enumerate(pieces)])
     before = np.concatenate([[BOS_ID], tokens[:-1]])
-    return (lengths[tokens] + (space[tokens] & ~control[before])).astype(np.uint16)
+    return (lengths[tokens] + (has_space[tokens] & ~control[before])).astype(np.uint16)
 
 
-def check_tokenizer(cfg: Config) -> str:
-    """Words about the tokenizer file for the log; ValueError if its size is not VOCAB_SIZE, or if it is needed and missing."""
-    path = cfg.tokenizer_file
+def check_tokenizer(cfg: Config, dataset: Dataset) -> str:
+    """Words about the tokenizer file for the log; ValueError if it is not the data's, or if it is needed and missing."""
+    path, wanted = cfg.tokenizer_file, dataset.tokenizer_sha256
     if not path.exists():
-        if not cfg.caseops_enabled or cfg.tokenizer_path:
-            raise ValueError(f"no tokenizer at {path}; set TOKENIZER_PATH")
+        require(cfg.caseops_enabled and not cfg.tokenizer_path, f"no tokenizer at {path}; set TOKENIZER_PATH")
         return f"no tokenizer at {path}: none is needed, the bytes come from the sidecar"
-    _piece_byte_table(str(path), cfg.vocab_size)
-    found, wanted = hashlib.sha256(path.read_bytes()).hexdigest(), read_manifest(cfg.shards_dir).tokenizer_sha256
-    if wanted not in ("", found):
-        raise ValueError(f"{path} (sha256 {found[:16]}) is not the tokenizer that the data in {cfg.shards_dir} was made with (sha256 "
-                         f"{wanted[:16]}, see {MANIFEST} there): set TOKENIZER_PATH to that one")
+    load_tokenizer(cfg)
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    require(wanted in ("", found), f"{path} (sha256 {found[:16]}) is not the tokenizer that the data in {dataset.folder} was made with "
+            f"(sha256 {wanted[:16]}, see {MANIFEST} there): set TOKENIZER_PATH to that one")
     return f"tokenizer {path} sha256 {found}"
 
 
-def check_dataset(cfg: Config, with_train: bool = True) -> ValData:
-    """Every check that takes seconds, before any long work; the validation set, loaded.
+def check_dataset(cfg: Config, dataset: Dataset) -> tuple[list[np.ndarray], ValData]:
+    """Every check that takes seconds, before any long work; the training shards (none with EVAL_ONLY) and the validation set.
 
     Raises:
         ValueError: names the file, what is wrong and what to do.
     """
-    train = dict(zip(shard_paths(cfg.shards_dir, "train"), read_shards(cfg.shards_dir, "train"))) if with_train else {}
-    val = load_val(cfg)
-    for path, shard in train.items():
+    train = [] if cfg.eval_only else dataset.read("train")
+    val = load_val(cfg, dataset)
+    for path, shard in zip(dataset.paths["train"], train):
         check_tokens(shard, cfg.vocab_size, str(path), sample=max(1_000_000, 200_000_000 // len(train)))
-        if begins_like(shard, val.tokens):
-            raise ValueError(f"{path} holds the validation tokens: they must not be trained on; {BUILD_HINT}")
-    return val
+        require(not begins_like(shard, val.tokens), f"{path} holds the validation tokens: they must not be trained on; {BUILD_HINT}")
+    return train, val
 
 
 def begins_like(shard: np.ndarray, tokens: np.ndarray, enough: int = 4096) -> bool:
@@ -2065,11 +2030,12 @@ class Checkpoint:
         """The record and the tensors of the file; ValueError if the run cannot go on from it."""
         data = self.path.read_bytes()
         digest, data = data[:32], data[32:]
-        require(hashlib.sha256(data).digest() == digest, f"{self.path} is damaged; delete it to start this run again, or choose another RUN_ID")
+        require(hashlib.sha256(data).digest() == digest,
+                f"{self.path} is damaged; delete it to start this run again, or choose another RUN_ID")
         self.tensors = safetensors.torch.load(data)
         self.record = json.loads(self.tensors.pop("record").numpy().tobytes())
-        require(self.record["stage"] != "done", f"run {self.run.cfg.run_id} is complete: its log ends with the score; choose another RUN_ID, "
-                                                "or score its artifact again with EVAL_ONLY=1")
+        require(self.record["stage"] != "done", f"run {self.run.cfg.run_id} is complete: its log ends with the score; choose another "
+                                                "RUN_ID, or score its artifact again with EVAL_ONLY=1")
         require(self.record["settings"] == self.settings, f"{self.path} is of a run with settings or code that differ from this one's; "
                                                           "start it as it was started, or choose another RUN_ID")
 
@@ -4580,17 +4546,22 @@ def log_start(run: Run, environ: Mapping[str, str]) -> None:
         log(f"warning: {found} is no setting; did you mean {meant}? It has no effect")
 
 
-def prepare(run: Run, environ: Mapping[str, str]) -> ValData:
-    """Log the start and check the data; the validation set."""
-    resolve_attention(run.cfg.attn_backend, run.device)
+def prepare(run: Run, environ: Mapping[str, str]) -> tuple[list[np.ndarray], ValData]:
+    """Log the start and check the data; the training shards and the validation set."""
+    cfg, log = run.cfg, run.log
+    resolve_attention(cfg.attn_backend, run.device)
     log_start(run, environ)
-    val = check_dataset(run.cfg, with_train=not run.cfg.eval_only)
-    sizes = {path.name: path.stat().st_size for path in shard_paths(run.cfg.shards_dir, "train")} if not run.cfg.eval_only else {}
+    dataset = Dataset(cfg.shards_dir)
+    train, val = check_dataset(cfg, dataset)
+    sizes = {path.name: len(shard) for path, shard in zip(dataset.paths["train"], train)}
     run.ranks.check_same({**sizes, "validation set": hashlib.sha256(val.tokens.tobytes() + val.byte_counts.tobytes()).hexdigest()})
-    run.log(check_tokenizer(run.cfg))
-    if run.cfg.val_doc_fraction < 1:
-        run.log(f"warning: VAL_DOC_FRACTION={run.cfg.val_doc_fraction:g}: only {val.documents} documents are scored, no full score")
-    return val
+    log(check_tokenizer(cfg, dataset))
+    if cfg.val_doc_fraction < 1:
+        log(f"warning: VAL_DOC_FRACTION={cfg.val_doc_fraction:g}: only {val.documents} documents are scored, no full score")
+    trained = {} if cfg.eval_only else {"train_shards": len(train), "train_tokens": sum(map(len, train))}
+    log.record("data", **trained, val_tokens=len(val.tokens), val_bytes=val.num_bytes, val_docs=val.documents,
+               published=int(cfg.shards_dir.name == PUBLISHED_NAME))
+    return train, val
 
 
 class Exported(NamedTuple):
@@ -4601,16 +4572,13 @@ class Exported(NamedTuple):
     train_ms: float = 0.0
 
 
-def train_and_export(run: Run, val: ValData, checkpoint: Checkpoint, layout: SpanLayout) -> Exported:
+def train_and_export(run: Run, shards: list[np.ndarray], val: ValData, checkpoint: Checkpoint, layout: SpanLayout) -> Exported:
     """Everything from the first weights to the artifact; from a checkpoint, if there is one.
 
     Raises:
         Stopped: the run was asked to end, and a checkpoint has been written.
     """
     cfg, log = run.cfg, run.log
-    shards = read_shards(cfg.shards_dir, "train")
-    log.record("data", train_shards=len(shards), train_tokens=sum(map(len, shards)), val_tokens=len(val.tokens),
-               val_bytes=val.num_bytes, val_docs=val.documents, published=int(cfg.shards_dir.name == PUBLISHED_NAME))
     model = GPT(cfg, run.dtype)
     model.init_weights(cfg.seed)
     model.to(run.device)
@@ -4701,7 +4669,8 @@ def read_artifact(cfg: Config, ranks: Ranks) -> tuple[bytes, Config]:
     path = Path(cfg.artifact_path) if cfg.artifact_path else output_path(cfg, ".artifact")
     data, stored = b"", cfg
     if ranks.rank == 0:
-        require(path.is_file(), f"no artifact at {path}; set ARTIFACT_PATH to one, or ARTIFACT_DIR and RUN_ID to those of the run that made it")
+        require(path.is_file(),
+                f"no artifact at {path}; set ARTIFACT_PATH to one, or ARTIFACT_DIR and RUN_ID to those of the run that made it")
         size = path.stat().st_size
         require(size <= ARTIFACT_MAX_FILE_BYTES, f"{path}: {size} bytes are more than an artifact may have ({ARTIFACT_MAX_FILE_BYTES})")
         try:
@@ -4738,15 +4707,13 @@ def run_stages(run: Run, environ: Mapping[str, str]) -> int:
     if cfg.eval_only:
         data, stored = read_artifact(cfg, run.ranks)
         run.cfg, words = adopt_settings(cfg, stored, run.ranks.agree(list(environ)))
-        val = prepare(run, environ)
+        _, val = prepare(run, environ)
         for text in words:
             run.log(f"warning: {text}")
-        run.log.record("data", val_tokens=len(val.tokens), val_bytes=val.num_bytes, val_docs=val.documents,
-                       published=int(run.cfg.shards_dir.name == PUBLISHED_NAME))
         return score_and_finish(run, val, Exported(data))
     layout, checkpoint = SpanLayout.plan(cfg, run.ranks.world), Checkpoint(run)
-    val = prepare(run, environ)
-    status = score_and_finish(run, val, checkpoint.exported() or train_and_export(run, val, checkpoint, layout))
+    shards, val = prepare(run, environ)
+    status = score_and_finish(run, val, checkpoint.exported() or train_and_export(run, shards, val, checkpoint, layout))
     checkpoint.done()
     return status
 
