@@ -339,11 +339,10 @@ class Config:
              "TTT_CHUNK_DOUBLES_AT must ascend, each a multiple of the chunks that begin there (TTT_CHUNK_SIZE times 2, 4, ...)"),
         ]
         for holds, message in rules:
-            if not holds:
-                raise ValueError(f"{message} (here: {self.named_in(message)})")
-        if (weights := sum(math.prod(row.shape) for row in parameter_table(self))) > ARTIFACT_MAX_WEIGHTS:
-            message = f"{weights:,} weights are more than an artifact's {ARTIFACT_MAX_WEIGHTS:,}: lower NUM_LAYERS, MODEL_DIM or VOCAB_SIZE"
-            raise ValueError(f"{message} (here: {self.named_in(message)}, MLP_MULT={self.mlp_mult})")
+            require(holds, f"{message} (here: {self.named_in(message)})")
+        weights = sum(math.prod(row.shape) for row in parameter_table(self))
+        message = f"{weights:,} weights are more than an artifact's {ARTIFACT_MAX_WEIGHTS:,}: lower NUM_LAYERS, MODEL_DIM, MLP_MULT or VOCAB_SIZE"
+        require(weights <= ARTIFACT_MAX_WEIGHTS, f"{message} (here: {self.named_in(message)})")
 
     def named_in(self, message: str) -> str:
         """The values of the settings that a message mentions."""
@@ -370,24 +369,18 @@ class Config:
     @property
     def shards_dir(self) -> Path:
         """Folder of the shards: DATA_PATH, else the published layout under DATA_DIR."""
-        if self.data_path:
-            return Path(self.data_path)
-        if not self.caseops_enabled:
-            return Path(self.data_dir, "datasets", f"fineweb10B_sp{self.vocab_size}")
-        return self._caseops_root / "datasets" / f"fineweb10B_sp{self.vocab_size}_{self.caseops_version}_reserved"
+        return Path(self.data_path or self._published("datasets", f"fineweb10B_sp{self.vocab_size}"))
 
     @property
     def tokenizer_file(self) -> Path:
         """SentencePiece model: TOKENIZER_PATH, else the published layout under DATA_DIR."""
-        if self.tokenizer_path:
-            return Path(self.tokenizer_path)
-        if not self.caseops_enabled:
-            return Path(self.data_dir, "tokenizers", f"fineweb_{self.vocab_size}_bpe.model")
-        return self._caseops_root / "tokenizers" / f"fineweb_{self.vocab_size}_bpe_{self.caseops_version}_reserved.model"
+        return Path(self.tokenizer_path or self._published("tokenizers", f"fineweb_{self.vocab_size}_bpe", ".model"))
 
-    @property
-    def _caseops_root(self) -> Path:
-        return Path(self.data_dir, "datasets", f"fineweb10B_sp{self.vocab_size}_caseops", "datasets")
+    def _published(self, kind: str, name: str, ending: str = "") -> Path:
+        if not self.caseops_enabled:
+            return Path(self.data_dir, kind, name + ending)
+        root = Path(self.data_dir, "datasets", f"fineweb10B_sp{self.vocab_size}_caseops", "datasets")
+        return root / kind / f"{name}_{self.caseops_version}_reserved{ending}"
 
 
 SETTING_TYPES = typing.get_type_hints(Config)
@@ -930,7 +923,7 @@ def check_tokens(tokens: np.ndarray, vocab_size: int, what: str, sample: int = 2
     for offset in {0, max(0, len(tokens) - sample)}:
         part = np.asarray(tokens[offset: offset + sample])
         at = offset + int(np.argmax(part >= vocab_size))  # the first that is, if one is
-        require(int(tokens[at]) < vocab_size, f"{what}: entry {at} is token {int(tokens[at])}, but VOCAB_SIZE is {vocab_size}: the data was "
+        require(int(tokens[at]) < vocab_size, f"{what}: entry {at} is token {tokens[at]}, but VOCAB_SIZE is {vocab_size}: the data was "
                                               "made with another tokenizer, or the file is damaged")
     require((np.asarray(tokens[:sample]) == BOS_ID).any(), f"{what}: no BOS (id {BOS_ID}) in {min(len(tokens), sample)} entries: documents "
                                                            f"cannot be told apart; {BUILD_HINT}")
@@ -1932,24 +1925,21 @@ class Trainer:
         Raises:
             ValueError: the cap does not leave time for them.
         """
-        cfg, calibration = self.cfg, Calibration(self.cfg, self.run.device)
+        cfg, calibration, batch_ms = self.cfg, Calibration(self.cfg, self.run.device), 0.0
         if not cfg.max_wallclock_seconds:
             return
-        times = []
         for _ in range(2):  # the first has everything to load
-            synchronize(self.run.device)
-            began = time.perf_counter()
+            clock = Clock(self.run.device)
+            clock.start()
             calibration.add(self.model, self.loader.next())
-            synchronize(self.run.device)
-            times.append(time.perf_counter() - began)
-        batch_seconds = max(self.run.ranks.gather(min(times)))
-        need = 1.1 * cfg.gptq_calibration_batches * batch_seconds + 0.5
+            batch_ms = max(self.run.ranks.gather(clock.stop()))
+        need = 1.1e-3 * cfg.gptq_calibration_batches * batch_ms + 0.5
         self.reserve_seconds = max(cfg.gptq_reserve_seconds, need)
-        self.run.log.record("reserve", seconds=f"{self.reserve_seconds:.2f}", batch_ms=f"{1e3 * batch_seconds:.1f}",
+        self.run.log.record("reserve", seconds=f"{self.reserve_seconds:.2f}", batch_ms=f"{batch_ms:.1f}",
                             batches=cfg.gptq_calibration_batches)
-        if self.reserve_seconds >= cfg.max_wallclock_seconds:
-            raise ValueError(f"the Hessians alone would take {need:.0f} s here, MAX_WALLCLOCK_SECONDS is {cfg.max_wallclock_seconds:g}: "
-                             "give it more time, or set GPTQ_CALIBRATION_BATCHES or TRAIN_BATCH_TOKENS lower")
+        require(self.reserve_seconds < cfg.max_wallclock_seconds,
+                f"the Hessians alone would take {need:.0f} s here, MAX_WALLCLOCK_SECONDS is {cfg.max_wallclock_seconds:g}: give it more "
+                "time, or set GPTQ_CALIBRATION_BATCHES or TRAIN_BATCH_TOKENS lower")
 
     def load_averaged_weights(self) -> None:
         """From here on the model holds the moving average, which is what is exported."""
@@ -2007,23 +1997,23 @@ class Checkpoint:
         if self.run.ranks.rank == 0:
             write_atomically(output_path(self.run.cfg, ".artifact"), data)
 
-    def exported(self) -> Exported | None:
-        """The artifact, if it had been exported before this start. A collective."""
+    def exported(self) -> bytes:
+        """The artifact, if it had been exported before this start, else nothing. A collective."""
         if self.record["stage"] != "exported":
-            return None
-        steps, train_ms = self.record["steps"], self.record["train_ms"]
-        self.run.log(f"the artifact of this run is there, after {steps} steps: it is scored")
+            return b""
+        self.run.log(f"the artifact of this run is there, after {self.record['steps']} steps: it is scored")
         data = self.run.ranks.agree(self.tensors["artifact"].numpy().tobytes() if self.tensors else b"")
-        self.export(data, steps=steps, train_ms=train_ms)
-        return Exported(data, steps, train_ms)
+        self.export(data, steps=self.record["steps"], train_ms=self.record["train_ms"])
+        return data
 
     def done(self) -> None:
         self._write("done", {})
 
     def _write(self, stage: str, tensors: dict[str, Tensor], **numbers: Any) -> None:
+        self.record = {"stage": stage, "settings": self.settings, **numbers}
         if self.run.ranks.rank == 0:
-            record = json.dumps({"stage": stage, "settings": self.settings, **numbers}).encode()
-            data = safetensors.torch.save({name: t.cpu().contiguous() for name, t in {**tensors, "record": as_tensor(record)}.items()})
+            tensors = {**tensors, "record": as_tensor(json.dumps(self.record).encode())}
+            data = safetensors.torch.save({name: t.cpu().contiguous() for name, t in tensors.items()})
             write_atomically(self.path, hashlib.sha256(data).digest() + data)
 
     def _read(self) -> None:
@@ -2057,30 +2047,25 @@ def train(run: Run, trainer: Trainer, val: ValData, checkpoint: Checkpoint) -> N
     Raises:
         Stopped: the run was asked to end; the trainer is at the end of a step.
     """
-    cfg, log = run.cfg, run.log
-    budget_ms = 1e3 * (cfg.max_wallclock_seconds - trainer.reserve_seconds) if cfg.max_wallclock_seconds else 0.0
-    pace = Pace(run, trainer)
+    cfg, pace = run.cfg, Pace(trainer)
     trainer.clock.start()
-    frac = trainer.step / cfg.iterations if not budget_ms else run.ranks.agree(trainer.clock.total_ms) / budget_ms
     while True:
-        done = frac >= 1 or trainer.step >= cfg.iterations
+        done = pace.frac >= 1 or trainer.step >= cfg.iterations
         if cfg.val_loss_every and (trainer.step % cfg.val_loss_every == 0 or done):
             trainer.clock.stop()
             name = "final" if done else f"step{trainer.step}" if trainer.step else "initial"
-            depth = cfg.eval_loop_depth if done else max(trainer.depth, depth_at(cfg, frac))
-            evaluate(run, trainer.model, val, name, depth)
+            evaluate(run, trainer.model, val, name, cfg.eval_loop_depth if done else max(trainer.depth, depth_at(cfg, pace.frac)))
             trainer.clock.start()
         if done:
             break
-        depth = depth_at(cfg, frac)
+        depth = depth_at(cfg, pace.frac)
         if depth != trainer.depth:
             trainer.depth = depth
-            log.record("phase", step=trainer.step, frac=f"{frac:.3f}", depth=depth)
-        lr_scale = learning_rate_scale(cfg, frac)
-        loss = trainer.train_step(depth, lr_scale, muon_wd_scale(cfg, frac))
-        elapsed_ms, save, signalled = pace.after_step(trainer.clock.elapsed_ms(), checkpoint.due(trainer.step))
-        frac = elapsed_ms / budget_ms if budget_ms else trainer.step / cfg.iterations
-        pace.report(trainer, loss, min(frac, 1.0), lr_scale)
+            run.log.record("phase", step=trainer.step, frac=f"{pace.frac:.3f}", depth=depth)
+        lr_scale = learning_rate_scale(cfg, pace.frac)
+        loss = trainer.train_step(depth, lr_scale, muon_wd_scale(cfg, pace.frac))
+        save, signalled = pace.after_step(checkpoint.due(trainer.step))
+        pace.report(loss, lr_scale)
         if signalled:
             run.ranks.check_stop()
         if save:
@@ -2089,85 +2074,63 @@ def train(run: Run, trainer: Trainer, val: ValData, checkpoint: Checkpoint) -> N
 
 
 class Pace:
-    """Keeps the host at most two steps ahead of the device, agrees the time over the ranks, and writes the train lines."""
+    """What share of the run is done, the same on all ranks; keeps the host at most two steps ahead of the device; the train lines."""
 
-    def __init__(self, run: Run, trainer: Trainer) -> None:
-        self.run, self.events = run, []
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer, self.run, cfg, self.events = trainer, trainer.run, trainer.cfg, []
+        self.budget_ms = 1e3 * (cfg.max_wallclock_seconds - trainer.reserve_seconds) if cfg.max_wallclock_seconds else 0.0
         self.last_step, self.last_ms = trainer.step, trainer.clock.total_ms
+        self._set_frac(trainer.clock.total_ms)
 
-    def after_step(self, elapsed_ms: float, save: bool) -> tuple[float, bool, bool]:
-        """Rank 0's time and whether to save, and whether a signal has come to any rank: one exchange a step."""
+    def _set_frac(self, elapsed_ms: float) -> None:
+        self.frac = elapsed_ms / self.budget_ms if self.budget_ms else self.trainer.step / self.trainer.cfg.iterations
+
+    def after_step(self, save: bool) -> tuple[bool, bool]:
+        """Whether rank 0 wants to save, and whether a signal has come to any rank: one exchange a step, with rank 0's time."""
         if self.run.device.type == "cuda":
             event = torch.cuda.Event()
             event.record()
             self.events.append(event)
             if len(self.events) > 2:
                 self.events.pop(0).synchronize()
-        elapsed, saves, signals = zip(*self.run.ranks.gather((elapsed_ms, save, self.run.ranks.signalled)))
-        return elapsed[0], saves[0], any(signals)
+        elapsed, saves, signals = zip(*self.run.ranks.gather((self.trainer.clock.elapsed_ms(), save, self.run.ranks.signalled)))
+        self._set_frac(elapsed[0])
+        return saves[0], any(signals)
 
-    def report(self, trainer: Trainer, loss: Tensor, frac: float, lr_scale: float) -> None:
-        cfg, log, step = self.run.cfg, self.run.log, trainer.step
+    def report(self, loss: Tensor, lr_scale: float) -> None:
+        """Now and then the line of a step whose loss on this rank was `loss`; a collective. ValueError if the mean is not finite."""
+        cfg, trainer, log, step, frac = self.run.cfg, self.trainer, self.run.log, self.trainer.step, min(self.frac, 1.0)
         if not (step <= 5 or step % cfg.train_log_every == 0 or frac >= 1 or step == cfg.iterations):
             return
-        mean = self.run.ranks.sum(loss).item() / self.run.ranks.world
-        elapsed_ms = trainer.clock.elapsed_ms()
+        mean, elapsed_ms = self.run.ranks.sum(loss).item() / self.run.ranks.world, trainer.clock.elapsed_ms()
         step_ms = (elapsed_ms - self.last_ms) / max(step - self.last_step, 1)
         self.last_step, self.last_ms = step, elapsed_ms
         log.record("train", step=f"{step}/{cfg.iterations}", frac=f"{frac:.3f}", depth=trainer.depth, loss=f"{mean:.4f}",
                    lr_scale=f"{lr_scale:.4f}", step_ms=f"{step_ms:.1f}", tok_s=int(1e3 * cfg.train_batch_tokens / step_ms),
                    elapsed_ms=int(elapsed_ms), left_ms=int(elapsed_ms * (1 - frac) / max(frac, 1e-9)),
                    wait_ms=f"{trainer.loader.wait_ms:.0f}", late_graphs=trainer.late_graphs)
-        if not math.isfinite(mean):
-            raise ValueError(f"the loss is {mean} at step {step}; lower MATRIX_LR, TIED_EMBED_LR or SCALAR_LR")
-        if step == 3 and cfg.max_wallclock_seconds:
-            self._warn_if_slow(trainer, step_ms)
-
-    def _warn_if_slow(self, trainer: Trainer, step_ms: float) -> None:
-        """The record's batch on a machine that will not get far with it: say so while there is time to stop."""
-        cfg = self.run.cfg
-        steps = 1e3 * (cfg.max_wallclock_seconds - trainer.reserve_seconds) / step_ms
-        if cfg.train_batch_tokens >= Config.train_batch_tokens and steps < 1000:
-            self.run.log(
-                f"warning: at {step_ms / 1e3:.1f} s a step this machine takes about {steps:.0f} steps in "
-                f"{cfg.max_wallclock_seconds:g} s; the published record took 4,600 on 8xH100 and the score will be far from "
-                "it. To try the system here, stop this and run `bash run.sh`; to train long enough, set "
+        require(math.isfinite(mean), f"the loss is {mean} at step {step}; lower MATRIX_LR, TIED_EMBED_LR or SCALAR_LR")
+        is_record = self.budget_ms and cfg.train_batch_tokens >= Config.train_batch_tokens
+        if step == 3 and is_record and self.budget_ms < 1000 * step_ms:  # while there is time to stop
+            log(f"warning: at {step_ms / 1e3:.1f} s a step this machine takes about {self.budget_ms / step_ms:.0f} steps in "
+                f"{cfg.max_wallclock_seconds:g} s; the published record took 4,600 on 8xH100 and the score will be far from it. To try the "
+                "system here, stop this and run `bash run.sh`; to train long enough, set "
                 f"MAX_WALLCLOCK_SECONDS={4600 * step_ms / 1e3:.0f}")
 
 
-def activation_bytes_per_token(run: Run, model: GPT) -> float:
-    """Memory that a forward at the largest depth keeps for its backward, a token, measured on a few tokens."""
-    cfg, tokens = run.cfg, 64
-    array = np.full(tokens, BOS_ID + 1)
-    batch = make_batch(array, array, np.array([0]), tokens, run.device)
-    kept: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        if tensor.numel() >= tokens and tokens in tensor.shape:
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    depth = max([cfg.eval_loop_depth, *cfg.train_loop_phase_depths])
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        losses = model(batch, loop_schedule(cfg, depth))
-    del losses
-    return sum(kept.values()) / tokens
-
-
-def check_memory(run: Run, model: GPT, layout: SpanLayout) -> None:
+def check_memory(run: Run, layout: SpanLayout) -> None:
     """On a CPU, refuse a micro-batch that cannot fit; ValueError names what is needed, what is here and what to run."""
-    if run.device.type != "cpu":
-        return
-    have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    local_ranks = run.ranks.local_world
-    weights = 16 * sum(p.numel() for p in model.parameters())  # values, gradients, average, optimizer state
-    need = local_ranks * (activation_bytes_per_token(run, model) * layout.micro_tokens + weights)
-    if need > 0.9 * have:
-        fits = max(1, int((0.7 * have / local_ranks - weights) * layout.micro_tokens * local_ranks / need))
-        raise ValueError(
-            f"a forward of {layout.micro_tokens} tokens needs about {need / 1e9:.0f} GB on this CPU, which has "
-            f"{have / 1e9:.0f} GB. The record's settings are for 8xH100: run `bash run.sh` for the same system at a size for "
-            f"this machine, or, to train this one all the same, set MICRO_BATCH_TOKENS={2 ** int(math.log2(fits))} or less")
+    cfg, have, local_ranks = run.cfg, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), run.ranks.local_world
+    depth = max([cfg.eval_loop_depth, *cfg.train_loop_phase_depths])
+    visits = cfg.num_layers + (depth - 1) * (cfg.loop_end - cfg.loop_start + 1)
+    token = 4 * (visits * (15 + 3 * cfg.mlp_mult) * cfg.model_dim + cfg.vocab_size)  # kept for its backward: within 4 % of what torch does
+    weights = 16 * sum(math.prod(row.shape) for row in parameter_table(cfg))  # values, gradients, average, optimizer state
+    need = local_ranks * (token * layout.micro_tokens + weights)
+    fits = max(1, int((0.7 * have / local_ranks - weights) / token))
+    require(run.device.type != "cpu" or need <= 0.9 * have,
+            f"a forward of {layout.micro_tokens} tokens needs about {need / 1e9:.0f} GB on this CPU, which has {have / 1e9:.0f} GB. "
+            "The record's settings are for 8xH100: run `bash run.sh` for the same system at a size for this machine, or, to train "
+            f"this one all the same, set MICRO_BATCH_TOKENS={2 ** int(math.log2(fits))} or less")
 
 
 # ======================================================================================================================
@@ -4564,27 +4527,19 @@ def prepare(run: Run, environ: Mapping[str, str]) -> tuple[list[np.ndarray], Val
     return train, val
 
 
-class Exported(NamedTuple):
-    """An artifact and how it came about."""
-
-    data: bytes
-    steps: int = 0
-    train_ms: float = 0.0
-
-
-def train_and_export(run: Run, shards: list[np.ndarray], val: ValData, checkpoint: Checkpoint, layout: SpanLayout) -> Exported:
-    """Everything from the first weights to the artifact; from a checkpoint, if there is one.
+def train_and_export(run: Run, shards: list[np.ndarray], val: ValData, checkpoint: Checkpoint, layout: SpanLayout) -> bytes:
+    """Everything from the first weights to the artifact, whose bytes all ranks get; from a checkpoint, if there is one.
 
     Raises:
         Stopped: the run was asked to end, and a checkpoint has been written.
     """
     cfg, log = run.cfg, run.log
+    check_memory(run, layout)
     model = GPT(cfg, run.dtype)
     model.init_weights(cfg.seed)
     model.to(run.device)
     log(f"model of {sum(p.numel() for p in model.parameters()):,} parameters; a step is {layout.spans} spans of "
         f"{layout.span_tokens} tokens, {layout.per_rank // layout.per_micro} forwards of {layout.micro_tokens} tokens a rank")
-    check_memory(run, model, layout)
     trainer = Trainer(run, model, TrainLoader(TokenStream(shards), layout, cfg, run.ranks))
     trainer.warm_up()
     checkpoint.resume(trainer)
@@ -4607,18 +4562,18 @@ def train_and_export(run: Run, shards: list[np.ndarray], val: ValData, checkpoin
         run.ranks.keeps_signals = False
 
 
-def export(run: Run, model: GPT, hessians: dict[str, Tensor], checkpoint: Checkpoint, steps: int, train_ms: float) -> Exported:
+def export(run: Run, model: GPT, hessians: dict[str, Tensor], checkpoint: Checkpoint, steps: int, train_ms: float) -> bytes:
     """Quantize, pack and write the artifact; its bytes, on every rank."""
     cfg, began, code_bytes = run.cfg, time.perf_counter(), len(counted_code())
     tensors, data = quantize_and_pack(run, model, hessians, code_bytes)
-    if run.ranks.rank == 0:
-        for row in size_table(data, tensors, cfg):
-            run.log.record("size", **row)
-        checkpoint.export(data, steps=steps, train_ms=train_ms)
-        run.log.record("artifact", model_bytes=len(data), code_bytes=code_bytes, total_bytes=len(data) + code_bytes,
-                       cap_bytes=ARTIFACT_CAP_BYTES, sha256=hashlib.sha256(data).hexdigest(),
-                       quantize_and_pack_ms=int(since_ms(began)), path=output_path(cfg, ".artifact"))
-    return Exported(run.ranks.agree(data), steps, train_ms)
+    for row in size_table(data, tensors, cfg) if data else []:  # on rank 0
+        run.log.record("size", **row)
+    data = run.ranks.agree(data)
+    checkpoint.export(data, steps=steps, train_ms=train_ms)
+    run.log.record("artifact", model_bytes=len(data), code_bytes=code_bytes, total_bytes=len(data) + code_bytes,
+                   cap_bytes=ARTIFACT_CAP_BYTES, sha256=hashlib.sha256(data).hexdigest(), quantize_and_pack_ms=int(since_ms(began)),
+                   path=output_path(cfg, ".artifact"))
+    return data
 
 
 def write_losses(run: Run, scores: dict[str, Score]) -> None:
@@ -4634,31 +4589,31 @@ def write_losses(run: Run, scores: dict[str, Score]) -> None:
         write_atomically(path, buffer.getvalue())
 
 
-def score_and_finish(run: Run, val: ValData, artifact: Exported) -> int:
+def score_and_finish(run: Run, val: ValData, artifact: bytes, trained: dict[str, Any]) -> int:
     """Score the artifact's model, then with test-time training if enabled; the final lines and the exit status.
 
-    The budget counts reading the artifact and the score that is final, from after its warm-up.
+    `trained` holds steps and train_ms where this run made it. The budget counts reading the artifact and the score that is
+    final, from after its warm-up.
     """
     cfg, clock, log = run.cfg, Clock(run.device), run.log
     clock.start()
-    model = model_from_tensors(run, unpack_artifact(artifact.data)[1])
+    model = model_from_tensors(run, unpack_artifact(artifact)[1])
     clock.stop()
     plain = score = evaluate(run, model, val, "quantized", cfg.eval_loop_depth)
     if cfg.ttt_enabled:
         score = score_with_ttt(run, model, val)
     if cfg.losses_path:
         write_losses(run, {"quantized": plain} | ({"quantized_ttt": score} if cfg.ttt_enabled else {}))
-    eval_ms, total_bytes = clock.total_ms + score.time_ms, len(artifact.data) + len(counted_code())
+    eval_ms, total_bytes = clock.total_ms + score.time_ms, len(artifact) + len(counted_code())
     problems = [f"{what} took {time_ms / 1e3:.1f} s, over the budget of {budget:g} s"
-                for what, time_ms, budget in (("training", artifact.train_ms, cfg.max_wallclock_seconds),
+                for what, time_ms, budget in (("training", trained.get("train_ms", 0.0), cfg.max_wallclock_seconds),
                                               ("evaluation", eval_ms, cfg.eval_budget_seconds))
                 if budget and time_ms > 1e3 * budget]
     if total_bytes > ARTIFACT_CAP_BYTES:
         over = total_bytes - ARTIFACT_CAP_BYTES
         problems.append(f"artifact and code are {total_bytes} bytes, {over} over the cap of {ARTIFACT_CAP_BYTES}")
-    trained = {} if cfg.eval_only else {"steps": artifact.steps, "train_ms": int(artifact.train_ms)}
     log.record("final", seed=cfg.seed, val_loss=f"{score.val_loss:.8f}", val_bpb=f"{score.val_bpb:.8f}", pre_ttt_bpb=f"{plain.val_bpb:.8f}",
-               **trained, eval_ms=int(eval_ms), total_bytes=total_bytes)
+               **{name: int(number) for name, number in trained.items()}, eval_ms=int(eval_ms), total_bytes=total_bytes)
     for problem in problems:
         log(f"error: {problem}")
     return EXIT_OVER_LIMIT if problems else 0
@@ -4710,10 +4665,11 @@ def run_stages(run: Run, environ: Mapping[str, str]) -> int:
         _, val = prepare(run, environ)
         for text in words:
             run.log(f"warning: {text}")
-        return score_and_finish(run, val, Exported(data))
+        return score_and_finish(run, val, data, {})
     layout, checkpoint = SpanLayout.plan(cfg, run.ranks.world), Checkpoint(run)
     shards, val = prepare(run, environ)
-    status = score_and_finish(run, val, checkpoint.exported() or train_and_export(run, shards, val, checkpoint, layout))
+    data = checkpoint.exported() or train_and_export(run, shards, val, checkpoint, layout)
+    status = score_and_finish(run, val, data, {name: checkpoint.record[name] for name in ("steps", "train_ms")})
     checkpoint.done()
     return status
 
