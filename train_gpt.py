@@ -338,16 +338,15 @@ class Config:
             (all(a < b for a, b in zip(doubles, doubles[1:])) and all(at % size == 0 for at, size in zip(doubles, self.chunk_sizes[1:])),
              "TTT_CHUNK_DOUBLES_AT must ascend, each a multiple of the chunks that begin there (TTT_CHUNK_SIZE times 2, 4, ...)"),
         ]
-        for holds, message in rules:
-            require(holds, f"{message} (here: {self.named_in(message)})")
-        weights = sum(math.prod(row.shape) for row in parameter_table(self))
-        message = f"{weights:,} weights are more than an artifact's {ARTIFACT_MAX_WEIGHTS:,}: lower NUM_LAYERS, MODEL_DIM, MLP_MULT or VOCAB_SIZE"
-        require(weights <= ARTIFACT_MAX_WEIGHTS, f"{message} (here: {self.named_in(message)})")
-
-    def named_in(self, message: str) -> str:
-        """The values of the settings that a message mentions."""
-        names = [f.name for f in fields(self) if re.search(rf"\b{f.name.upper()}\b", message)]
-        return ", ".join(f"{name.upper()}={format_setting(getattr(self, name))}" for name in names)
+        broken = [message for holds, message in rules if not holds]
+        weights = 0 if broken else sum(math.prod(row.shape) for row in parameter_table(self))
+        if weights > ARTIFACT_MAX_WEIGHTS:
+            broken = [f"{weights:,} weights are more than an artifact's {ARTIFACT_MAX_WEIGHTS:,}: lower NUM_LAYERS, MODEL_DIM, MLP_MULT or "
+                      "VOCAB_SIZE"]
+        if broken:
+            mentioned = [f.name for f in fields(self) if f.name.upper() in re.findall(r"\w+", broken[0])]
+            here = ", ".join(f"{name.upper()}={format_setting(getattr(self, name))}" for name in mentioned)
+            raise ValueError(f"{broken[0]} (here: {here})")
 
     @property
     def head_dim(self) -> int:
@@ -456,6 +455,7 @@ def settings_help() -> str:
 # ======================================================================================================================
 
 EXIT_USER_ERROR, EXIT_OVER_LIMIT = 2, 3
+PROGRESS_MS = 15e3  # between two lines of a long phase
 LOOK_SECONDS = 0.5  # between two looks at the other ranks
 SIGNAL_GRACE_SECONDS = 25.0  # torchrun kills 30 s after it asked; a rank that waits for a dead one says so before that
 
@@ -732,21 +732,16 @@ def to_device(array: np.ndarray, device: torch.device) -> Tensor:
 
 
 class Progress:
-    """Now and then a line that says where a long phase stands and how long it will still take."""
+    """Now and then a line that says where a long phase stands and how long it will still take, at the pace so far."""
 
-    def __init__(self, log: Log, every_seconds: float = 15.0) -> None:
-        self.log, self.every, self.began = log, every_seconds, time.perf_counter()
-        self.last = self.began
-
-    def left_ms(self, done: float, total: float) -> int:
-        """Estimated milliseconds until `total`, at the pace so far."""
-        return int(since_ms(self.began) * (total - done) / max(done, 1e-9))
+    def __init__(self, log: Log) -> None:
+        self.log, self.began, self.last = log, time.perf_counter(), time.perf_counter()
 
     def __call__(self, phase: str, done: float, total: float) -> None:
-        now = time.perf_counter()
-        if now - self.last >= self.every and done < total:
-            self.last = now
-            self.log.record("progress", phase=phase, done=f"{done:g}/{total:g}", left_ms=self.left_ms(done, total))
+        if since_ms(self.last) >= PROGRESS_MS and done < total:
+            self.last = time.perf_counter()
+            self.log.record("progress", phase=phase, done=f"{done:g}/{total:g}",
+                            left_ms=int(since_ms(self.began) * (total - done) / max(done, 1e-9)))
 
 
 @dataclass
@@ -823,11 +818,7 @@ class Batch(NamedTuple):
 
 
 def read_shard(path: Path, entries: int | None = None) -> np.ndarray:
-    """The entries of a shard, `entries` of them where that is known, as a read-only memory map (uint16).
-
-    Raises:
-        ValueError: naming the file and what is wrong with it.
-    """
+    """The entries of a shard, `entries` of them where that is known, as a read-only memory map (uint16); ValueError says what is wrong."""
     header_bytes = 4 * SHARD_HEADER_INTS
     try:
         size, header = path.stat().st_size, np.fromfile(path, dtype="<i4", count=SHARD_HEADER_INTS)
@@ -944,11 +935,7 @@ def read_sidecar(dataset: Dataset, val: list[np.ndarray]) -> np.ndarray:
 
 
 def load_val(cfg: Config, dataset: Dataset | None = None) -> ValData:
-    """The validation set, checked: sidecar present and of the same length, BOS, ids, the published constants.
-
-    Raises:
-        ValueError: naming the file and what is wrong with it.
-    """
+    """The validation set, checked: sidecar present and of the same length, BOS, ids, the published constants; ValueError if not so."""
     folder, dataset = cfg.shards_dir, dataset or Dataset(cfg.shards_dir)
     found, wanted = dataset.transform, ""
     if cfg.caseops_enabled:
@@ -1013,8 +1000,7 @@ def check_tokenizer(cfg: Config, dataset: Dataset) -> str:
 def check_dataset(cfg: Config, dataset: Dataset) -> tuple[list[np.ndarray], ValData]:
     """Every check that takes seconds, before any long work; the training shards (none with EVAL_ONLY) and the validation set.
 
-    Raises:
-        ValueError: names the file, what is wrong and what to do.
+    ValueError names the file, what is wrong and what to do.
     """
     train = [] if cfg.eval_only else dataset.read("train")
     val = load_val(cfg, dataset)
@@ -1920,11 +1906,7 @@ class Trainer:
         self.loader.wait_ms, self.late_graphs = 0.0, 0
 
     def _reserve_time_for_hessians(self) -> None:
-        """Keep what the Hessians will take, by the time of one batch, and a margin: they count as training.
-
-        Raises:
-            ValueError: the cap does not leave time for them.
-        """
+        """Keep what the Hessians will take, by the time of one batch, and a margin: they count as training; ValueError if that is all."""
         cfg, calibration, batch_ms = self.cfg, Calibration(self.cfg, self.run.device), 0.0
         if not cfg.max_wallclock_seconds:
             return
@@ -2044,8 +2026,7 @@ def identity(cfg: Config, but: set[str]) -> dict[str, str]:
 def train(run: Run, trainer: Trainer, val: ValData, checkpoint: Checkpoint) -> None:
     """Train until the time cap (less the Hessians' reserve) or ITERATIONS; evaluation and checkpoints stop the clock.
 
-    Raises:
-        Stopped: the run was asked to end; the trainer is at the end of a step.
+    Stopped, if the run was asked to end, comes at the end of a step.
     """
     cfg, pace = run.cfg, Pace(trainer)
     trainer.clock.start()
@@ -4483,9 +4464,8 @@ def open_log(cfg: Config, ranks: Ranks) -> Log:
     except OSError as error:
         raise ValueError(f"cannot write to {error.filename or path.parent}: {error.strerror}; set ARTIFACT_DIR or LOSSES_PATH to a place "
                          "you may write to") from error
-    if free < 4 * ARTIFACT_CAP_BYTES:
-        raise ValueError(f"only {free / 1e6:.0f} MB free in {path.parent}: the log and the artifact need "
-                         f"{4 * ARTIFACT_CAP_BYTES / 1e6:.0f}; free some space there or set ARTIFACT_DIR")
+    require(free >= 4 * ARTIFACT_CAP_BYTES, f"only {free / 1e6:.0f} MB free in {path.parent}: the log and the artifact need "
+                                            f"{4 * ARTIFACT_CAP_BYTES / 1e6:.0f}; free some space there or set ARTIFACT_DIR")
     return log
 
 
@@ -4530,8 +4510,7 @@ def prepare(run: Run, environ: Mapping[str, str]) -> tuple[list[np.ndarray], Val
 def train_and_export(run: Run, shards: list[np.ndarray], val: ValData, checkpoint: Checkpoint, layout: SpanLayout) -> bytes:
     """Everything from the first weights to the artifact, whose bytes all ranks get; from a checkpoint, if there is one.
 
-    Raises:
-        Stopped: the run was asked to end, and a checkpoint has been written.
+    Before Stopped leaves it, a checkpoint has been written.
     """
     cfg, log = run.cfg, run.log
     check_memory(run, layout)
@@ -4677,9 +4656,9 @@ def run_stages(run: Run, environ: Mapping[str, str]) -> int:
 def describe(error: BaseException) -> tuple[str, int]:
     """What to tell the user, and the exit status."""
     if isinstance(error, (Stopped, KeyboardInterrupt)):
-        name = getattr(error, "number", signal.SIGINT)
-        return (f"stopped by {signal.Signals(name).name}; the same command, with the RUN_ID of this log, goes on from what is there",
-                128 + name)
+        number = getattr(error, "number", signal.SIGINT)
+        return (f"stopped by {signal.Signals(number).name}; the same command, with the RUN_ID of this log, goes on from what is there",
+                128 + number)
     if isinstance(error, torch.OutOfMemoryError):
         hint = "set MICRO_BATCH_TOKENS, VAL_BATCH_TOKENS or TTT_BATCH_SIZE lower"
         return f"out of GPU memory: {str(error).splitlines()[0]}; {hint}", EXIT_USER_ERROR
@@ -4722,11 +4701,7 @@ def fail(error: BaseException, ranks: Ranks, log: Log) -> int:
 
 
 def main(environ: Mapping[str, str] = os.environ, arguments: tuple[str, ...] = ()) -> int:
-    """Run as the environment says.
-
-    Returns:
-        The exit status: 0, 2 for something the user can mend, 3 over a cap or budget, 128 + a signal's number.
-    """
+    """Run as the environment says; the exit status: 0, 2 for what the user can mend, 3 over a cap or budget, 128 + a signal's number."""
     if arguments:
         if arguments[0] == "--pack":
             sys.stdout.buffer.write(counted_code())
