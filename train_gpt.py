@@ -122,6 +122,10 @@ def one_of(*words: str) -> Check:
     return Check("one of " + ", ".join(words), lambda value: value in words)
 
 
+def matching(text: str, pattern: str) -> Check:
+    return Check(text, lambda value: re.fullmatch(pattern, value) is not None)
+
+
 def each(check: Check, most: int = 16) -> Check:
     return Check(f"up to {most} numbers with commas between, each {check.text}",
                  lambda value: len(value) <= most and all(map(check.accepts, value)))
@@ -129,13 +133,16 @@ def each(check: Check, most: int = 16) -> Check:
 
 TEXT = Check("text without line breaks, up to 1000 characters",
              lambda v: len(v) <= 1000 and v.encode(errors="replace").decode().isprintable())
+WORD = matching("a name of letters, digits and '_'", "[A-Za-z0-9_]{1,100}")
+FILE_NAME = matching("up to 100 of the letters a-z A-Z, digits, '.', '_' and '-'", "[A-Za-z0-9_.-]{0,100}")
+INTERVAL = matching("a whole number of steps, or of seconds with an s behind it", "([1-9][0-9]{0,8}s?)?")
 FLAG = Check("0 or 1", lambda value: True)
 SECONDS, RATE = between(0, 1e7), between(0, 10)
 
 
-def setting(default: Any, doc: str, check: Check, model: bool = False, score: bool = False) -> Any:
-    """A field of Config: default, one line of documentation, what is allowed, and whether an artifact carries it."""
-    return field(default=default, metadata={"doc": doc, "check": check, "model": model, "score": score})
+def setting(default: Any, check: Check, model: bool = False, score: bool = False) -> Any:
+    """A field of Config: default, what is allowed, and whether an artifact carries it; the comment behind it says what it does."""
+    return field(default=default, metadata={"check": check, "model": model, "score": score})
 
 
 model_setting, score_setting = partial(setting, model=True), partial(setting, score=True)
@@ -146,159 +153,147 @@ class Config:
     """All settings of a run. `Config()` is the published record."""
 
     # where things are
-    data_dir: str = setting("./data", "folder that holds datasets/ and tokenizers/", TEXT)
-    data_path: str = setting("", "folder of the shards; empty: the published data set under DATA_DIR", TEXT)
-    tokenizer_path: str = setting("", "SentencePiece model; empty: the published one under DATA_DIR", TEXT)
-    caseops_enabled: bool = score_setting(True, "bytes come from the sidecar; 0: from the tokenizer's pieces", FLAG)
-    caseops_version: str = model_setting("lossless_caps_caseops_v1", "transform of the text, as the data's manifest.json names it", Check(
-        "a name of letters, digits and '_'", lambda v: re.fullmatch(r"[A-Za-z0-9_]{1,100}", v) is not None))
-    artifact_dir: str = setting("./runs", "folder for the log and the artifact of a run", TEXT)
-    run_id: str = setting("", "name of the run's files; empty: time, seed and a random part", Check(
-        "up to 100 of the letters a-z A-Z, digits, '.', '_' and '-'", lambda v: re.fullmatch(r"[A-Za-z0-9_.-]{0,100}", v) is not None))
-    artifact_path: str = setting("", "with EVAL_ONLY: the artifact to score; empty: that of RUN_ID", TEXT)
-    losses_path: str = setting("", ".npz file for the nats of every target, an array a score; empty: none", TEXT)
-    eval_only: bool = setting(False, "score an existing artifact, no training data needed", FLAG)
+    data_dir: str = setting("./data", TEXT)  # folder that holds datasets/ and tokenizers/
+    data_path: str = setting("", TEXT)  # folder of the shards; empty: the published data set under DATA_DIR
+    tokenizer_path: str = setting("", TEXT)  # SentencePiece model; empty: the published one under DATA_DIR
+    caseops_enabled: bool = score_setting(True, FLAG)  # bytes come from the sidecar; 0: from the tokenizer's pieces
+    caseops_version: str = model_setting("lossless_caps_caseops_v1", WORD)  # transform of the text, as the data's manifest.json names it
+    artifact_dir: str = setting("./runs", TEXT)  # folder for the log and the artifact of a run
+    run_id: str = setting("", FILE_NAME)  # name of the run's files; empty: time, seed and a random part
+    artifact_path: str = setting("", TEXT)  # with EVAL_ONLY: the artifact to score; empty: that of RUN_ID
+    losses_path: str = setting("", TEXT)  # .npz file for the nats of every target, an array a score; empty: none
+    eval_only: bool = setting(False, FLAG)  # score an existing artifact, no training data needed
     # the run
-    seed: int = score_setting(1337, "seed of initialisation and adapters", between(0, 2**31 - 1))
-    iterations: int = setting(20000, "steps at most; with no time cap, exactly", between(1, 10**9))
-    max_wallclock_seconds: float = setting(600.0, "training time, Hessians included; 0: no cap", SECONDS)
-    eval_budget_seconds: float = setting(600.0, "time that the final scoring may take; 0: no cap", SECONDS)
-    rank_timeout_seconds: float = setting(1800.0, "longest that a rank waits for the others before the run ends", between(1, 1e7))
-    warmup_steps: int = setting(20, "steps at each depth before the clock, all undone", between(0, 10**6))
-    warmdown_frac: float = setting(0.75, "last share of the run, in which the learning rate falls", between(0, 1))
-    min_lr: float = setting(0.0, "floor of the learning rate, as a share", between(0, 1))
-    train_batch_tokens: int = setting(786432, "tokens of one step, over all ranks", between(16, 2**26))
-    micro_batch_tokens: int = setting(98304, "tokens of one forward on one rank, at most", between(1, 2**26))
-    train_seq_len: int = setting(2048, "tokens that attention sees at most in training", between(2, 2**20))
-    eval_seq_len: int = score_setting(2048, "the same in evaluation", between(2, 2**20))
-    val_batch_tokens: int = setting(524288, "tokens of eight evaluation batches", between(16, 2**26))
-    val_loss_every: int = setting(4000, "steps between evaluations; 0: only at the end", between(0, 10**9))
-    checkpoint_every: str = setting("", "write the complete state every N steps (`200`) or seconds (`60s`); empty: never", Check(
-        "a whole number of steps, or of seconds with an s behind it", lambda v: re.fullmatch(r"([1-9][0-9]{0,8}s?)?", v) is not None))
-    train_log_every: int = setting(500, "steps between log lines", between(1, 10**9))
-    compile: str = setting("auto", "torch.compile: auto is on for CUDA, off for a CPU", one_of("auto", "0", "1"))
-    attn_backend: str = setting("auto", "attention kernel", one_of("auto", "fa3", "fa4", "varlen", "sdpa"))
+    seed: int = score_setting(1337, between(0, 2**31 - 1))  # seed of initialisation and adapters
+    iterations: int = setting(20000, between(1, 10**9))  # steps at most; with no time cap, exactly
+    max_wallclock_seconds: float = setting(600.0, SECONDS)  # training time, Hessians included; 0: no cap
+    eval_budget_seconds: float = setting(600.0, SECONDS)  # time that the final scoring may take; 0: no cap
+    rank_timeout_seconds: float = setting(1800.0, between(1, 1e7))  # longest that a rank waits for the others before the run ends
+    warmup_steps: int = setting(20, between(0, 10**6))  # steps at each depth before the clock, all undone
+    warmdown_frac: float = setting(0.75, between(0, 1))  # last share of the run, in which the learning rate falls
+    min_lr: float = setting(0.0, between(0, 1))  # floor of the learning rate, as a share
+    train_batch_tokens: int = setting(786432, between(16, 2**26))  # tokens of one step, over all ranks
+    micro_batch_tokens: int = setting(98304, between(1, 2**26))  # tokens of one forward on one rank, at most
+    train_seq_len: int = setting(2048, between(2, 2**20))  # tokens that attention sees at most in training
+    eval_seq_len: int = score_setting(2048, between(2, 2**20))  # the same in evaluation
+    val_batch_tokens: int = setting(524288, between(16, 2**26))  # tokens of eight evaluation batches
+    val_loss_every: int = setting(4000, between(0, 10**9))  # steps between evaluations; 0: only at the end
+    checkpoint_every: str = setting("", INTERVAL)  # write the complete state every N steps (`200`) or seconds (`60s`); empty: never
+    train_log_every: int = setting(500, between(1, 10**9))  # steps between log lines
+    compile: str = setting("auto", one_of("auto", "0", "1"))  # torch.compile: auto is on for CUDA, off for a CPU
+    attn_backend: str = setting("auto", one_of("auto", "fa3", "fa4", "varlen", "sdpa"))  # attention kernel
     # the model
-    vocab_size: int = model_setting(8192, "tokens in the alphabet", between(8, 65536))
-    num_layers: int = model_setting(11, "physical layers", between(1, 256))
-    model_dim: int = model_setting(512, "width", between(2, 4096))
-    num_heads: int = model_setting(8, "query heads", between(1, 256))
-    num_kv_heads: int = model_setting(4, "key and value heads", between(1, 256))
-    mlp_mult: int = model_setting(4, "hidden width of the MLP over MODEL_DIM", between(1, 64))
-    xsa_last_n: int = model_setting(11, "layers, from the last, with exclusive self-attention", between(0, 256))
-    rope_base: float = model_setting(10000.0, "base of the rotary frequencies", above(1, 1e9))
-    rope_dims: int = model_setting(16, "dimensions of a head that rotate", between(0, 4096))
-    qk_gain_init: float = setting(5.0, "initial gain of the queries", above(0, 1000))
-    logit_softcap: float = model_setting(30.0, "logits are cap * tanh(logits / cap)", between(0.001, 1e4))
-    ln_scale: bool = model_setting(True, "layer i reads its normalised input over sqrt(i + 1)", FLAG)
-    skip_gates_enabled: bool = model_setting(True, "skips are mixed in through a gate; 0: added", FLAG)
-    tied_embed_init_std: float = setting(0.005, "standard deviation of the initial embedding", above(0, 100))
-    num_loops: int = model_setting(2, "extra passes of the loop without phase depths; sizes the skips", between(0, 63))
-    loop_start: int = model_setting(3, "first looped layer", between(0, 255))
-    loop_end: int = model_setting(5, "last looped layer", between(0, 255))
-    enable_looping_at: float = setting(0.35, "share of the run without loops when no phase depths are set", between(0, 1))
-    train_loop_phase_depths: tuple[int, ...] = setting((1, 3, 4), "depth curriculum; 'none': ENABLE_LOOPING_AT", each(between(1, 64)))
-    train_loop_phase_fractions: tuple[float, ...] = setting((), "shares of the phases; empty: equal", each(above(0, 1e6)))
-    train_loop_prewarm_depths: tuple[int, ...] = setting((3, 4), "depths compiled before the clock", each(between(1, 64)))
-    eval_loop_depth: int = score_setting(4, "depth of evaluation, calibration and TTT", between(1, 64))
-    parallel_start_layer: int = model_setting(8, "first layer with two residual lanes", between(0, 256))
-    parallel_final_lane: str = model_setting("mean", "lane that is read at the end", one_of("mean", "attn", "mlp"))
-    gated_attn_enabled: bool = model_setting(True, "one sigmoid gate a head", FLAG)
-    gated_attn_init_std: float = setting(0.005, "standard deviation of the initial gate weights", between(0, 100))
-    gated_attn_quant_gate: bool = model_setting(True, "gate weights in int8; 0: float16", FLAG)
-    sparse_attn_gate_enabled: bool = model_setting(False, "the gate of a head reads GATE_WINDOW dimensions, in place of all", FLAG)
-    sparse_attn_gate_scale: float = model_setting(1.0, "factor inside the sigmoid of that gate", above(0, 100))
-    mlp_gate_enabled: bool = model_setting(False, "one sigmoid gate on the MLP's output", FLAG)
-    smear_gate_enabled: bool = model_setting(False, "each embedding takes a share of the one before it in its segment", FLAG)
-    gate_window: int = model_setting(12, "dimensions that a narrow gate reads", between(1, 4096))
+    vocab_size: int = model_setting(8192, between(8, 65536))  # tokens in the alphabet
+    num_layers: int = model_setting(11, between(1, 256))  # physical layers
+    model_dim: int = model_setting(512, between(2, 4096))  # width
+    num_heads: int = model_setting(8, between(1, 256))  # query heads
+    num_kv_heads: int = model_setting(4, between(1, 256))  # key and value heads
+    mlp_mult: int = model_setting(4, between(1, 64))  # hidden width of the MLP over MODEL_DIM
+    xsa_last_n: int = model_setting(11, between(0, 256))  # layers, from the last, with exclusive self-attention
+    rope_base: float = model_setting(10000.0, above(1, 1e9))  # base of the rotary frequencies
+    rope_dims: int = model_setting(16, between(0, 4096))  # dimensions of a head that rotate
+    qk_gain_init: float = setting(5.0, above(0, 1000))  # initial gain of the queries
+    logit_softcap: float = model_setting(30.0, between(0.001, 1e4))  # logits are cap * tanh(logits / cap)
+    ln_scale: bool = model_setting(True, FLAG)  # layer i reads its normalised input over sqrt(i + 1)
+    skip_gates_enabled: bool = model_setting(True, FLAG)  # skips are mixed in through a gate; 0: added
+    tied_embed_init_std: float = setting(0.005, above(0, 100))  # standard deviation of the initial embedding
+    num_loops: int = model_setting(2, between(0, 63))  # extra passes of the loop without phase depths; sizes the skips
+    loop_start: int = model_setting(3, between(0, 255))  # first looped layer
+    loop_end: int = model_setting(5, between(0, 255))  # last looped layer
+    enable_looping_at: float = setting(0.35, between(0, 1))  # share of the run without loops when no phase depths are set
+    train_loop_phase_depths: tuple[int, ...] = setting((1, 3, 4), each(between(1, 64)))  # depth curriculum; 'none': ENABLE_LOOPING_AT
+    train_loop_phase_fractions: tuple[float, ...] = setting((), each(above(0, 1e6)))  # shares of the phases; empty: equal
+    train_loop_prewarm_depths: tuple[int, ...] = setting((3, 4), each(between(1, 64)))  # depths compiled before the clock
+    eval_loop_depth: int = score_setting(4, between(1, 64))  # depth of evaluation, calibration and TTT
+    parallel_start_layer: int = model_setting(8, between(0, 256))  # first layer with two residual lanes
+    parallel_final_lane: str = model_setting("mean", one_of("mean", "attn", "mlp"))  # lane that is read at the end
+    gated_attn_enabled: bool = model_setting(True, FLAG)  # one sigmoid gate a head
+    gated_attn_init_std: float = setting(0.005, between(0, 100))  # standard deviation of the initial gate weights
+    gated_attn_quant_gate: bool = model_setting(True, FLAG)  # gate weights in int8; 0: float16
+    sparse_attn_gate_enabled: bool = model_setting(False, FLAG)  # the gate of a head reads GATE_WINDOW dimensions, in place of all
+    sparse_attn_gate_scale: float = model_setting(1.0, above(0, 100))  # factor inside the sigmoid of that gate
+    mlp_gate_enabled: bool = model_setting(False, FLAG)  # one sigmoid gate on the MLP's output
+    smear_gate_enabled: bool = model_setting(False, FLAG)  # each embedding takes a share of the one before it in its segment
+    gate_window: int = model_setting(12, between(1, 4096))  # dimensions that a narrow gate reads
     # the optimizers
-    matrix_lr: float = setting(0.026, "learning rate of Muon, the four banks", RATE)
-    tied_embed_lr: float = setting(0.03, "learning rate of AdamW on the embedding", RATE)
-    scalar_lr: float = setting(0.02, "learning rate of AdamW on the small parameters", RATE)
-    muon_momentum: float = setting(0.97, "momentum of Muon", below(0, 1))
-    muon_momentum_warmup_start: float = setting(0.92, "momentum at the first step", below(0, 1))
-    muon_momentum_warmup_steps: int = setting(1500, "steps until MUON_MOMENTUM is reached", between(0, 10**9))
-    muon_backend_steps: int = setting(5, "Newton-Schulz iterations", between(1, 50))
-    muon_ns: str = setting("quintic", "coefficients of the Newton-Schulz iterations; polar: Polar Express, five of them",
-                           one_of("quintic", "polar"))
-    muon_row_normalize: bool = setting(True, "rows of the update get unit norm first", FLAG)
-    muon_wd: float = setting(0.095, "decoupled weight decay of the banks", RATE)
-    muon_wd_taper: float = setting(1.0, "share of MUON_WD that is left at the end, falling over the last 30 % of the run", between(0, 1))
-    embed_wd: float = setting(0.085, "weight decay of the embedding", RATE)
-    adam_wd: float = setting(0.02, "weight decay of the small parameters", RATE)
-    beta1: float = setting(0.9, "AdamW", below(0, 1))
-    beta2: float = setting(0.95, "AdamW", below(0, 1))
-    adam_eps: float = setting(1e-8, "AdamW", between(1e-20, 1))
-    grad_clip_norm: float = setting(0.3, "norm of the averaged gradient, at most; 0: no limit", between(0, 1e6))
-    ema_decay: float = setting(0.9965, "moving average of the weights, a step; these are exported", below(0, 1))
+    matrix_lr: float = setting(0.026, RATE)  # learning rate of Muon, the four banks
+    tied_embed_lr: float = setting(0.03, RATE)  # learning rate of AdamW on the embedding
+    scalar_lr: float = setting(0.02, RATE)  # learning rate of AdamW on the small parameters
+    muon_momentum: float = setting(0.97, below(0, 1))  # momentum of Muon
+    muon_momentum_warmup_start: float = setting(0.92, below(0, 1))  # momentum at the first step
+    muon_momentum_warmup_steps: int = setting(1500, between(0, 10**9))  # steps until MUON_MOMENTUM is reached
+    muon_backend_steps: int = setting(5, between(1, 50))  # Newton-Schulz iterations
+    muon_ns: str = setting("quintic", one_of("quintic", "polar"))  # coefficients of the iterations; polar: Polar Express, five of them
+    muon_row_normalize: bool = setting(True, FLAG)  # rows of the update get unit norm first
+    muon_wd: float = setting(0.095, RATE)  # decoupled weight decay of the banks
+    muon_wd_taper: float = setting(1.0, between(0, 1))  # share of MUON_WD that is left at the end, falling over the last 30 % of the run
+    embed_wd: float = setting(0.085, RATE)  # weight decay of the embedding
+    adam_wd: float = setting(0.02, RATE)  # weight decay of the small parameters
+    beta1: float = setting(0.9, below(0, 1))  # AdamW
+    beta2: float = setting(0.95, below(0, 1))  # AdamW
+    adam_eps: float = setting(1e-8, between(1e-20, 1))  # AdamW
+    grad_clip_norm: float = setting(0.3, between(0, 1e6))  # norm of the averaged gradient, at most; 0: no limit
+    ema_decay: float = setting(0.9965, below(0, 1))  # moving average of the weights, a step; these are exported
     # the artifact
-    compressor: str = setting("brotli", "entropy coder of the quantized weights", one_of("brotli", "rans"))
-    quantizer: str = model_setting("scalar", "rounding inside GPTQ: 'trellis' takes fewer bytes", one_of("scalar", "trellis"))
-    artifact_target_bytes: int = setting(
-        0, "bytes of artifact and code to fill by one factor on all clip sigmas; 0: only if over the cap", between(0, ARTIFACT_CAP_BYTES))
-    matrix_bits: int = setting(6, "bits of a matrix weight", between(2, 8))
-    embed_bits: int = setting(7, "bits of an embedding weight", between(2, 8))
-    matrix_clip_sigmas: float = setting(12.85, "range of other matrices in standard deviations of a row", above(0, 1000))
-    mlp_clip_sigmas: float = setting(12.0, "range of MLP matrices", above(0, 1000))
-    attn_clip_sigmas: float = setting(13.0, "range of attention matrices", above(0, 1000))
-    embed_clip_sigmas: float = setting(15.0, "range of the embedding", above(0, 1000))
-    lqer_enabled: bool = model_setting(False, "low-rank terms in small integers for what GPTQ leaves of the worst matrices", FLAG)
-    lqer_rank: int = model_setting(4, "their rank", between(1, 64))
-    lqer_group: int = model_setting(32, "numbers that share a scale in their wide factor", between(1, 2**16))
-    lqer_column_scales: bool = model_setting(True, "a scale for each column of their tall factor; 0: one, as published", FLAG)
-    lqer_top_k: int = setting(3, "matrices with such a term, those of largest error", between(1, 1000))
-    embed_damping: float = setting(
-        0.0, "share of the embedding's mean Hessian diagonal added to it: its rows are read as inputs too", between(0, 100))
-    gptq_calibration_batches: int = setting(16, "training batches for the Hessians", between(1, 10**6))
-    gptq_reserve_seconds: float = setting(4.0, "training time kept for the Hessians, at least", SECONDS)
+    compressor: str = setting("brotli", one_of("brotli", "rans"))  # entropy coder of the quantized weights
+    quantizer: str = model_setting("scalar", one_of("scalar", "trellis"))  # rounding inside GPTQ: 'trellis' takes fewer bytes
+    artifact_target_bytes: int = setting(0, between(0, ARTIFACT_CAP_BYTES))  # bytes of artifact and code to fill by one factor on
+        # all clip sigmas; 0: only if over the cap
+    matrix_bits: int = setting(6, between(2, 8))  # bits of a matrix weight
+    embed_bits: int = setting(7, between(2, 8))  # bits of an embedding weight
+    matrix_clip_sigmas: float = setting(12.85, above(0, 1000))  # range of other matrices in standard deviations of a row
+    mlp_clip_sigmas: float = setting(12.0, above(0, 1000))  # range of MLP matrices
+    attn_clip_sigmas: float = setting(13.0, above(0, 1000))  # range of attention matrices
+    embed_clip_sigmas: float = setting(15.0, above(0, 1000))  # range of the embedding
+    lqer_enabled: bool = model_setting(False, FLAG)  # low-rank terms in small integers for what GPTQ leaves of the worst matrices
+    lqer_rank: int = model_setting(4, between(1, 64))  # their rank
+    lqer_group: int = model_setting(32, between(1, 2**16))  # numbers that share a scale in their wide factor
+    lqer_column_scales: bool = model_setting(True, FLAG)  # a scale for each column of their tall factor; 0: one, as published
+    lqer_top_k: int = setting(3, between(1, 1000))  # matrices with such a term, those of largest error
+    embed_damping: float = setting(0.0, between(0, 100))  # share of the embedding's mean Hessian diagonal added to it: rows are inputs too
+    gptq_calibration_batches: int = setting(16, between(1, 10**6))  # training batches for the Hessians
+    gptq_reserve_seconds: float = setting(4.0, SECONDS)  # training time kept for the Hessians, at least
     # test-time training
-    ttt_enabled: bool = score_setting(True, "score again with test-time training", FLAG)
-    phased_ttt_enabled: bool = score_setting(True, "global SGD phases on documents already scored", FLAG)
-    ttt_context: str = score_setting("window", "what a chunk sees of earlier ones: computed again, or keys and values kept",
-                                     one_of("window", "cache"))
-    ttt_lora_rank: int = score_setting(96, "rank of the adapters", between(1, 4096))
-    ttt_lora_alpha: float = score_setting(0.0, "adapters count alpha / rank times; 0: once", between(0, 1e6))
-    ttt_lora_lr: float = score_setting(1e-4, "learning rate of the adapters", RATE)
-    ttt_lora_lr_power: float = score_setting(0.0, "update n of a document has the learning rate times n to this power", between(-1, 0))
-    ttt_chunk_size: int = score_setting(48, "tokens scored between two updates", between(1, 2**16))
-    ttt_chunk_doubles_at: tuple[int, ...] = score_setting(
-        (), "positions in a document from which chunks are twice as large", each(between(1, 2**30), 8))
-    ttt_eval_seq_len: int = score_setting(
-        2048, "tokens that a chunk sees at most, itself included (a cache: whole chunks)", between(2, 2**20))
-    ttt_batch_size: int = score_setting(64, "documents adapted side by side, at most", between(1, 4096))
-    ttt_grad_steps: int = score_setting(1, "updates a chunk", between(1, 100))
-    ttt_weight_decay: float = score_setting(0.5, "decoupled weight decay of the adapters", between(0, 1000))
-    ttt_warm_start_a: bool = score_setting(
-        False, "A goes on from one batch of documents to the next of its lane (eight, whatever the ranks); B begins at 0", FLAG)
-    ttt_short_chunks: tuple[int, ...] = score_setting(
-        (), "pairs LIMIT,CHUNK: a batch whose longest document, both BOS counted, is no longer than LIMIT has this chunk",
-        each(between(1, 2**20)))
-    ttt_beta1: float = score_setting(0.0, "AdamW on the adapters", below(0, 1))
-    ttt_beta2: float = score_setting(0.999, "AdamW on the adapters", below(0, 1))
-    ttt_q_lora: bool = score_setting(True, "adapters on the queries", FLAG)
-    ttt_k_lora: bool = score_setting(True, "adapters on the keys", FLAG)
-    ttt_v_lora: bool = score_setting(True, "adapters on the values", FLAG)
-    ttt_o_lora: bool = score_setting(True, "adapters around attention", FLAG)
-    ttt_mlp_lora: bool = score_setting(True, "adapters around the MLP", FLAG)
-    val_doc_fraction: float = score_setting(1.0, "share of the validation documents to score; below 1 is no full score", above(0, 1))
-    ngram_tilt_enabled: bool = score_setting(
-        False, "raise what followed most often when the same tokens came before, in scoring order", FLAG)
-    ngram_tilt_order: int = score_setting(16, "tokens of an n-gram, the predicted one included", between(2, 64))
-    ngram_tilt_threshold: float = score_setting(0.8, "least share of the earlier occurrences that agree", between(0, 1))
-    ngram_tilt_beta: float = score_setting(2.625, "nats by which the hint is raised before all is normalised again", between(0, 100))
-    ngram_tilt_betas: tuple[float, ...] = score_setting(
-        (), "instead of threshold and one beta: 25, for 1, 2, 4, 8, 16 occurrences and more by shares from 0, 1/4, 1/2, 3/4, 1 "
-        "(bench/tilt.py fits them on training documents)", each(between(0, 100), 25))
-    phased_ttt_prefix_docs: int = score_setting(2000, "documents that the global SGD may learn from", between(0, 10**9))
-    phased_ttt_num_phases: int = score_setting(3, "parts of the prefix, each followed by global SGD", between(1, 1000))
-    phased_ttt_leave_out: int = score_setting(
-        432, "longest documents, scored by then, that the global SGD leaves out (published: seven batches in hand)", between(0, 10**9))
-    global_ttt_lr: float = score_setting(1e-3, "learning rate of the global SGD", RATE)
-    global_ttt_momentum: float = score_setting(0.9, "its momentum", below(0, 1))
-    global_ttt_epochs: int = score_setting(1, "passes over each of its chunks", between(0, 1000))
-    global_ttt_chunk_tokens: int = score_setting(32768, "tokens of one of its steps", between(1, 2**26))
-    global_ttt_batch_seqs: int = setting(32, "sequences of EVAL_SEQ_LEN tokens in one of its forwards on one rank", between(1, 2**20))
-    global_ttt_grad_clip: float = score_setting(1.0, "norm of its gradient, at most; 0: no limit", between(0, 1e6))
+    ttt_enabled: bool = score_setting(True, FLAG)  # score again with test-time training
+    phased_ttt_enabled: bool = score_setting(True, FLAG)  # global SGD phases on documents already scored
+    ttt_context: str = score_setting("window", one_of("window", "cache"))  # earlier chunks: computed again, or keys and values kept
+    ttt_lora_rank: int = score_setting(96, between(1, 4096))  # rank of the adapters
+    ttt_lora_alpha: float = score_setting(0.0, between(0, 1e6))  # adapters count alpha / rank times; 0: once
+    ttt_lora_lr: float = score_setting(1e-4, RATE)  # learning rate of the adapters
+    ttt_lora_lr_power: float = score_setting(0.0, between(-1, 0))  # update n of a document has the learning rate times n to this power
+    ttt_chunk_size: int = score_setting(48, between(1, 2**16))  # tokens scored between two updates
+    ttt_chunk_doubles_at: tuple[int, ...] = score_setting((), each(between(1, 2**30), 8))  # positions from which chunks are twice as large
+    ttt_eval_seq_len: int = score_setting(2048, between(2, 2**20))  # tokens a chunk sees at most, itself included (cache: whole chunks)
+    ttt_batch_size: int = score_setting(64, between(1, 4096))  # documents adapted side by side, at most
+    ttt_grad_steps: int = score_setting(1, between(1, 100))  # updates a chunk
+    ttt_weight_decay: float = score_setting(0.5, between(0, 1000))  # decoupled weight decay of the adapters
+    ttt_warm_start_a: bool = score_setting(False, FLAG)  # A goes on from batch to batch in its lane (eight at any ranks); B begins at 0
+    ttt_short_chunks: tuple[int, ...] = score_setting((), each(between(1, 2**20)))  # pairs LIMIT,CHUNK: a batch whose longest document, its
+        # two BOS counted, is no longer than LIMIT has this chunk
+    ttt_beta1: float = score_setting(0.0, below(0, 1))  # AdamW on the adapters
+    ttt_beta2: float = score_setting(0.999, below(0, 1))  # AdamW on the adapters
+    ttt_q_lora: bool = score_setting(True, FLAG)  # adapters on the queries
+    ttt_k_lora: bool = score_setting(True, FLAG)  # adapters on the keys
+    ttt_v_lora: bool = score_setting(True, FLAG)  # adapters on the values
+    ttt_o_lora: bool = score_setting(True, FLAG)  # adapters around attention
+    ttt_mlp_lora: bool = score_setting(True, FLAG)  # adapters around the MLP
+    val_doc_fraction: float = score_setting(1.0, above(0, 1))  # share of the validation documents to score; below 1 is no full score
+    ngram_tilt_enabled: bool = score_setting(False, FLAG)  # raise what most often followed the same tokens before, in scoring order
+    ngram_tilt_order: int = score_setting(16, between(2, 64))  # tokens of an n-gram, the predicted one included
+    ngram_tilt_threshold: float = score_setting(0.8, between(0, 1))  # least share of the earlier occurrences that agree
+    ngram_tilt_beta: float = score_setting(2.625, between(0, 100))  # nats by which the hint is raised before all is normalised again
+    ngram_tilt_betas: tuple[float, ...] = score_setting((), each(between(0, 100), 25))  # instead of threshold and one beta: 25, for 1, 2,
+        # 4, 8, 16 occurrences and more by shares from 0, 1/4, 1/2, 3/4, 1 (bench/tilt.py fits them on training documents)
+    phased_ttt_prefix_docs: int = score_setting(2000, between(0, 10**9))  # documents that the global SGD may learn from
+    phased_ttt_num_phases: int = score_setting(3, between(1, 1000))  # parts of the prefix, each followed by global SGD
+    phased_ttt_leave_out: int = score_setting(432, between(0, 10**9))  # longest documents, scored by then, that the global SGD leaves out
+        # (published: seven batches in hand)
+    global_ttt_lr: float = score_setting(1e-3, RATE)  # learning rate of the global SGD
+    global_ttt_momentum: float = score_setting(0.9, below(0, 1))  # its momentum
+    global_ttt_epochs: int = score_setting(1, between(0, 1000))  # passes over each of its chunks
+    global_ttt_chunk_tokens: int = score_setting(32768, between(1, 2**26))  # tokens of one of its steps
+    global_ttt_batch_seqs: int = setting(32, between(1, 2**20))  # sequences of EVAL_SEQ_LEN tokens in one of its forwards on one rank
+    global_ttt_grad_clip: float = score_setting(1.0, between(0, 1e6))  # norm of its gradient, at most; 0: no limit
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> Config:
@@ -440,9 +435,16 @@ def misspelt_settings(environ: Mapping[str, str]) -> list[tuple[str, str]]:
     return found
 
 
+def setting_docs() -> dict[str, str]:
+    """What each setting does, by field: the comments in the readable source; the packed one has none."""
+    found = re.findall(r"^    (\w+): \S+(?: \.\.\.\])? = \w*setting\(.*?  # (.*(?:\n {8}# .*)*)", own_source(), re.MULTILINE)
+    return {name: re.sub(r"\n +#", "", words) for name, words in found}
+
+
 def settings_help() -> str:
-    """Every setting, its default, what it does and what it may be, one a line."""
-    return "\n".join(f"{f.name.upper()}={format_setting(f.default)}  {f.metadata['doc']} ({f.metadata['check'].text})"
+    """Every setting, its default, what it may be and what it does, one a line."""
+    docs = setting_docs()
+    return "\n".join(f"{f.name.upper()}={format_setting(f.default)}  {docs.get(f.name, '')} ({f.metadata['check'].text})"
                      for f in fields(Config))
 
 
@@ -692,8 +694,9 @@ class Watch:
         waiting = self.looks - self.came[1] > self.limit
         hanging = [str(rank) for rank, (note, look) in self.heard.items()
                    if self.looks - look > self.limit or (waiting and int(note.split()[0]) < calls)]
-        return hanging and (f"{EXIT_USER_ERROR} error: rank {', '.join(hanging)} hangs: the others have waited for it for "
-                            f"{self.limit * LOOK_SECONDS:g} s (RANK_TIMEOUT_SECONDS)") or ""
+        reason = (f"{EXIT_USER_ERROR} error: rank {', '.join(hanging)} hangs: the others have waited for it for "
+                  f"{self.limit * LOOK_SECONDS:g} s (RANK_TIMEOUT_SECONDS)")
+        return reason if hanging else ""
 
 
 class Clock:
