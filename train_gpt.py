@@ -1064,18 +1064,14 @@ class SpanLayout(NamedTuple):
     def plan(cls, cfg: Config, world: int) -> SpanLayout:
         """ValueError if the ranks do not divide the batch."""
         batch, spans = cfg.train_batch_tokens, math.lcm(8, world)
-        if batch % spans or batch < 2 * spans:
-            raise ValueError(f"{world} ranks do not divide TRAIN_BATCH_TOKENS={batch}: it must be a multiple of "
-                             f"{spans} (use fewer ranks, or set TRAIN_BATCH_TOKENS={max(2, batch // spans) * spans})")
+        require(batch % spans == 0 and batch >= 2 * spans, f"{world} ranks do not divide TRAIN_BATCH_TOKENS={batch}: it must be a multiple "
+                f"of {spans} (use fewer ranks, or set TRAIN_BATCH_TOKENS={max(2, batch // spans) * spans})")
         while batch // spans > cfg.micro_batch_tokens:
             spans *= 2
-            if batch % spans:
-                raise ValueError(f"MICRO_BATCH_TOKENS={cfg.micro_batch_tokens} does not divide TRAIN_BATCH_TOKENS={batch} "
-                                 f"into equal parts for {world} ranks; use a power-of-two share of {batch // world}")
-        per_rank = spans // world
-        fit = cfg.micro_batch_tokens // (batch // spans)
-        per_micro = max(n for n in range(1, min(fit, per_rank) + 1) if per_rank % n == 0)
-        return cls(spans, batch // spans, per_rank, per_micro)
+            require(batch % spans == 0, f"MICRO_BATCH_TOKENS={cfg.micro_batch_tokens} does not divide TRAIN_BATCH_TOKENS={batch} into "
+                                        f"equal parts for {world} ranks; use a power-of-two share of {batch // world}")
+        per_rank, fit = spans // world, cfg.micro_batch_tokens // (batch // spans)
+        return cls(spans, batch // spans, per_rank, max(n for n in range(1, min(fit, per_rank) + 1) if per_rank % n == 0))
 
     @property
     def micro_tokens(self) -> int:
@@ -1121,23 +1117,17 @@ class TrainLoader:
         """This rank's micro-batches of the next step."""
         began = time.perf_counter()
         batches = self._next.result()
-        self.wait_ms += 1e3 * (time.perf_counter() - began)
+        self.wait_ms += since_ms(began)
         self.seek(self.position + self.cfg.train_batch_tokens)
         return batches
 
     def _prepare(self, position: int) -> list[Batch]:
-        layout = self.layout
-        share = layout.per_rank * layout.span_tokens
-        entries = self.stream.read(position + self.ranks.rank * share, share + 1)
-        batches = []
-        for first in range(0, share, layout.micro_tokens):
-            tokens = entries[first: first + layout.micro_tokens]
-            targets = entries[first + 1: first + layout.micro_tokens + 1]
-            starts = segment_starts(tokens, layout.span_tokens, self.cfg.train_seq_len)
-            longest = min(self.cfg.train_seq_len, layout.span_tokens)
-            batches.append(make_batch(tokens, targets, starts, longest, self.ranks.device))
+        span, size, share = self.layout.span_tokens, self.layout.micro_tokens, self.layout.per_rank * self.layout.span_tokens
+        entries, batches, longest = self.stream.read(position + self.ranks.rank * share, share + 1), [], min(self.cfg.train_seq_len, span)
+        for first in range(0, share, size):
+            tokens, targets = entries[first: first + size], entries[first + 1: first + size + 1]
+            batches.append(make_batch(tokens, targets, segment_starts(tokens, span, longest), longest, self.ranks.device))
         return batches
-
 
 
 # ======================================================================================================================
