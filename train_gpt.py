@@ -44,7 +44,6 @@ import shutil
 import signal
 import struct
 import sys
-import tempfile
 import threading
 import time
 import tokenize
@@ -94,6 +93,12 @@ OPERATORS = __name__.strip("_")  # namespace of the operators: two copies of thi
 # ======================================================================================================================
 
 
+def require(holds: Any, words: str) -> None:
+    """ValueError with `words`, which say what is wrong and what to do, unless `holds`."""
+    if not holds:
+        raise ValueError(words)
+
+
 class Check(NamedTuple):
     """What a setting may be: words for the error message, and the test."""
 
@@ -117,6 +122,10 @@ def one_of(*words: str) -> Check:
     return Check("one of " + ", ".join(words), lambda value: value in words)
 
 
+def matching(text: str, pattern: str) -> Check:
+    return Check(text, lambda value: re.fullmatch(pattern, value) is not None)
+
+
 def each(check: Check, most: int = 16) -> Check:
     return Check(f"up to {most} numbers with commas between, each {check.text}",
                  lambda value: len(value) <= most and all(map(check.accepts, value)))
@@ -124,13 +133,16 @@ def each(check: Check, most: int = 16) -> Check:
 
 TEXT = Check("text without line breaks, up to 1000 characters",
              lambda v: len(v) <= 1000 and v.encode(errors="replace").decode().isprintable())
+WORD = matching("a name of letters, digits and '_'", "[A-Za-z0-9_]{1,100}")
+FILE_NAME = matching("up to 100 of the letters a-z A-Z, digits, '.', '_' and '-'", "[A-Za-z0-9_.-]{0,100}")
+INTERVAL = matching("a whole number of steps, or of seconds with an s behind it", "([1-9][0-9]{0,8}s?)?")
 FLAG = Check("0 or 1", lambda value: True)
 SECONDS, RATE = between(0, 1e7), between(0, 10)
 
 
-def setting(default: Any, doc: str, check: Check, model: bool = False, score: bool = False) -> Any:
-    """A field of Config: default, one line of documentation, what is allowed, and whether an artifact carries it."""
-    return field(default=default, metadata={"doc": doc, "check": check, "model": model, "score": score})
+def setting(default: Any, check: Check, model: bool = False, score: bool = False) -> Any:
+    """A field of Config: default, what is allowed, and whether an artifact carries it; the comment behind it says what it does."""
+    return field(default=default, metadata={"check": check, "model": model, "score": score})
 
 
 model_setting, score_setting = partial(setting, model=True), partial(setting, score=True)
@@ -141,159 +153,147 @@ class Config:
     """All settings of a run. `Config()` is the published record."""
 
     # where things are
-    data_dir: str = setting("./data", "folder that holds datasets/ and tokenizers/", TEXT)
-    data_path: str = setting("", "folder of the shards; empty: the published data set under DATA_DIR", TEXT)
-    tokenizer_path: str = setting("", "SentencePiece model; empty: the published one under DATA_DIR", TEXT)
-    caseops_enabled: bool = score_setting(True, "bytes come from the sidecar; 0: from the tokenizer's pieces", FLAG)
-    caseops_version: str = model_setting("lossless_caps_caseops_v1", "transform of the text, as the data's manifest.json names it", Check(
-        "a name of letters, digits and '_'", lambda v: re.fullmatch(r"[A-Za-z0-9_]{1,100}", v) is not None))
-    artifact_dir: str = setting("./runs", "folder for the log and the artifact of a run", TEXT)
-    run_id: str = setting("", "name of the run's files; empty: time, seed and a random part", Check(
-        "up to 100 of the letters a-z A-Z, digits, '.', '_' and '-'", lambda v: re.fullmatch(r"[A-Za-z0-9_.-]{0,100}", v) is not None))
-    artifact_path: str = setting("", "with EVAL_ONLY: the artifact to score; empty: that of RUN_ID", TEXT)
-    losses_path: str = setting("", ".npz file for the nats of every target, an array a score; empty: none", TEXT)
-    eval_only: bool = setting(False, "score an existing artifact, no training data needed", FLAG)
+    data_dir: str = setting("./data", TEXT)  # folder that holds datasets/ and tokenizers/
+    data_path: str = setting("", TEXT)  # folder of the shards; empty: the published data set under DATA_DIR
+    tokenizer_path: str = setting("", TEXT)  # SentencePiece model; empty: the published one under DATA_DIR
+    caseops_enabled: bool = score_setting(True, FLAG)  # bytes come from the sidecar; 0: from the tokenizer's pieces
+    caseops_version: str = model_setting("lossless_caps_caseops_v1", WORD)  # transform of the text, as the data's manifest.json names it
+    artifact_dir: str = setting("./runs", TEXT)  # folder for the log and the artifact of a run
+    run_id: str = setting("", FILE_NAME)  # name of the run's files; empty: time, seed and a random part
+    artifact_path: str = setting("", TEXT)  # with EVAL_ONLY: the artifact to score; empty: that of RUN_ID
+    losses_path: str = setting("", TEXT)  # .npz file for the nats of every target, an array a score; empty: none
+    eval_only: bool = setting(False, FLAG)  # score an existing artifact, no training data needed
     # the run
-    seed: int = score_setting(1337, "seed of initialisation and adapters", between(0, 2**31 - 1))
-    iterations: int = setting(20000, "steps at most; with no time cap, exactly", between(1, 10**9))
-    max_wallclock_seconds: float = setting(600.0, "training time, Hessians included; 0: no cap", SECONDS)
-    eval_budget_seconds: float = setting(600.0, "time that the final scoring may take; 0: no cap", SECONDS)
-    rank_timeout_seconds: float = setting(1800.0, "longest that a rank waits for the others before the run ends", between(1, 1e7))
-    warmup_steps: int = setting(20, "steps at each depth before the clock, all undone", between(0, 10**6))
-    warmdown_frac: float = setting(0.75, "last share of the run, in which the learning rate falls", between(0, 1))
-    min_lr: float = setting(0.0, "floor of the learning rate, as a share", between(0, 1))
-    train_batch_tokens: int = setting(786432, "tokens of one step, over all ranks", between(16, 2**26))
-    micro_batch_tokens: int = setting(98304, "tokens of one forward on one rank, at most", between(1, 2**26))
-    train_seq_len: int = setting(2048, "tokens that attention sees at most in training", between(2, 2**20))
-    eval_seq_len: int = score_setting(2048, "the same in evaluation", between(2, 2**20))
-    val_batch_tokens: int = setting(524288, "tokens of eight evaluation batches", between(16, 2**26))
-    val_loss_every: int = setting(4000, "steps between evaluations; 0: only at the end", between(0, 10**9))
-    checkpoint_every: str = setting("", "write the complete state every N steps (`200`) or seconds (`60s`); empty: never", Check(
-        "a whole number of steps, or of seconds with an s behind it", lambda v: re.fullmatch(r"([1-9][0-9]{0,8}s?)?", v) is not None))
-    train_log_every: int = setting(500, "steps between log lines", between(1, 10**9))
-    compile: str = setting("auto", "torch.compile: auto is on for CUDA, off for a CPU", one_of("auto", "0", "1"))
-    attn_backend: str = setting("auto", "attention kernel", one_of("auto", "fa3", "fa4", "varlen", "sdpa"))
+    seed: int = score_setting(1337, between(0, 2**31 - 1))  # seed of initialisation and adapters
+    iterations: int = setting(20000, between(1, 10**9))  # steps at most; with no time cap, exactly
+    max_wallclock_seconds: float = setting(600.0, SECONDS)  # training time, Hessians included; 0: no cap
+    eval_budget_seconds: float = setting(600.0, SECONDS)  # time that the final scoring may take; 0: no cap
+    rank_timeout_seconds: float = setting(1800.0, between(1, 1e7))  # longest that a rank waits for the others before the run ends
+    warmup_steps: int = setting(20, between(0, 10**6))  # steps at each depth before the clock, all undone
+    warmdown_frac: float = setting(0.75, between(0, 1))  # last share of the run, in which the learning rate falls
+    min_lr: float = setting(0.0, between(0, 1))  # floor of the learning rate, as a share
+    train_batch_tokens: int = setting(786432, between(16, 2**26))  # tokens of one step, over all ranks
+    micro_batch_tokens: int = setting(98304, between(1, 2**26))  # tokens of one forward on one rank, at most
+    train_seq_len: int = setting(2048, between(2, 2**20))  # tokens that attention sees at most in training
+    eval_seq_len: int = score_setting(2048, between(2, 2**20))  # the same in evaluation
+    val_batch_tokens: int = setting(524288, between(16, 2**26))  # tokens of eight evaluation batches
+    val_loss_every: int = setting(4000, between(0, 10**9))  # steps between evaluations; 0: only at the end
+    checkpoint_every: str = setting("", INTERVAL)  # write the complete state every N steps (`200`) or seconds (`60s`); empty: never
+    train_log_every: int = setting(500, between(1, 10**9))  # steps between log lines
+    compile: str = setting("auto", one_of("auto", "0", "1"))  # torch.compile: auto is on for CUDA, off for a CPU
+    attn_backend: str = setting("auto", one_of("auto", "fa3", "fa4", "varlen", "sdpa"))  # attention kernel
     # the model
-    vocab_size: int = model_setting(8192, "tokens in the alphabet", between(8, 65536))
-    num_layers: int = model_setting(11, "physical layers", between(1, 256))
-    model_dim: int = model_setting(512, "width", between(2, 4096))
-    num_heads: int = model_setting(8, "query heads", between(1, 256))
-    num_kv_heads: int = model_setting(4, "key and value heads", between(1, 256))
-    mlp_mult: int = model_setting(4, "hidden width of the MLP over MODEL_DIM", between(1, 64))
-    xsa_last_n: int = model_setting(11, "layers, from the last, with exclusive self-attention", between(0, 256))
-    rope_base: float = model_setting(10000.0, "base of the rotary frequencies", above(1, 1e9))
-    rope_dims: int = model_setting(16, "dimensions of a head that rotate", between(0, 4096))
-    qk_gain_init: float = setting(5.0, "initial gain of the queries", above(0, 1000))
-    logit_softcap: float = model_setting(30.0, "logits are cap * tanh(logits / cap)", between(0.001, 1e4))
-    ln_scale: bool = model_setting(True, "layer i reads its normalised input over sqrt(i + 1)", FLAG)
-    skip_gates_enabled: bool = model_setting(True, "skips are mixed in through a gate; 0: added", FLAG)
-    tied_embed_init_std: float = setting(0.005, "standard deviation of the initial embedding", above(0, 100))
-    num_loops: int = model_setting(2, "extra passes of the loop without phase depths; sizes the skips", between(0, 63))
-    loop_start: int = model_setting(3, "first looped layer", between(0, 255))
-    loop_end: int = model_setting(5, "last looped layer", between(0, 255))
-    enable_looping_at: float = setting(0.35, "share of the run without loops when no phase depths are set", between(0, 1))
-    train_loop_phase_depths: tuple[int, ...] = setting((1, 3, 4), "depth curriculum; 'none': ENABLE_LOOPING_AT", each(between(1, 64)))
-    train_loop_phase_fractions: tuple[float, ...] = setting((), "shares of the phases; empty: equal", each(above(0, 1e6)))
-    train_loop_prewarm_depths: tuple[int, ...] = setting((3, 4), "depths compiled before the clock", each(between(1, 64)))
-    eval_loop_depth: int = score_setting(4, "depth of evaluation, calibration and TTT", between(1, 64))
-    parallel_start_layer: int = model_setting(8, "first layer with two residual lanes", between(0, 256))
-    parallel_final_lane: str = model_setting("mean", "lane that is read at the end", one_of("mean", "attn", "mlp"))
-    gated_attn_enabled: bool = model_setting(True, "one sigmoid gate a head", FLAG)
-    gated_attn_init_std: float = setting(0.005, "standard deviation of the initial gate weights", between(0, 100))
-    gated_attn_quant_gate: bool = model_setting(True, "gate weights in int8; 0: float16", FLAG)
-    sparse_attn_gate_enabled: bool = model_setting(False, "the gate of a head reads GATE_WINDOW dimensions, in place of all", FLAG)
-    sparse_attn_gate_scale: float = model_setting(1.0, "factor inside the sigmoid of that gate", above(0, 100))
-    mlp_gate_enabled: bool = model_setting(False, "one sigmoid gate on the MLP's output", FLAG)
-    smear_gate_enabled: bool = model_setting(False, "each embedding takes a share of the one before it in its segment", FLAG)
-    gate_window: int = model_setting(12, "dimensions that a narrow gate reads", between(1, 4096))
+    vocab_size: int = model_setting(8192, between(8, 65536))  # tokens in the alphabet
+    num_layers: int = model_setting(11, between(1, 256))  # physical layers
+    model_dim: int = model_setting(512, between(2, 4096))  # width
+    num_heads: int = model_setting(8, between(1, 256))  # query heads
+    num_kv_heads: int = model_setting(4, between(1, 256))  # key and value heads
+    mlp_mult: int = model_setting(4, between(1, 64))  # hidden width of the MLP over MODEL_DIM
+    xsa_last_n: int = model_setting(11, between(0, 256))  # layers, from the last, with exclusive self-attention
+    rope_base: float = model_setting(10000.0, above(1, 1e9))  # base of the rotary frequencies
+    rope_dims: int = model_setting(16, between(0, 4096))  # dimensions of a head that rotate
+    qk_gain_init: float = setting(5.0, above(0, 1000))  # initial gain of the queries
+    logit_softcap: float = model_setting(30.0, between(0.001, 1e4))  # logits are cap * tanh(logits / cap)
+    ln_scale: bool = model_setting(True, FLAG)  # layer i reads its normalised input over sqrt(i + 1)
+    skip_gates_enabled: bool = model_setting(True, FLAG)  # skips are mixed in through a gate; 0: added
+    tied_embed_init_std: float = setting(0.005, above(0, 100))  # standard deviation of the initial embedding
+    num_loops: int = model_setting(2, between(0, 63))  # extra passes of the loop without phase depths; sizes the skips
+    loop_start: int = model_setting(3, between(0, 255))  # first looped layer
+    loop_end: int = model_setting(5, between(0, 255))  # last looped layer
+    enable_looping_at: float = setting(0.35, between(0, 1))  # share of the run without loops when no phase depths are set
+    train_loop_phase_depths: tuple[int, ...] = setting((1, 3, 4), each(between(1, 64)))  # depth curriculum; 'none': ENABLE_LOOPING_AT
+    train_loop_phase_fractions: tuple[float, ...] = setting((), each(above(0, 1e6)))  # shares of the phases; empty: equal
+    train_loop_prewarm_depths: tuple[int, ...] = setting((3, 4), each(between(1, 64)))  # depths compiled before the clock
+    eval_loop_depth: int = score_setting(4, between(1, 64))  # depth of evaluation, calibration and TTT
+    parallel_start_layer: int = model_setting(8, between(0, 256))  # first layer with two residual lanes
+    parallel_final_lane: str = model_setting("mean", one_of("mean", "attn", "mlp"))  # lane that is read at the end
+    gated_attn_enabled: bool = model_setting(True, FLAG)  # one sigmoid gate a head
+    gated_attn_init_std: float = setting(0.005, between(0, 100))  # standard deviation of the initial gate weights
+    gated_attn_quant_gate: bool = model_setting(True, FLAG)  # gate weights in int8; 0: float16
+    sparse_attn_gate_enabled: bool = model_setting(False, FLAG)  # the gate of a head reads GATE_WINDOW dimensions, in place of all
+    sparse_attn_gate_scale: float = model_setting(1.0, above(0, 100))  # factor inside the sigmoid of that gate
+    mlp_gate_enabled: bool = model_setting(False, FLAG)  # one sigmoid gate on the MLP's output
+    smear_gate_enabled: bool = model_setting(False, FLAG)  # each embedding takes a share of the one before it in its segment
+    gate_window: int = model_setting(12, between(1, 4096))  # dimensions that a narrow gate reads
     # the optimizers
-    matrix_lr: float = setting(0.026, "learning rate of Muon, the four banks", RATE)
-    tied_embed_lr: float = setting(0.03, "learning rate of AdamW on the embedding", RATE)
-    scalar_lr: float = setting(0.02, "learning rate of AdamW on the small parameters", RATE)
-    muon_momentum: float = setting(0.97, "momentum of Muon", below(0, 1))
-    muon_momentum_warmup_start: float = setting(0.92, "momentum at the first step", below(0, 1))
-    muon_momentum_warmup_steps: int = setting(1500, "steps until MUON_MOMENTUM is reached", between(0, 10**9))
-    muon_backend_steps: int = setting(5, "Newton-Schulz iterations", between(1, 50))
-    muon_ns: str = setting("quintic", "coefficients of the Newton-Schulz iterations; polar: Polar Express, five of them",
-                           one_of("quintic", "polar"))
-    muon_row_normalize: bool = setting(True, "rows of the update get unit norm first", FLAG)
-    muon_wd: float = setting(0.095, "decoupled weight decay of the banks", RATE)
-    muon_wd_taper: float = setting(1.0, "share of MUON_WD that is left at the end, falling over the last 30 % of the run", between(0, 1))
-    embed_wd: float = setting(0.085, "weight decay of the embedding", RATE)
-    adam_wd: float = setting(0.02, "weight decay of the small parameters", RATE)
-    beta1: float = setting(0.9, "AdamW", below(0, 1))
-    beta2: float = setting(0.95, "AdamW", below(0, 1))
-    adam_eps: float = setting(1e-8, "AdamW", between(1e-20, 1))
-    grad_clip_norm: float = setting(0.3, "norm of the averaged gradient, at most; 0: no limit", between(0, 1e6))
-    ema_decay: float = setting(0.9965, "moving average of the weights, a step; these are exported", below(0, 1))
+    matrix_lr: float = setting(0.026, RATE)  # learning rate of Muon, the four banks
+    tied_embed_lr: float = setting(0.03, RATE)  # learning rate of AdamW on the embedding
+    scalar_lr: float = setting(0.02, RATE)  # learning rate of AdamW on the small parameters
+    muon_momentum: float = setting(0.97, below(0, 1))  # momentum of Muon
+    muon_momentum_warmup_start: float = setting(0.92, below(0, 1))  # momentum at the first step
+    muon_momentum_warmup_steps: int = setting(1500, between(0, 10**9))  # steps until MUON_MOMENTUM is reached
+    muon_backend_steps: int = setting(5, between(1, 50))  # Newton-Schulz iterations
+    muon_ns: str = setting("quintic", one_of("quintic", "polar"))  # coefficients of the iterations; polar: Polar Express, five of them
+    muon_row_normalize: bool = setting(True, FLAG)  # rows of the update get unit norm first
+    muon_wd: float = setting(0.095, RATE)  # decoupled weight decay of the banks
+    muon_wd_taper: float = setting(1.0, between(0, 1))  # share of MUON_WD that is left at the end, falling over the last 30 % of the run
+    embed_wd: float = setting(0.085, RATE)  # weight decay of the embedding
+    adam_wd: float = setting(0.02, RATE)  # weight decay of the small parameters
+    beta1: float = setting(0.9, below(0, 1))  # AdamW
+    beta2: float = setting(0.95, below(0, 1))  # AdamW
+    adam_eps: float = setting(1e-8, between(1e-20, 1))  # AdamW
+    grad_clip_norm: float = setting(0.3, between(0, 1e6))  # norm of the averaged gradient, at most; 0: no limit
+    ema_decay: float = setting(0.9965, below(0, 1))  # moving average of the weights, a step; these are exported
     # the artifact
-    compressor: str = setting("brotli", "entropy coder of the quantized weights", one_of("brotli", "rans"))
-    quantizer: str = model_setting("scalar", "rounding inside GPTQ: 'trellis' takes fewer bytes", one_of("scalar", "trellis"))
-    artifact_target_bytes: int = setting(
-        0, "bytes of artifact and code to fill by one factor on all clip sigmas; 0: only if over the cap", between(0, ARTIFACT_CAP_BYTES))
-    matrix_bits: int = setting(6, "bits of a matrix weight", between(2, 8))
-    embed_bits: int = setting(7, "bits of an embedding weight", between(2, 8))
-    matrix_clip_sigmas: float = setting(12.85, "range of other matrices in standard deviations of a row", above(0, 1000))
-    mlp_clip_sigmas: float = setting(12.0, "range of MLP matrices", above(0, 1000))
-    attn_clip_sigmas: float = setting(13.0, "range of attention matrices", above(0, 1000))
-    embed_clip_sigmas: float = setting(15.0, "range of the embedding", above(0, 1000))
-    lqer_enabled: bool = model_setting(False, "low-rank terms in small integers for what GPTQ leaves of the worst matrices", FLAG)
-    lqer_rank: int = model_setting(4, "their rank", between(1, 64))
-    lqer_group: int = model_setting(32, "numbers that share a scale in their wide factor", between(1, 2**16))
-    lqer_column_scales: bool = model_setting(True, "a scale for each column of their tall factor; 0: one, as published", FLAG)
-    lqer_top_k: int = setting(3, "matrices with such a term, those of largest error", between(1, 1000))
-    embed_damping: float = setting(
-        0.0, "share of the embedding's mean Hessian diagonal added to it: its rows are read as inputs too", between(0, 100))
-    gptq_calibration_batches: int = setting(16, "training batches for the Hessians", between(1, 10**6))
-    gptq_reserve_seconds: float = setting(4.0, "training time kept for the Hessians, at least", SECONDS)
+    compressor: str = setting("brotli", one_of("brotli", "rans"))  # entropy coder of the quantized weights
+    quantizer: str = model_setting("scalar", one_of("scalar", "trellis"))  # rounding inside GPTQ: 'trellis' takes fewer bytes
+    artifact_target_bytes: int = setting(0, between(0, ARTIFACT_CAP_BYTES))  # bytes of artifact and code to fill by one factor on
+        # all clip sigmas; 0: only if over the cap
+    matrix_bits: int = setting(6, between(2, 8))  # bits of a matrix weight
+    embed_bits: int = setting(7, between(2, 8))  # bits of an embedding weight
+    matrix_clip_sigmas: float = setting(12.85, above(0, 1000))  # range of other matrices in standard deviations of a row
+    mlp_clip_sigmas: float = setting(12.0, above(0, 1000))  # range of MLP matrices
+    attn_clip_sigmas: float = setting(13.0, above(0, 1000))  # range of attention matrices
+    embed_clip_sigmas: float = setting(15.0, above(0, 1000))  # range of the embedding
+    lqer_enabled: bool = model_setting(False, FLAG)  # low-rank terms in small integers for what GPTQ leaves of the worst matrices
+    lqer_rank: int = model_setting(4, between(1, 64))  # their rank
+    lqer_group: int = model_setting(32, between(1, 2**16))  # numbers that share a scale in their wide factor
+    lqer_column_scales: bool = model_setting(True, FLAG)  # a scale for each column of their tall factor; 0: one, as published
+    lqer_top_k: int = setting(3, between(1, 1000))  # matrices with such a term, those of largest error
+    embed_damping: float = setting(0.0, between(0, 100))  # share of the embedding's mean Hessian diagonal added to it: rows are inputs too
+    gptq_calibration_batches: int = setting(16, between(1, 10**6))  # training batches for the Hessians
+    gptq_reserve_seconds: float = setting(4.0, SECONDS)  # training time kept for the Hessians, at least
     # test-time training
-    ttt_enabled: bool = score_setting(True, "score again with test-time training", FLAG)
-    phased_ttt_enabled: bool = score_setting(True, "global SGD phases on documents already scored", FLAG)
-    ttt_context: str = score_setting("window", "what a chunk sees of earlier ones: computed again, or keys and values kept",
-                                     one_of("window", "cache"))
-    ttt_lora_rank: int = score_setting(96, "rank of the adapters", between(1, 4096))
-    ttt_lora_alpha: float = score_setting(0.0, "adapters count alpha / rank times; 0: once", between(0, 1e6))
-    ttt_lora_lr: float = score_setting(1e-4, "learning rate of the adapters", RATE)
-    ttt_lora_lr_power: float = score_setting(0.0, "update n of a document has the learning rate times n to this power", between(-1, 0))
-    ttt_chunk_size: int = score_setting(48, "tokens scored between two updates", between(1, 2**16))
-    ttt_chunk_doubles_at: tuple[int, ...] = score_setting(
-        (), "positions in a document from which chunks are twice as large", each(between(1, 2**30), 8))
-    ttt_eval_seq_len: int = score_setting(
-        2048, "tokens that a chunk sees at most, itself included (a cache: whole chunks)", between(2, 2**20))
-    ttt_batch_size: int = score_setting(64, "documents adapted side by side, at most", between(1, 4096))
-    ttt_grad_steps: int = score_setting(1, "updates a chunk", between(1, 100))
-    ttt_weight_decay: float = score_setting(0.5, "decoupled weight decay of the adapters", between(0, 1000))
-    ttt_warm_start_a: bool = score_setting(
-        False, "A goes on from one batch of documents to the next of its lane (eight, whatever the ranks); B begins at 0", FLAG)
-    ttt_short_chunks: tuple[int, ...] = score_setting(
-        (), "pairs LIMIT,CHUNK: a batch whose longest document, both BOS counted, is no longer than LIMIT has this chunk",
-        each(between(1, 2**20)))
-    ttt_beta1: float = score_setting(0.0, "AdamW on the adapters", below(0, 1))
-    ttt_beta2: float = score_setting(0.999, "AdamW on the adapters", below(0, 1))
-    ttt_q_lora: bool = score_setting(True, "adapters on the queries", FLAG)
-    ttt_k_lora: bool = score_setting(True, "adapters on the keys", FLAG)
-    ttt_v_lora: bool = score_setting(True, "adapters on the values", FLAG)
-    ttt_o_lora: bool = score_setting(True, "adapters around attention", FLAG)
-    ttt_mlp_lora: bool = score_setting(True, "adapters around the MLP", FLAG)
-    val_doc_fraction: float = score_setting(1.0, "share of the validation documents to score; below 1 is no full score", above(0, 1))
-    ngram_tilt_enabled: bool = score_setting(
-        False, "raise what followed most often when the same tokens came before, in scoring order", FLAG)
-    ngram_tilt_order: int = score_setting(16, "tokens of an n-gram, the predicted one included", between(2, 64))
-    ngram_tilt_threshold: float = score_setting(0.8, "least share of the earlier occurrences that agree", between(0, 1))
-    ngram_tilt_beta: float = score_setting(2.625, "nats by which the hint is raised before all is normalised again", between(0, 100))
-    ngram_tilt_betas: tuple[float, ...] = score_setting(
-        (), "instead of threshold and one beta: 25, for 1, 2, 4, 8, 16 occurrences and more by shares from 0, 1/4, 1/2, 3/4, 1 "
-        "(bench/tilt.py fits them on training documents)", each(between(0, 100), 25))
-    phased_ttt_prefix_docs: int = score_setting(2000, "documents that the global SGD may learn from", between(0, 10**9))
-    phased_ttt_num_phases: int = score_setting(3, "parts of the prefix, each followed by global SGD", between(1, 1000))
-    phased_ttt_leave_out: int = score_setting(
-        432, "longest documents, scored by then, that the global SGD leaves out (published: seven batches in hand)", between(0, 10**9))
-    global_ttt_lr: float = score_setting(1e-3, "learning rate of the global SGD", RATE)
-    global_ttt_momentum: float = score_setting(0.9, "its momentum", below(0, 1))
-    global_ttt_epochs: int = score_setting(1, "passes over each of its chunks", between(0, 1000))
-    global_ttt_chunk_tokens: int = score_setting(32768, "tokens of one of its steps", between(1, 2**26))
-    global_ttt_batch_seqs: int = setting(32, "sequences of EVAL_SEQ_LEN tokens in one of its forwards on one rank", between(1, 2**20))
-    global_ttt_grad_clip: float = score_setting(1.0, "norm of its gradient, at most; 0: no limit", between(0, 1e6))
+    ttt_enabled: bool = score_setting(True, FLAG)  # score again with test-time training
+    phased_ttt_enabled: bool = score_setting(True, FLAG)  # global SGD phases on documents already scored
+    ttt_context: str = score_setting("window", one_of("window", "cache"))  # earlier chunks: computed again, or keys and values kept
+    ttt_lora_rank: int = score_setting(96, between(1, 4096))  # rank of the adapters
+    ttt_lora_alpha: float = score_setting(0.0, between(0, 1e6))  # adapters count alpha / rank times; 0: once
+    ttt_lora_lr: float = score_setting(1e-4, RATE)  # learning rate of the adapters
+    ttt_lora_lr_power: float = score_setting(0.0, between(-1, 0))  # update n of a document has the learning rate times n to this power
+    ttt_chunk_size: int = score_setting(48, between(1, 2**16))  # tokens scored between two updates
+    ttt_chunk_doubles_at: tuple[int, ...] = score_setting((), each(between(1, 2**30), 8))  # positions from which chunks are twice as large
+    ttt_eval_seq_len: int = score_setting(2048, between(2, 2**20))  # tokens a chunk sees at most, itself included (cache: whole chunks)
+    ttt_batch_size: int = score_setting(64, between(1, 4096))  # documents adapted side by side, at most
+    ttt_grad_steps: int = score_setting(1, between(1, 100))  # updates a chunk
+    ttt_weight_decay: float = score_setting(0.5, between(0, 1000))  # decoupled weight decay of the adapters
+    ttt_warm_start_a: bool = score_setting(False, FLAG)  # A goes on from batch to batch in its lane (eight at any ranks); B begins at 0
+    ttt_short_chunks: tuple[int, ...] = score_setting((), each(between(1, 2**20)))  # pairs LIMIT,CHUNK: a batch whose longest document, its
+        # two BOS counted, is no longer than LIMIT has this chunk
+    ttt_beta1: float = score_setting(0.0, below(0, 1))  # AdamW on the adapters
+    ttt_beta2: float = score_setting(0.999, below(0, 1))  # AdamW on the adapters
+    ttt_q_lora: bool = score_setting(True, FLAG)  # adapters on the queries
+    ttt_k_lora: bool = score_setting(True, FLAG)  # adapters on the keys
+    ttt_v_lora: bool = score_setting(True, FLAG)  # adapters on the values
+    ttt_o_lora: bool = score_setting(True, FLAG)  # adapters around attention
+    ttt_mlp_lora: bool = score_setting(True, FLAG)  # adapters around the MLP
+    val_doc_fraction: float = score_setting(1.0, above(0, 1))  # share of the validation documents to score; below 1 is no full score
+    ngram_tilt_enabled: bool = score_setting(False, FLAG)  # raise what most often followed the same tokens before, in scoring order
+    ngram_tilt_order: int = score_setting(16, between(2, 64))  # tokens of an n-gram, the predicted one included
+    ngram_tilt_threshold: float = score_setting(0.8, between(0, 1))  # least share of the earlier occurrences that agree
+    ngram_tilt_beta: float = score_setting(2.625, between(0, 100))  # nats by which the hint is raised before all is normalised again
+    ngram_tilt_betas: tuple[float, ...] = score_setting((), each(between(0, 100), 25))  # instead of threshold and one beta: 25, for 1, 2,
+        # 4, 8, 16 occurrences and more by shares from 0, 1/4, 1/2, 3/4, 1 (bench/tilt.py fits them on training documents)
+    phased_ttt_prefix_docs: int = score_setting(2000, between(0, 10**9))  # documents that the global SGD may learn from
+    phased_ttt_num_phases: int = score_setting(3, between(1, 1000))  # parts of the prefix, each followed by global SGD
+    phased_ttt_leave_out: int = score_setting(432, between(0, 10**9))  # longest documents, scored by then, that the global SGD leaves out
+        # (published: seven batches in hand)
+    global_ttt_lr: float = score_setting(1e-3, RATE)  # learning rate of the global SGD
+    global_ttt_momentum: float = score_setting(0.9, below(0, 1))  # its momentum
+    global_ttt_epochs: int = score_setting(1, between(0, 1000))  # passes over each of its chunks
+    global_ttt_chunk_tokens: int = score_setting(32768, between(1, 2**26))  # tokens of one of its steps
+    global_ttt_batch_seqs: int = setting(32, between(1, 2**20))  # sequences of EVAL_SEQ_LEN tokens in one of its forwards on one rank
+    global_ttt_grad_clip: float = score_setting(1.0, between(0, 1e6))  # norm of its gradient, at most; 0: no limit
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> Config:
@@ -333,17 +333,15 @@ class Config:
             (all(a < b for a, b in zip(doubles, doubles[1:])) and all(at % size == 0 for at, size in zip(doubles, self.chunk_sizes[1:])),
              "TTT_CHUNK_DOUBLES_AT must ascend, each a multiple of the chunks that begin there (TTT_CHUNK_SIZE times 2, 4, ...)"),
         ]
-        for holds, message in rules:
-            if not holds:
-                raise ValueError(f"{message} (here: {self.named_in(message)})")
-        if (weights := sum(math.prod(row.shape) for row in parameter_table(self))) > ARTIFACT_MAX_WEIGHTS:
-            message = f"{weights:,} weights are more than an artifact's {ARTIFACT_MAX_WEIGHTS:,}: lower NUM_LAYERS, MODEL_DIM or VOCAB_SIZE"
-            raise ValueError(f"{message} (here: {self.named_in(message)}, MLP_MULT={self.mlp_mult})")
-
-    def named_in(self, message: str) -> str:
-        """The values of the settings that a message mentions."""
-        names = [f.name for f in fields(self) if re.search(rf"\b{f.name.upper()}\b", message)]
-        return ", ".join(f"{name.upper()}={format_setting(getattr(self, name))}" for name in names)
+        broken = [message for holds, message in rules if not holds]
+        weights = 0 if broken else sum(math.prod(row.shape) for row in parameter_table(self))
+        if weights > ARTIFACT_MAX_WEIGHTS:
+            broken = [f"{weights:,} weights are more than an artifact's {ARTIFACT_MAX_WEIGHTS:,}: lower NUM_LAYERS, MODEL_DIM, MLP_MULT or "
+                      "VOCAB_SIZE"]
+        if broken:
+            mentioned = [f.name for f in fields(self) if f.name.upper() in re.findall(r"\w+", broken[0])]
+            here = ", ".join(f"{name.upper()}={format_setting(getattr(self, name))}" for name in mentioned)
+            raise ValueError(f"{broken[0]} (here: {here})")
 
     @property
     def head_dim(self) -> int:
@@ -365,24 +363,18 @@ class Config:
     @property
     def shards_dir(self) -> Path:
         """Folder of the shards: DATA_PATH, else the published layout under DATA_DIR."""
-        if self.data_path:
-            return Path(self.data_path)
-        if not self.caseops_enabled:
-            return Path(self.data_dir, "datasets", f"fineweb10B_sp{self.vocab_size}")
-        return self._caseops_root / "datasets" / f"fineweb10B_sp{self.vocab_size}_{self.caseops_version}_reserved"
+        return Path(self.data_path or self._published("datasets", f"fineweb10B_sp{self.vocab_size}"))
 
     @property
     def tokenizer_file(self) -> Path:
         """SentencePiece model: TOKENIZER_PATH, else the published layout under DATA_DIR."""
-        if self.tokenizer_path:
-            return Path(self.tokenizer_path)
-        if not self.caseops_enabled:
-            return Path(self.data_dir, "tokenizers", f"fineweb_{self.vocab_size}_bpe.model")
-        return self._caseops_root / "tokenizers" / f"fineweb_{self.vocab_size}_bpe_{self.caseops_version}_reserved.model"
+        return Path(self.tokenizer_path or self._published("tokenizers", f"fineweb_{self.vocab_size}_bpe", ".model"))
 
-    @property
-    def _caseops_root(self) -> Path:
-        return Path(self.data_dir, "datasets", f"fineweb10B_sp{self.vocab_size}_caseops", "datasets")
+    def _published(self, kind: str, name: str, ending: str = "") -> Path:
+        if not self.caseops_enabled:
+            return Path(self.data_dir, kind, name + ending)
+        root = Path(self.data_dir, "datasets", f"fineweb10B_sp{self.vocab_size}_caseops", "datasets")
+        return root / kind / f"{name}_{self.caseops_version}_reserved{ending}"
 
 
 SETTING_TYPES = typing.get_type_hints(Config)
@@ -443,9 +435,16 @@ def misspelt_settings(environ: Mapping[str, str]) -> list[tuple[str, str]]:
     return found
 
 
+def setting_docs() -> dict[str, str]:
+    """What each setting does, by field: the comments in the readable source; the packed one has none."""
+    found = re.findall(r"^    (\w+): \S+(?: \.\.\.\])? = \w*setting\(.*?  # (.*(?:\n {8}# .*)*)", own_source(), re.MULTILINE)
+    return {name: re.sub(r"\n +#", "", words) for name, words in found}
+
+
 def settings_help() -> str:
-    """Every setting, its default, what it does and what it may be, one a line."""
-    return "\n".join(f"{f.name.upper()}={format_setting(f.default)}  {f.metadata['doc']} ({f.metadata['check'].text})"
+    """Every setting, its default, what it may be and what it does, one a line."""
+    docs = setting_docs()
+    return "\n".join(f"{f.name.upper()}={format_setting(f.default)}  {docs.get(f.name, '')} ({f.metadata['check'].text})"
                      for f in fields(Config))
 
 
@@ -454,12 +453,21 @@ def settings_help() -> str:
 #
 # What a process knows of its surroundings: its rank, its device, the log, the clock, and whether the run is asked to end.
 # On one process `Ranks` is the identity, so nothing else asks whether torch.distributed is up. A rank that fails says so on
-# a blackboard that all ranks watch, because a collective on an error path would wait for ever.
+# a board that all ranks watch, because a collective on an error path would wait for ever.
 # ======================================================================================================================
 
 EXIT_USER_ERROR, EXIT_OVER_LIMIT = 2, 3
+PROGRESS_MS = 15e3  # between two lines of a long phase
 LOOK_SECONDS = 0.5  # between two looks at the other ranks
 SIGNAL_GRACE_SECONDS = 25.0  # torchrun kills 30 s after it asked; a rank that waits for a dead one says so before that
+
+
+class Stopped(BaseException):
+    """The run was asked to end by a signal."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
 
 
 @dataclass
@@ -471,22 +479,22 @@ class Ranks:
     device: torch.device = torch.device("cpu")
     host_group: Any = None  # a gloo group: small decisions must not wait for the GPU
     local_world: int = 1  # processes on this machine
-    board: Any = None  # a store that any rank may write to and read from without waiting for another
-    notes: dict[str, str] = field(default_factory=dict)  # the same on one process
+    board: Any = field(default_factory=torch.distributed.HashStore)  # that any rank may write to and read from without waiting
     calls: int = 0  # collectives that this rank has come to: one that hangs has come to fewer than the others
+    signalled: int = 0  # number of the first signal that came to this rank
+    keeps_signals: bool = False  # until the next check_stop; else a signal ends the run at once
+    stopping: bool = False  # all ranks know that the run was asked to end
 
     @classmethod
     def start(cls, environ: Mapping[str, str], timeout_seconds: float = 1800.0) -> Ranks:
         """Join the other processes that torchrun started, if any; NCCL on CUDA, gloo on a CPU."""
         for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
-            if not re.fullmatch("[0-9]{1,5}", environ.get(name, "0")):
-                raise ValueError(f"{name}={environ[name]!r} is no number: leave it to torchrun")
-        world, local_rank = int(environ.get("WORLD_SIZE", 1)), int(environ.get("LOCAL_RANK", 0))
-        device = torch.device("cpu")
+            require(re.fullmatch("[0-9]{1,5}", environ.get(name, "0")), f"{name}={environ.get(name)!r} is no number: leave it to torchrun")
+        world, local_rank, device = int(environ.get("WORLD_SIZE", 1)), int(environ.get("LOCAL_RANK", 0)), torch.device("cpu")
         if torch.cuda.is_available():
-            if local_rank >= torch.cuda.device_count():
-                raise ValueError(f"local rank {local_rank}, but only {torch.cuda.device_count()} GPUs here; "
-                                 f"start torchrun with --nproc_per_node={torch.cuda.device_count()} at most")
+            gpus = torch.cuda.device_count()
+            require(local_rank < gpus, f"local rank {local_rank}, but only {gpus} GPUs here; start torchrun with "
+                                       f"--nproc_per_node={gpus} at most")
             device = torch.device("cuda", local_rank)
             torch.cuda.set_device(device)
             torch.backends.cuda.enable_cudnn_sdp(False)  # its gradient can be NaN with a mask at lengths like 2112 (torch 2.11 on)
@@ -510,20 +518,20 @@ class Ranks:
         if self.world > 1:
             torch.distributed.destroy_process_group()
 
+    def together(self, collective: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+        """A collective of torch.distributed, counted; nothing on one process."""
+        self.calls += 1
+        return collective(*arguments, **named) if self.world > 1 else None
+
     def sum(self, tensor: Tensor) -> Tensor:
         """`tensor` summed over the ranks, in place."""
-        self.calls += 1
-        if self.world > 1:
-            torch.distributed.all_reduce(tensor)
+        self.together(torch.distributed.all_reduce, tensor)
         return tensor
 
     def gather(self, value: Any) -> list[Any]:
         """The objects of all ranks, in rank order, on every rank."""
-        if self.world == 1:
-            return [value]
-        self.calls += 1
-        values: list[Any] = [None] * self.world
-        torch.distributed.all_gather_object(values, value, group=self.host_group)
+        values: list[Any] = [value] * self.world
+        self.together(torch.distributed.all_gather_object, values, value, group=self.host_group)
         return values
 
     def agree(self, value: Any) -> Any:
@@ -532,56 +540,47 @@ class Ranks:
 
     def share(self, tensors: list[Tensor]) -> None:
         """Rank 0's values into the host tensors of every rank."""
-        self.calls += 1
-        if self.world > 1:
-            for tensor in tensors:
-                torch.distributed.broadcast(tensor, src=0, group=self.host_group)
+        for tensor in tensors:
+            self.together(torch.distributed.broadcast, tensor, src=0, group=self.host_group)
 
     def check_same(self, values: dict[str, Any]) -> None:
         """ValueError, on every rank, that names a rank for which not all these values are rank 0's, and which are not."""
         first, *others = self.gather(values)
         for rank, theirs in enumerate(others, 1):
-            if differing := sorted({name for name, _ in first.items() ^ theirs.items()}):
-                raise ValueError(f"rank {rank} has another {', '.join(differing[:5])} than rank 0: every machine needs the same")
+            differing = sorted({name for name, _ in first.items() ^ theirs.items()})
+            require(not differing, f"rank {rank} has another {', '.join(differing[:5])} than rank 0: every machine needs the same")
 
     def post(self, topic: str, text: str) -> None:
         """Leave a note of this rank, in place of its last one on the topic; waits for nobody."""
-        if self.board is None:
-            self.notes[topic] = text
-        else:
-            self.board.set(f"{topic}/{self.rank}", text)
+        self.board.set(f"{topic}/{self.rank}", text)
 
     def posted(self, topic: str) -> dict[int, str]:
         """The latest notes on a topic, by rank; ranks that left none are not in it."""
-        if self.board is None:
-            return {0: self.notes[topic]} if topic in self.notes else {}
         keys = {r: f"{topic}/{r}" for r in range(self.world)}
         return {r: self.board.get(key).decode() for r, key in keys.items() if self.board.check([key])}
 
-    def fail(self, text: str) -> None:
-        """Tell the others that this rank ends, and why."""
-        with suppress(RuntimeError, OSError):
-            self.post("failed", text)
+    def first(self, topic: str, text: str) -> str:
+        """The first words that any rank has had for a topic, these if they are; with "" it only looks."""
+        return self.board.compare_set(topic, "", text).decode()
 
-    def failures(self) -> dict[int, str]:
-        """Words on every rank that has ended with an error; under -1 if the board went with the process that held it."""
-        try:
-            return {rank: text if text.startswith("rank ") else f"rank {rank}: {text}" for rank, text in self.posted("failed").items()}
-        except (RuntimeError, OSError):
-            return {-1: "the process that held the ranks together has ended"}
+    def hear(self, number: int, frame: object) -> None:
+        """What a signal does: the first ends the run, here or in `check_stop`."""
+        is_first, self.signalled = not self.signalled, self.signalled or number
+        if is_first and not self.keeps_signals:
+            raise Stopped(number)
 
-    def silent(self, seconds: float) -> list[int]:
-        """The ranks whose watches leave no new note for so long, or have left none yet."""
-        with suppress(RuntimeError, OSError):
-            before, _, after = self.posted("at"), time.sleep(seconds), self.posted("at")
-            return [rank for rank in range(self.world) if after.get(rank) == before.get(rank)]
-        return []
+    def check_stop(self) -> None:
+        """Raise Stopped on every rank if a signal has come to any; all ranks must call it at the same places."""
+        if number := max(self.gather(self.signalled)):
+            self.stopping = True
+            raise Stopped(number)
 
 
 def write_line(stream: Any, text: str) -> str:
-    """A line to a console; why it cannot be written, else "". Then all that is still to come goes nowhere, quietly."""
+    """A line to a console or file; why it cannot be written, else "". Then all that is still to come goes nowhere, quietly."""
     try:
-        print(text, file=stream, flush=True)
+        stream.write(text + "\n")
+        stream.flush()
         return ""
     except OSError as error:
         with suppress(OSError, ValueError):
@@ -592,10 +591,10 @@ def write_line(stream: Any, text: str) -> str:
 class Log:
     """Writes lines to standard output and appends them to a file, which it locks; silent on other ranks than 0.
 
-    A file or a console that cannot be written any more costs its lines, not the run.
+    A file or a console that cannot be written any more costs its lines, not the run. Without a file it is for errors.
     """
 
-    def __init__(self, path: Path | None, enabled: bool = True) -> None:
+    def __init__(self, path: Path | None = None, enabled: bool = True) -> None:
         self.enabled, self.path, self.file = enabled, path, None
         if enabled and path is not None:
             self.open()
@@ -622,16 +621,11 @@ class Log:
         """One line of prose."""
         if not self.enabled:
             return
-        encoding, lost = getattr(sys.stdout, "encoding", None) or "utf-8", {}
-        lost["standard output"] = write_line(sys.stdout, text.encode(encoding, "backslashreplace").decode(encoding))
-        try:
-            if self.file is not None:
-                self.file.write(text + "\n")
-                self.file.flush()
-        except OSError as error:
-            self.file, lost[str(self.path)] = None, error.strerror
-        for name, reason in lost.items():
-            if reason:
+        console = sys.stdout if self.path else sys.stderr
+        encoding = getattr(console, "encoding", None) or "utf-8"
+        printable = text.encode(encoding, "backslashreplace").decode(encoding)
+        for name, stream, line in (("standard output", console, printable), (self.path, self.file, text)):
+            if stream is not None and (reason := write_line(stream, line)):
                 write_line(sys.stderr, f"warning: {name} cannot be written any more ({reason}); the run goes on without it")
 
     def record(self, word: str, /, **values: Any) -> None:
@@ -639,96 +633,70 @@ class Log:
         self(" ".join([word, *(f"{key}:{value}" for key, value in values.items())]))
 
 
-class Stopped(Exception):
-    """The run was asked to end by a signal, and every rank knows."""
+def end_run(ranks: Ranks, log: Log, reason: str) -> typing.NoReturn:
+    """Leave at once, without any collective, for a reason `STATUS words` that the board has.
 
-    def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
-        self.number = number
+    Rank 0 says it, or who is left where it cannot; of several who come to say something, in whatever thread, the first alone does.
+    """
+    status, line = reason.split(" ", 1)
+    speaks = ranks.rank % ranks.local_world == 0  # on each machine, if the board went with the process that held it
+    with suppress(RuntimeError, OSError):
+        time.sleep(4 * LOOK_SECONDS if ranks.rank else 0.0)
+        speaks = ranks.first("said", own := os.urandom(8).hex()) == own
+    if speaks:
+        log.take_over()
+        log(line)
+    time.sleep(1.0)  # until the other thread has spoken, and the other ranks have seen why
+    sys.stdout.flush()
+    os._exit(int(status))
 
 
 class Watch:
-    """Notices signals and other ranks' failures while the main thread may be waiting inside a collective.
-
-    Between `with` and its end SIGTERM and SIGINT are kept, and `check` raises Stopped in all ranks at the same place.
-    """
+    """Notices the other ranks' failures, and signals, while the main thread may be waiting inside a collective."""
 
     def __init__(self, ranks: Ranks, log: Log, timeout_seconds: float) -> None:
-        self.ranks, self.log, self.number, self.since, self.over = ranks, log, 0, 0.0, threading.Event()
+        self.ranks, self.log, self.over = ranks, log, threading.Event()
         self.limit, self.looks, self.came = timeout_seconds / LOOK_SECONDS, 0, (0, 0)  # collectives, and the look that first saw so many
         self.heard = {rank: ("0 0", 0) for rank in range(ranks.world)}  # the last note of each, and the look that first saw it
-        self._pipe: tuple[int, int] | None = None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, ranks.hear)
         if ranks.world > 1:
+            self.signals, writer = os.pipe2(os.O_NONBLOCK)
+            signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
             threading.Thread(target=self._look, daemon=True).start()
 
-    def __enter__(self) -> Watch:
-        reader, writer = os.pipe2(os.O_NONBLOCK)
-        self._pipe, self._wakeup = (reader, writer), signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        self._before = {n: signal.signal(n, self._note) for n in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        signal.set_wakeup_fd(self._wakeup)
-        for end in self._pipe:
-            os.close(end)
-        self._pipe, self.since = None, 0.0
-
-    def _note(self, number: int, frame: object) -> None:
-        self.number = self.number or number
-
-    def check(self) -> None:
-        """Raise Stopped if a signal has come to any rank; all ranks must call it at the same places."""
-        if number := max(self.ranks.gather(self.number)):
-            self.since = 0.0
-            raise Stopped(number)
-
     def _look(self) -> None:
-        """In a thread: end this process when another rank has failed or hangs, or when a signal finds the main thread stuck."""
-        while not self.over.wait(LOOK_SECONDS):
-            hanging = self._hanging()
-            if hanging and self.ranks.rank == min(self.heard.keys() - hanging):
-                self.log.take_over()
-                self.end(f"rank {', '.join(map(str, hanging))} hangs: the others have waited for it for "
-                         f"{self.limit * LOOK_SECONDS:g} s (RANK_TIMEOUT_SECONDS)", EXIT_USER_ERROR)
-            failed = self.ranks.failures()
-            if failed and self.ranks.rank not in failed and not self.over.is_set():
-                if min(failed) < 0 and self.ranks.rank % self.ranks.local_world == 0:
-                    self.log.take_over()
-                self.end(next(iter(failed.values())), EXIT_USER_ERROR)
-            if self._pipe is not None and not self.since:
-                try:
-                    self.since = time.monotonic() if os.read(self._pipe[0], 64) else 0.0
-                except (BlockingIOError, OSError):
-                    continue
-            elif self.since and time.monotonic() - self.since > SIGNAL_GRACE_SECONDS:
-                self.end("asked to end while waiting for the other ranks: one of them has ended or hangs", 128 + signal.SIGTERM)
+        """In a thread: end this process when another rank has failed or hangs, or when a signal finds the main thread stuck.
 
-    def _hanging(self) -> list[int]:
-        """The ranks that have come to fewer collectives than this one waits in, or that give no sign of life, for too long.
-
-        Time is counted in looks of this thread: a job that was suspended as a whole does not count its sleep.
+        Time is counted in looks: a job that was suspended as a whole does not count its sleep.
         """
-        calls, self.looks = self.ranks.calls, self.looks + 1
+        asked = math.inf
+        while not self.over.wait(LOOK_SECONDS):
+            self.looks += 1
+            try:
+                reason = self.ranks.first("reason", self._hanging())
+            except (RuntimeError, OSError):
+                reason = f"{EXIT_USER_ERROR} error: the process that held the ranks together has ended"
+            with suppress(BlockingIOError):
+                asked = self.looks if os.read(self.signals, 64) else asked
+            if (self.looks - asked) * LOOK_SECONDS > SIGNAL_GRACE_SECONDS and not self.ranks.stopping:
+                reason = f"{128 + signal.SIGTERM} error: asked to end while waiting for the other ranks: one of them has ended or hangs"
+            if reason and not self.over.is_set():
+                end_run(self.ranks, self.log, reason)
+
+    def _hanging(self) -> str:
+        """The reason to end if ranks have come to fewer collectives than this one waits in, or give no sign of life, for too long."""
+        calls = self.ranks.calls
         self.came = self.came if calls == self.came[0] else (calls, self.looks)
-        try:
-            self.ranks.post("at", f"{calls} {self.looks}")
-            notes = self.ranks.posted("at")
-        except (RuntimeError, OSError):
-            return []
-        for rank, note in notes.items():
+        self.ranks.post("at", f"{calls} {self.looks}")
+        for rank, note in self.ranks.posted("at").items():
             self.heard[rank] = self.heard[rank] if note == self.heard[rank][0] else (note, self.looks)
         waiting = self.looks - self.came[1] > self.limit
-        return [rank for rank, (note, look) in self.heard.items()
-                if self.looks - look > self.limit or (waiting and int(note.split()[0]) < calls)]
-
-    def end(self, text: str, status: int) -> typing.NoReturn:
-        """Say why and leave at once, without any collective."""
-        self.log(f"error: {text}")
-        self.ranks.fail(text)
-        sys.stdout.flush()
-        os._exit(status)
+        hanging = [str(rank) for rank, (note, look) in self.heard.items()
+                   if self.looks - look > self.limit or (waiting and int(note.split()[0]) < calls)]
+        reason = (f"{EXIT_USER_ERROR} error: rank {', '.join(hanging)} hangs: the others have waited for it for "
+                  f"{self.limit * LOOK_SECONDS:g} s (RANK_TIMEOUT_SECONDS)")
+        return reason if hanging else ""
 
 
 class Clock:
@@ -767,32 +735,26 @@ def to_device(array: np.ndarray, device: torch.device) -> Tensor:
 
 
 class Progress:
-    """Now and then a line that says where a long phase stands and how long it will still take."""
+    """Now and then a line that says where a long phase stands and how long it will still take, at the pace so far."""
 
-    def __init__(self, log: Log, every_seconds: float = 15.0) -> None:
-        self.log, self.every, self.began = log, every_seconds, time.perf_counter()
-        self.last = self.began
-
-    def left_ms(self, done: float, total: float) -> int:
-        """Estimated milliseconds until `total`, at the pace so far."""
-        return int(since_ms(self.began) * (total - done) / max(done, 1e-9))
+    def __init__(self, log: Log) -> None:
+        self.log, self.began, self.last = log, time.perf_counter(), time.perf_counter()
 
     def __call__(self, phase: str, done: float, total: float) -> None:
-        now = time.perf_counter()
-        if now - self.last >= self.every and done < total:
-            self.last = now
-            self.log.record("progress", phase=phase, done=f"{done:g}/{total:g}", left_ms=self.left_ms(done, total))
+        if since_ms(self.last) >= PROGRESS_MS and done < total:
+            self.last = time.perf_counter()
+            self.log.record("progress", phase=phase, done=f"{done:g}/{total:g}",
+                            left_ms=int(since_ms(self.began) * (total - done) / max(done, 1e-9)))
 
 
 @dataclass
 class Run:
-    """What every stage needs: settings, ranks, log, whether to compile, and the watch that says when to end."""
+    """What every stage needs: settings, ranks, log, and whether to compile."""
 
     cfg: Config
     ranks: Ranks
     log: Log
     compile: bool = False
-    watch: Watch | None = None
 
     @property
     def device(self) -> torch.device:
@@ -803,31 +765,32 @@ class Run:
         """Of activations: bfloat16 on CUDA, float32 on a CPU."""
         return torch.bfloat16 if self.device.type == "cuda" else torch.float32
 
-    def check_stop(self) -> None:
-        """Raise Stopped, on every rank, if the run was asked to end."""
-        if self.watch is not None:
-            self.watch.check()
-
 
 def write_atomically(path: str | Path, data: bytes) -> None:
-    """Write a file so that readers see the old bytes or the new ones, never a part: temporary name in the same folder,
-    fsync, rename. Raises OSError with a hint when the folder cannot be written or is full; the old file stays."""
+    """Write a file so that readers see the old bytes or the new ones, never a part: a name beside it, fsync, rename.
+
+    What a kill leaves under that name the next write takes. Raises OSError with a hint when the folder cannot be written or is
+    full; the old file stays.
+    """
     path = Path(path)
-    temporary = None
+    unfinished = path.with_name(path.name[:200] + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=path.name[:100] + ".", suffix=".tmp", dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
+        with unfinished.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        os.replace(unfinished, path)
     except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
+        with suppress(OSError):
+            unfinished.unlink()
         hint = "free some space there or choose another place with ARTIFACT_DIR; a file of that name is left as it was"
         raise OSError(error.errno, f"cannot write {len(data)} bytes to {path}: {error.strerror} ({hint})") from error
+
+
+def as_tensor(data: bytes) -> Tensor:
+    """(len(data),) uint8."""
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 
 # ======================================================================================================================
@@ -858,99 +821,79 @@ class Batch(NamedTuple):
 
 
 def read_shard(path: Path, entries: int | None = None) -> np.ndarray:
-    """The entries of a shard, `entries` of them where that is known, as a read-only memory map (uint16).
-
-    Raises:
-        ValueError: naming the file and what is wrong with it.
-    """
+    """The entries of a shard, `entries` of them where that is known, as a read-only memory map (uint16); ValueError says what is wrong."""
     header_bytes = 4 * SHARD_HEADER_INTS
     try:
         size, header = path.stat().st_size, np.fromfile(path, dtype="<i4", count=SHARD_HEADER_INTS)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}; {BUILD_HINT}") from None
-    if len(header) < SHARD_HEADER_INTS:
-        raise ValueError(f"{path}: {size} bytes, shorter than the {header_bytes}-byte header: the file is cut short; "
-                         "copy or build it again")
+    require(len(header) == SHARD_HEADER_INTS, f"{path}: {size} bytes, shorter than the {header_bytes}-byte header: the file is cut short; "
+                                              "copy or build it again")
     magic, version, count = (int(v) for v in header[:3])
-    if magic != SHARD_MAGIC:
-        raise ValueError(f"{path}: magic number {magic}, not {SHARD_MAGIC}: this is no token shard; {BUILD_HINT}")
-    if version != SHARD_VERSION:
-        raise ValueError(f"{path}: version {version}, this program reads {SHARD_VERSION}; {BUILD_HINT}")
-    if size != header_bytes + 2 * count or count < 1:
-        raise ValueError(f"{path}: the header promises {count} entries = {header_bytes + 2 * count} bytes, the file has "
-                         f"{size}: it is empty, cut short or damaged; copy or build it again")
-    if entries is not None and count != entries:
-        raise ValueError(f"{path}: {count} entries, {MANIFEST} beside it says {entries}: it is of another data set; "
-                         "copy or build it again")
+    require(magic == SHARD_MAGIC, f"{path}: magic number {magic}, not {SHARD_MAGIC}: this is no token shard; {BUILD_HINT}")
+    require(version == SHARD_VERSION, f"{path}: version {version}, this program reads {SHARD_VERSION}; {BUILD_HINT}")
+    require(size == header_bytes + 2 * count and count > 0,
+            f"{path}: the header promises {count} entries = {header_bytes + 2 * count} bytes, the file has {size}: it is empty, cut short "
+            "or damaged; copy or build it again")
+    require(entries in (None, count), f"{path}: {count} entries, {MANIFEST} beside it says {entries}: it is of another data set; copy or "
+                                      "build it again")
     return np.memmap(path, dtype="<u2", mode="r", offset=header_bytes, shape=(count,))
 
 
-class Manifest(NamedTuple):
-    """What `manifest.json` says of a data set; without one all fields are empty."""
-
-    files: dict[str, dict[str, Any]] = {}  # shard -> entries, sha256
-    transform: str = ""  # CaseOps version
-    tokenizer_sha256: str = ""
-
-
-def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a data set, checked; ValueError if it is damaged."""
-    path = folder / MANIFEST
-    if not path.exists():
-        return Manifest()
-    try:
-        record = json.loads(path.read_bytes())
-        files = {entry["file"]: entry for split in ("val", "train") for entry in record["splits"][split]["files"]}
-        manifest = Manifest(files, record.get("transform", ""), record.get("tokenizer", {}).get("sha256", ""))
-        right = [SHARD_NAME.fullmatch(name) and type(entry["entries"]) is int and type(entry["sha256"]) is str
-                 for name, entry in files.items()]
-        if not right or not all(right) or type(manifest.transform) is not str:
-            raise ValueError("its list of shards is not in the form of a build")
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path} is not the manifest of a data set ({type(error).__name__}: {error}); move it away if it "
-                         f"is another program's, else {BUILD_HINT}") from None
-    return manifest
-
-
-def dataset_shards(folder: Path) -> dict[str, list[Path]]:
-    """The shards of a data set by kind (train, val, val_bytes), in order. What a right set of shards is stands here alone.
+class Dataset:
+    """A folder of shards, looked at once: which there are, and what its manifest says. What a right set is stands here alone.
 
     `manifest.json` decides where there is one: its files, no others. Always: one prefix, numbers from 0 without a gap, and
     a sidecar shard for each validation shard or none at all. A wrong `.bin` file or an unfinished build is refused by name.
     """
-    if not folder.is_dir():
-        raise ValueError(f"no data: {folder} is not a folder; {BUILD_HINT}")
-    listed = read_manifest(folder).files
-    if not listed and (folder / JOURNAL).exists():
-        raise ValueError(f"{folder} holds an unfinished build ({JOURNAL}): give the same prepare_caseops_data.py command again, "
-                         "it goes on where it stopped")
-    there = sorted(path.name for path in folder.glob("*.bin"))
-    named = {name: match.groups() for name in listed or there if (match := SHARD_NAME.fullmatch(name))}
-    if foreign := [name for name in there if name not in named]:
-        reason = "no name of a shard, PREFIX_train|val|val_bytes_NNNNNN.bin" if not listed else f"not in {MANIFEST}"
-        raise ValueError(f"{folder} holds {', '.join(foreign[:3])}{' …' if foreign[3:] else ''}: {reason}; move or delete it")
-    if len(prefixes := {prefix for prefix, _, _ in named.values()}) > 1:
-        raise ValueError(f"{folder} holds shards of several data sets ({', '.join(sorted(prefixes))}): one folder, one data set")
-    shards = {kind: sorted((int(number), folder / name) for name, (_, its, number) in named.items() if its == kind) for kind in SHARD_KINDS}
-    for kind, numbered in shards.items():
-        if (numbers := [number for number, _ in numbered]) != list(range(len(numbers))):
-            raise ValueError(f"{folder}: the {kind} shards are numbered {', '.join(map(str, numbers))}, not from 0 without a gap")
-    if shards["val"] and shards["val_bytes"] and len(shards["val"]) != len(shards["val_bytes"]):
-        raise ValueError(f"{folder}: {len(shards['val_bytes'])} sidecar shards (val_bytes) for {len(shards['val'])} validation shards")
-    return {kind: [path for _, path in numbered] for kind, numbered in shards.items()}
 
+    paths: dict[str, list[Path]]  # by kind (train, val, val_bytes), in order
+    listed: dict[str, int]  # entries of each shard that the manifest names; with no manifest, this is empty and so are the next two
+    transform = ""  # CaseOps version
+    tokenizer_sha256 = ""
 
-def shard_paths(folder: Path, kind: str) -> list[Path]:
-    """Shards of one kind ('train', 'val' or 'val_bytes') in order; the sidecar is never taken for tokens."""
-    return dataset_shards(folder)[kind]
+    def __init__(self, folder: Path) -> None:
+        """ValueError names the folder and what is wrong with it."""
+        require(folder.is_dir(), f"no data: {folder} is not a folder; {BUILD_HINT}")
+        self.folder, self.listed = folder, {}
+        if (folder / MANIFEST).exists():
+            self._read_manifest(folder / MANIFEST)
+        require(self.listed or not (folder / JOURNAL).exists(), f"{folder} holds an unfinished build ({JOURNAL}): give the same "
+                "prepare_caseops_data.py command again, it goes on where it stopped")
+        there = sorted(path.name for path in folder.glob("*.bin"))
+        named = {name: match.groups() for name in self.listed or there if (match := SHARD_NAME.fullmatch(name))}
+        foreign = [name for name in there if name not in named]
+        reason = f"not in {MANIFEST}" if self.listed else "no name of a shard, PREFIX_train|val|val_bytes_NNNNNN.bin"
+        require(not foreign, f"{folder} holds {', '.join(foreign[:3])}{' …' if foreign[3:] else ''}: {reason}; move or delete it")
+        prefixes = sorted({prefix for prefix, _, _ in named.values()})
+        require(len(prefixes) < 2, f"{folder} holds shards of several data sets ({', '.join(prefixes)}): one folder, one data set")
+        self.paths = {}
+        for kind in SHARD_KINDS:
+            numbered = sorted((int(number), folder / name) for name, (_, its, number) in named.items() if its == kind)
+            numbers, self.paths[kind] = [number for number, _ in numbered], [path for _, path in numbered]
+            require(numbers == list(range(len(numbers))),
+                    f"{folder}: the {kind} shards are numbered {', '.join(map(str, numbers))}, not from 0 without a gap")
+        sidecars, shards = len(self.paths["val_bytes"]), len(self.paths["val"])
+        require(sidecars == shards or not sidecars or not shards,
+                f"{folder}: {sidecars} sidecar shards (val_bytes) for {shards} validation shards")
 
+    def _read_manifest(self, path: Path) -> None:
+        try:
+            record = json.loads(path.read_bytes())
+            files = [entry for split in ("val", "train") for entry in record["splits"][split]["files"]]
+            self.listed = {entry["file"]: entry["entries"] for entry in files}
+            self.transform, self.tokenizer_sha256 = record.get("transform", ""), record.get("tokenizer", {}).get("sha256", "")
+            texts = [self.transform, self.tokenizer_sha256, *(entry["sha256"] for entry in files)]
+            require(files and all(map(SHARD_NAME.fullmatch, self.listed)) and all(type(text) is str for text in texts)
+                    and all(type(count) is int for count in self.listed.values()), "its list of shards is not in the form of a build")
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{path} is not the manifest of a data set ({type(error).__name__}: {error}); move it away if it "
+                             f"is another program's, else {BUILD_HINT}") from None
 
-def read_shards(folder: Path, kind: str) -> list[np.ndarray]:
-    """All shards of one kind, of the lengths that the manifest lists; ValueError if there is none."""
-    if not (paths := shard_paths(folder, kind)):
-        raise ValueError(f"no {kind} shards (*_{kind}_NNNNNN.bin) in {folder}; {BUILD_HINT}")
-    listed = read_manifest(folder).files
-    return [read_shard(path, listed[path.name]["entries"] if listed else None) for path in paths]
+    def read(self, kind: str) -> list[np.ndarray]:
+        """All shards of one kind, of the lengths that the manifest lists; ValueError if there is none or one is damaged."""
+        require(self.paths[kind], f"no {kind} shards (*_{kind}_NNNNNN.bin) in {self.folder}; {BUILD_HINT}")
+        return [read_shard(path, self.listed.get(path.name)) for path in self.paths[kind]]
 
 
 class ValData(NamedTuple):
@@ -973,125 +916,101 @@ def check_tokens(tokens: np.ndarray, vocab_size: int, what: str, sample: int = 2
     """The first `sample` and last `sample` entries must be below `vocab_size` and hold a BOS; ValueError says where not."""
     for offset in {0, max(0, len(tokens) - sample)}:
         part = np.asarray(tokens[offset: offset + sample])
-        if len(part) and int(part.max()) >= vocab_size:
-            at = offset + int(np.argmax(part >= vocab_size))
-            raise ValueError(f"{what}: entry {at} is token {int(tokens[at])}, but VOCAB_SIZE is {vocab_size}: the data was "
-                             "made with another tokenizer, or the file is damaged")
-    if not (np.asarray(tokens[:sample]) == BOS_ID).any():
-        raise ValueError(f"{what}: no BOS (id {BOS_ID}) in {min(len(tokens), sample)} entries: documents cannot be told "
-                         "apart; " + BUILD_HINT)
+        at = offset + int(np.argmax(part >= vocab_size))  # the first that is, if one is
+        require(int(tokens[at]) < vocab_size, f"{what}: entry {at} is token {tokens[at]}, but VOCAB_SIZE is {vocab_size}: the data was "
+                                              "made with another tokenizer, or the file is damaged")
+    require((np.asarray(tokens[:sample]) == BOS_ID).any(), f"{what}: no BOS (id {BOS_ID}) in {min(len(tokens), sample)} entries: documents "
+                                                           f"cannot be told apart; {BUILD_HINT}")
 
 
-def read_sidecar(folder: Path, tokens: np.ndarray) -> np.ndarray:
-    """The bytes of every validation token; ValueError if the sidecar is missing or does not belong to `tokens` (N,)."""
-    if not shard_paths(folder, "val_bytes"):
-        raise ValueError(f"no byte sidecar (*_val_bytes_NNNNNN.bin) in {folder}: bits per byte cannot be counted; {BUILD_HINT}")
-    sizes, own = (list(map(len, read_shards(folder, kind))) for kind in ("val", "val_bytes"))
-    if sizes != own:
-        raise ValueError(f"the byte sidecar in {folder} has {own} entries, the validation tokens {sizes}: they must be the same; "
-                         "build both again from the same text")
-    byte_counts = np.concatenate(read_shards(folder, "val_bytes"))
-    if byte_counts[tokens == BOS_ID].any():
-        raise ValueError(f"the byte sidecar in {folder} charges bytes to BOS: it does not belong to these tokens")
+def read_sidecar(dataset: Dataset, val: list[np.ndarray]) -> np.ndarray:
+    """The bytes of every validation token, (N,) uint16; ValueError if the sidecar is missing or does not belong to the shards."""
+    where = f"the byte sidecar in {dataset.folder}"
+    require(dataset.paths["val_bytes"],
+            f"no byte sidecar (*_val_bytes_NNNNNN.bin) in {dataset.folder}: bits per byte cannot be counted; {BUILD_HINT}")
+    sidecar = dataset.read("val_bytes")
+    sizes, own = list(map(len, val)), list(map(len, sidecar))
+    require(sizes == own,
+            f"{where} has {own} entries, the validation tokens {sizes}: they must be the same; build both again from the same text")
+    byte_counts = np.concatenate(sidecar)
+    require(not byte_counts[np.concatenate(val) == BOS_ID].any(), f"{where} charges bytes to BOS: it does not belong to these tokens")
     return byte_counts
 
 
-def check_version(cfg: Config) -> None:
-    """ValueError if the data is of another CaseOps version than the run, or than the artifact whose settings it has adopted."""
-    transform = read_manifest(cfg.shards_dir).transform
-    found, wanted = (transform or Config.caseops_version, cfg.caseops_version) if cfg.caseops_enabled else (transform, "")
-    if found != wanted:
-        raise ValueError(f"the data in {cfg.shards_dir} is of CASEOPS_VERSION={found}, this run or its artifact of "
-                         f"{wanted or 'CASEOPS_ENABLED=0'}: neither can read the other's tokens; choose data, settings and artifact of one")
-
-
-def load_val(cfg: Config) -> ValData:
-    """The validation set, checked: sidecar present and of the same length, BOS, ids, the published constants.
-
-    Raises:
-        ValueError: naming the file and what is wrong with it.
-    """
-    folder = cfg.shards_dir
-    check_version(cfg)
-    tokens = np.concatenate(read_shards(folder, "val"))
+def load_val(cfg: Config, dataset: Dataset | None = None) -> ValData:
+    """The validation set, checked: sidecar present and of the same length, BOS, ids, the published constants; ValueError if not so."""
+    folder, dataset = cfg.shards_dir, dataset or Dataset(cfg.shards_dir)
+    found, wanted = dataset.transform, ""
+    if cfg.caseops_enabled:
+        found, wanted = found or Config.caseops_version, cfg.caseops_version
+    require(found == wanted, f"the data in {folder} is of CASEOPS_VERSION={found}, this run or its artifact of "
+            f"{wanted or 'CASEOPS_ENABLED=0'}: neither can read the other's tokens; choose data, settings and artifact of one")
+    shards = dataset.read("val")
+    tokens = np.concatenate(shards)
     check_tokens(tokens, cfg.vocab_size, f"validation tokens in {folder}", sample=len(tokens))
-    if int(tokens[0]) != BOS_ID:
-        raise ValueError(f"validation tokens in {folder}: the first entry is {int(tokens[0])}, not BOS ({BOS_ID}); {BUILD_HINT}")
-    if not cfg.caseops_enabled:
-        byte_counts = piece_byte_counts(cfg, tokens)
-    else:
-        byte_counts = read_sidecar(folder, tokens)
+    require(tokens[0] == BOS_ID, f"validation tokens in {folder}: the first entry is {tokens[0]}, not BOS ({BOS_ID}); {BUILD_HINT}")
+    byte_counts = read_sidecar(dataset, shards) if cfg.caseops_enabled else piece_byte_counts(cfg, tokens)
     val = ValData(tokens, byte_counts, int((tokens == BOS_ID).sum()))
-    if folder.name == PUBLISHED_NAME:
-        found = {"documents": val.documents, "tokens": len(tokens), "bytes": val.num_bytes}
-        if found != PUBLISHED_VAL:
-            raise ValueError(f"{folder} has the published data set's name, but its validation set has {found}, the "
-                             f"published one {PUBLISHED_VAL}: it is incomplete or another one")
-    if val.num_bytes == 0:
-        raise ValueError(f"the validation targets in {folder} stand for 0 bytes: bits per byte cannot be counted")
-    if cfg.val_doc_fraction < 1:
-        starts = val.document_starts()
-        keep = max(1, int(len(starts) * cfg.val_doc_fraction))
-        end = len(tokens) if keep == len(starts) else int(starts[keep])
-        val = ValData(tokens[:end], byte_counts[:end], keep)
-    return val
+    counts = {"documents": val.documents, "tokens": len(tokens), "bytes": val.num_bytes}
+    require(folder.name != PUBLISHED_NAME or counts == PUBLISHED_VAL, f"{folder} has the published data set's name, but its validation set "
+            f"has {counts}, the published one {PUBLISHED_VAL}: it is incomplete or another one")
+    require(val.num_bytes, f"the validation targets in {folder} stand for 0 bytes: bits per byte cannot be counted")
+    if cfg.val_doc_fraction == 1:
+        return val
+    keep = max(1, int(val.documents * cfg.val_doc_fraction))
+    end = int(np.append(val.document_starts(), len(tokens))[keep])
+    return ValData(tokens[:end], byte_counts[:end], keep)
 
 
-@lru_cache(maxsize=1)
-def _piece_byte_table(path: str, vocab_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """By token: its bytes without a leading space mark, whether it has that mark, whether it is a control token."""
+def load_tokenizer(cfg: Config) -> Any:
+    """The SentencePiece model; ValueError if it is none, or its size is not VOCAB_SIZE."""
     import sentencepiece
 
+    path = cfg.tokenizer_file
     try:
-        model = sentencepiece.SentencePieceProcessor(model_proto=Path(path).read_bytes())
+        model = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
     except (OSError, RuntimeError) as error:
         raise ValueError(f"TOKENIZER_PATH {path} is not a SentencePiece model: {error}") from None
-    if model.vocab_size() != vocab_size:
-        raise ValueError(f"{path} has {model.vocab_size()} pieces, VOCAB_SIZE is {vocab_size}: set the one or the other")
-    lengths, space = np.zeros(vocab_size, np.uint16), np.zeros(vocab_size, bool)
-    control = np.array([model.is_control(i) or model.is_unknown(i) or model.is_unused(i) for i in range(vocab_size)])
-    for i in np.flatnonzero(~control):
-        piece = model.id_to_piece(int(i))
-        space[i] = piece.startswith("\u2581")
-        lengths[i] = 1 if model.is_byte(int(i)) else len(piece.removeprefix("\u2581").encode("utf-8"))
-    return lengths, space, control
+    require(model.vocab_size() == cfg.vocab_size,
+            f"{path} has {model.vocab_size()} pieces, VOCAB_SIZE is {cfg.vocab_size}: set the one or the other")
+    return model
 
 
 def piece_byte_counts(cfg: Config, tokens: np.ndarray) -> np.ndarray:
     """Bytes of each of `tokens` (N,) of plain SentencePiece data: a leading space counts unless a control token is before."""
-    lengths, space, control = _piece_byte_table(str(cfg.tokenizer_file), cfg.vocab_size)
+    model, space_mark = load_tokenizer(cfg), "\u2581"
+    control = np.array([model.is_control(i) or model.is_unknown(i) or model.is_unused(i) for i in range(cfg.vocab_size)])
+    pieces = ["" if control[i] else model.id_to_piece(i) for i in range(cfg.vocab_size)]
+    has_space = np.array([piece.startswith(space_mark) for piece in pieces])
+    lengths = np.array([1 if model.is_byte(i) else len(piece.removeprefix(space_mark).encode()) for i, piece in enumerate(pieces)])
     before = np.concatenate([[BOS_ID], tokens[:-1]])
-    return (lengths[tokens] + (space[tokens] & ~control[before])).astype(np.uint16)
+    return (lengths[tokens] + (has_space[tokens] & ~control[before])).astype(np.uint16)
 
 
-def check_tokenizer(cfg: Config) -> str:
-    """Words about the tokenizer file for the log; ValueError if its size is not VOCAB_SIZE, or if it is needed and missing."""
-    path = cfg.tokenizer_file
+def check_tokenizer(cfg: Config, dataset: Dataset) -> str:
+    """Words about the tokenizer file for the log; ValueError if it is not the data's, or if it is needed and missing."""
+    path, wanted = cfg.tokenizer_file, dataset.tokenizer_sha256
     if not path.exists():
-        if not cfg.caseops_enabled or cfg.tokenizer_path:
-            raise ValueError(f"no tokenizer at {path}; set TOKENIZER_PATH")
+        require(cfg.caseops_enabled and not cfg.tokenizer_path, f"no tokenizer at {path}; set TOKENIZER_PATH")
         return f"no tokenizer at {path}: none is needed, the bytes come from the sidecar"
-    _piece_byte_table(str(path), cfg.vocab_size)
-    found, wanted = hashlib.sha256(path.read_bytes()).hexdigest(), read_manifest(cfg.shards_dir).tokenizer_sha256
-    if wanted not in ("", found):
-        raise ValueError(f"{path} (sha256 {found[:16]}) is not the tokenizer that the data in {cfg.shards_dir} was made with (sha256 "
-                         f"{wanted[:16]}, see {MANIFEST} there): set TOKENIZER_PATH to that one")
+    load_tokenizer(cfg)
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    require(wanted in ("", found), f"{path} (sha256 {found[:16]}) is not the tokenizer that the data in {dataset.folder} was made with "
+            f"(sha256 {wanted[:16]}, see {MANIFEST} there): set TOKENIZER_PATH to that one")
     return f"tokenizer {path} sha256 {found}"
 
 
-def check_dataset(cfg: Config, with_train: bool = True) -> ValData:
-    """Every check that takes seconds, before any long work; the validation set, loaded.
+def check_dataset(cfg: Config, dataset: Dataset) -> tuple[list[np.ndarray], ValData]:
+    """Every check that takes seconds, before any long work; the training shards (none with EVAL_ONLY) and the validation set.
 
-    Raises:
-        ValueError: names the file, what is wrong and what to do.
+    ValueError names the file, what is wrong and what to do.
     """
-    train = dict(zip(shard_paths(cfg.shards_dir, "train"), read_shards(cfg.shards_dir, "train"))) if with_train else {}
-    val = load_val(cfg)
-    for path, shard in train.items():
+    train = [] if cfg.eval_only else dataset.read("train")
+    val = load_val(cfg, dataset)
+    for path, shard in zip(dataset.paths["train"], train):
         check_tokens(shard, cfg.vocab_size, str(path), sample=max(1_000_000, 200_000_000 // len(train)))
-        if begins_like(shard, val.tokens):
-            raise ValueError(f"{path} holds the validation tokens: they must not be trained on; {BUILD_HINT}")
-    return val
+        require(not begins_like(shard, val.tokens), f"{path} holds the validation tokens: they must not be trained on; {BUILD_HINT}")
+    return train, val
 
 
 def begins_like(shard: np.ndarray, tokens: np.ndarray, enough: int = 4096) -> bool:
@@ -1145,18 +1064,14 @@ class SpanLayout(NamedTuple):
     def plan(cls, cfg: Config, world: int) -> SpanLayout:
         """ValueError if the ranks do not divide the batch."""
         batch, spans = cfg.train_batch_tokens, math.lcm(8, world)
-        if batch % spans or batch < 2 * spans:
-            raise ValueError(f"{world} ranks do not divide TRAIN_BATCH_TOKENS={batch}: it must be a multiple of "
-                             f"{spans} (use fewer ranks, or set TRAIN_BATCH_TOKENS={max(2, batch // spans) * spans})")
+        require(batch % spans == 0 and batch >= 2 * spans, f"{world} ranks do not divide TRAIN_BATCH_TOKENS={batch}: it must be a multiple "
+                f"of {spans} (use fewer ranks, or set TRAIN_BATCH_TOKENS={max(2, batch // spans) * spans})")
         while batch // spans > cfg.micro_batch_tokens:
             spans *= 2
-            if batch % spans:
-                raise ValueError(f"MICRO_BATCH_TOKENS={cfg.micro_batch_tokens} does not divide TRAIN_BATCH_TOKENS={batch} "
-                                 f"into equal parts for {world} ranks; use a power-of-two share of {batch // world}")
-        per_rank = spans // world
-        fit = cfg.micro_batch_tokens // (batch // spans)
-        per_micro = max(n for n in range(1, min(fit, per_rank) + 1) if per_rank % n == 0)
-        return cls(spans, batch // spans, per_rank, per_micro)
+            require(batch % spans == 0, f"MICRO_BATCH_TOKENS={cfg.micro_batch_tokens} does not divide TRAIN_BATCH_TOKENS={batch} into "
+                                        f"equal parts for {world} ranks; use a power-of-two share of {batch // world}")
+        per_rank, fit = spans // world, cfg.micro_batch_tokens // (batch // spans)
+        return cls(spans, batch // spans, per_rank, max(n for n in range(1, min(fit, per_rank) + 1) if per_rank % n == 0))
 
     @property
     def micro_tokens(self) -> int:
@@ -1202,23 +1117,17 @@ class TrainLoader:
         """This rank's micro-batches of the next step."""
         began = time.perf_counter()
         batches = self._next.result()
-        self.wait_ms += 1e3 * (time.perf_counter() - began)
+        self.wait_ms += since_ms(began)
         self.seek(self.position + self.cfg.train_batch_tokens)
         return batches
 
     def _prepare(self, position: int) -> list[Batch]:
-        layout = self.layout
-        share = layout.per_rank * layout.span_tokens
-        entries = self.stream.read(position + self.ranks.rank * share, share + 1)
-        batches = []
-        for first in range(0, share, layout.micro_tokens):
-            tokens = entries[first: first + layout.micro_tokens]
-            targets = entries[first + 1: first + layout.micro_tokens + 1]
-            starts = segment_starts(tokens, layout.span_tokens, self.cfg.train_seq_len)
-            longest = min(self.cfg.train_seq_len, layout.span_tokens)
-            batches.append(make_batch(tokens, targets, starts, longest, self.ranks.device))
+        span, size, share = self.layout.span_tokens, self.layout.micro_tokens, self.layout.per_rank * self.layout.span_tokens
+        entries, batches, longest = self.stream.read(position + self.ranks.rank * share, share + 1), [], min(self.cfg.train_seq_len, span)
+        for first in range(0, share, size):
+            tokens, targets = entries[first: first + size], entries[first + 1: first + size + 1]
+            batches.append(make_batch(tokens, targets, segment_starts(tokens, span, longest), longest, self.ranks.device))
         return batches
-
 
 
 # ======================================================================================================================
@@ -1801,15 +1710,11 @@ class ShardedTensor:
 
     def start_reduce(self) -> None:
         """Begin to sum the gradient's rows over the ranks into `shard.grad`."""
-        self.ranks.calls += 1
-        if self.ranks.world > 1:
-            self._pending = torch.distributed.reduce_scatter_tensor(self.shard.grad, self.full_grad, async_op=True)
+        self._pending = self.ranks.together(torch.distributed.reduce_scatter_tensor, self.shard.grad, self.full_grad, async_op=True)
 
     def start_gather(self) -> None:
         """Begin to hand the updated rows to all ranks."""
-        self.ranks.calls += 1
-        if self.ranks.world > 1:
-            self._pending = torch.distributed.all_gather_into_tensor(self.storage, self.shard.data, async_op=True)
+        self._pending = self.ranks.together(torch.distributed.all_gather_into_tensor, self.storage, self.shard.data, async_op=True)
 
     def wait(self) -> None:
         if self._pending is not None:
@@ -1821,7 +1726,7 @@ class ShardedTensor:
         if self.ranks.world == 1:
             return shard.clone()
         full = torch.empty_like(self.storage)
-        torch.distributed.all_gather_into_tensor(full, shard.contiguous())
+        self.ranks.together(torch.distributed.all_gather_into_tensor, full, shard.contiguous())
         return full[: self.rows].clone()
 
     def own_rows(self, whole: Tensor) -> Tensor:
@@ -2010,7 +1915,7 @@ class Trainer:
         self.names, self.params = [name for name, _ in model.named_parameters()], [p.data for p in model.parameters()]
         self.ema = [p.clone() for p in self.params]
         self.forward = compiled(run, model)
-        self.step = self.depth = self.trained = 0
+        self.step = self.depth = 0
         self.end: tuple[int, float] | None = None  # position and time when training was over: there the Hessians begin, again if need be
         self.late_graphs = 0  # made after the warm-up, on the clock: there should be none
         self.reserve_seconds = run.cfg.gptq_reserve_seconds
@@ -2039,7 +1944,8 @@ class Trainer:
         tensors |= {f"ema.{name}": p.clone() for name, p in zip(self.names, self.ema)}
         tensors |= {f"optimizer.{name}": value for name, value in self.optimizers.state().items()}
         position, elapsed_ms = self.end or (self.loader.position, self.clock.total_ms)
-        return tensors, {"position": position, "step": self.step, "depth": self.depth, "trained": self.trained, "elapsed_ms": elapsed_ms}
+        return tensors, {"position": position, "elapsed_ms": elapsed_ms, "step": self.step, "depth": self.depth,
+                         "trained": self.end is not None}
 
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
@@ -2048,9 +1954,8 @@ class Trainer:
                 value.copy_(tensors[f"{kind}.{name}"])
         self.optimizers.load_state({name.removeprefix("optimizer."): t for name, t in tensors.items() if name.startswith("optimizer.")})
         self.loader.seek(numbers["position"])
-        self.step, self.depth, self.trained = numbers["step"], numbers["depth"], numbers["trained"]
-        self.clock.total_ms = numbers["elapsed_ms"]
-        self.end = (numbers["position"], numbers["elapsed_ms"]) if self.trained else None
+        self.step, self.depth, self.clock.total_ms = numbers["step"], numbers["depth"], numbers["elapsed_ms"]
+        self.end = (numbers["position"], numbers["elapsed_ms"]) if numbers["trained"] else None
         torch.set_rng_state(tensors["rng"].cpu())
 
     def warm_up(self) -> None:
@@ -2067,141 +1972,110 @@ class Trainer:
         self.loader.wait_ms, self.late_graphs = 0.0, 0
 
     def _reserve_time_for_hessians(self) -> None:
-        """Keep what the Hessians will take, by the time of one batch, and a margin: they count as training.
-
-        Raises:
-            ValueError: the cap does not leave time for them.
-        """
-        cfg, calibration = self.cfg, Calibration(self.cfg, self.run.device)
+        """Keep what the Hessians will take, by the time of one batch, and a margin: they count as training; ValueError if that is all."""
+        cfg, calibration, batch_ms = self.cfg, Calibration(self.cfg, self.run.device), 0.0
         if not cfg.max_wallclock_seconds:
             return
-        times = []
         for _ in range(2):  # the first has everything to load
-            synchronize(self.run.device)
-            began = time.perf_counter()
+            clock = Clock(self.run.device)
+            clock.start()
             calibration.add(self.model, self.loader.next())
-            synchronize(self.run.device)
-            times.append(time.perf_counter() - began)
-        batch_seconds = max(self.run.ranks.gather(min(times)))
-        need = 1.1 * cfg.gptq_calibration_batches * batch_seconds + 0.5
+            batch_ms = max(self.run.ranks.gather(clock.stop()))
+        need = 1.1e-3 * cfg.gptq_calibration_batches * batch_ms + 0.5
         self.reserve_seconds = max(cfg.gptq_reserve_seconds, need)
-        self.run.log.record("reserve", seconds=f"{self.reserve_seconds:.2f}", batch_ms=f"{1e3 * batch_seconds:.1f}",
+        self.run.log.record("reserve", seconds=f"{self.reserve_seconds:.2f}", batch_ms=f"{batch_ms:.1f}",
                             batches=cfg.gptq_calibration_batches)
-        if self.reserve_seconds >= cfg.max_wallclock_seconds:
-            raise ValueError(f"the Hessians alone would take {need:.0f} s here, MAX_WALLCLOCK_SECONDS is {cfg.max_wallclock_seconds:g}: "
-                             "give it more time, or set GPTQ_CALIBRATION_BATCHES or TRAIN_BATCH_TOKENS lower")
+        require(self.reserve_seconds < cfg.max_wallclock_seconds,
+                f"the Hessians alone would take {need:.0f} s here, MAX_WALLCLOCK_SECONDS is {cfg.max_wallclock_seconds:g}: give it more "
+                "time, or set GPTQ_CALIBRATION_BATCHES or TRAIN_BATCH_TOKENS lower")
 
     def load_averaged_weights(self) -> None:
         """From here on the model holds the moving average, which is what is exported."""
         torch._foreach_copy_(self.params, self.ema)
-        self.trained, self.end = 1, (self.loader.position, self.clock.total_ms)
+        self.end = self.loader.position, self.clock.total_ms
 
 
 class Checkpoint:
-    """What a run leaves on disk so that the same command goes on from there: an index, and while it trains one state file.
+    """What a run leaves on disk so that the same command goes on from there: one file, replaced as a whole, that rank 0 alone reads.
 
-    Rank 0 alone reads and writes; the others are told. The index is written last and removed first, and holds the state's
-    hash. Stages: "training" (a state), "exported" (an artifact of the hash that the index holds), "done".
+    It begins with the SHA-256 of the rest, a safetensors file. Its stages: "training" (the complete state), "exported" (the
+    artifact, which has its own file in the next moment), "done".
     """
 
     def __init__(self, run: Run) -> None:
-        self.run, self.index = run, output_path(run.cfg, ".run.json")
+        self.run, self.path, self.last = run, output_path(run.cfg, ".state"), time.perf_counter()
         self.settings = checksum(identity(run.cfg, but={"checkpoint_every"}))
-        every = run.cfg.checkpoint_every
-        self.steps = int(every) if every.isdigit() else 0
-        self.seconds = float(every[:-1]) if every.endswith("s") else 0.0
-        self.last = time.perf_counter()
-        self.found = self._read() if run.ranks.rank == 0 else {}
-        self.found = run.ranks.agree(self.found)
-        there = run.ranks.gather(self.index.exists())
-        if not self.found and any(there):
-            self.found = {"problem": f"{self.index} is on the machine of rank {there.index(True)} and not on that of rank 0: give the "
-                                     "machines their old places (--node_rank), or delete it to start again"}
-        if problem := self.found.get("problem"):
-            raise ValueError(problem)
+        self.record, self.tensors = {"stage": ""}, {}
+        there = run.ranks.gather(self.path.exists())
+        if any(there[1:]) and not there[0]:
+            raise ValueError(f"{self.path} is on the machine of rank {there.index(True)} and not on that of rank 0: give the machines "
+                             "their old places (--node_rank), or delete it to start again")
+        if there[0] and run.ranks.rank == 0:
+            self._read()
+        self.record = run.ranks.agree(self.record)
 
     def due(self, step: int) -> bool:
-        return bool(self.steps and step % self.steps == 0) or bool(self.seconds and time.perf_counter() - self.last >= self.seconds)
+        every = self.run.cfg.checkpoint_every
+        if every.endswith("s"):
+            return time.perf_counter() - self.last >= float(every[:-1])
+        return every != "" and step % int(every) == 0
 
     def write(self, trainer: Trainer) -> None:
-        """Save the state of this step, with the clock stopped, and drop the one before. A collective."""
+        """Save the state of this step, with the clock stopped. A collective."""
         trainer.clock.stop()
         tensors, numbers = trainer.snapshot()
-        if self.run.ranks.rank == 0:
-            data = safetensors.torch.save({name: t.cpu().contiguous() for name, t in tensors.items()})
-            path = output_path(self.run.cfg, f".state{trainer.step}")
-            write_atomically(path, data)
-            self._set("training", state=path.name, sha256=hashlib.sha256(data).hexdigest(), **numbers)
-            self._sweep(keep=path.name)
+        self._write("training", tensors, **numbers)
         self.last = time.perf_counter()
-        self.run.log.record("checkpoint", step=trainer.step, path=self.index)
+        self.run.log.record("checkpoint", step=trainer.step, path=self.path)
         trainer.clock.start()
 
     def resume(self, trainer: Trainer) -> None:
-        """Put back the state that the index names, if there is one. A collective; ValueError if the state is damaged."""
-        if self.found.get("stage") != "training":
+        """Put back the state that was found, if one was. A collective."""
+        if self.record["stage"] != "training":
             return
-        tensors, _ = trainer.snapshot()  # what the others read into
-        tensors = {name: t.cpu() for name, t in tensors.items()}
-        problem = ""
-        if self.run.ranks.rank == 0:
-            path = output_path(self.run.cfg, "").with_name(self.found["state"])
-            data = path.read_bytes() if path.exists() else b""
-            if hashlib.sha256(data).hexdigest() == self.found["sha256"]:
-                tensors = safetensors.torch.load(data)
-            else:
-                problem = (f"{path}, the state of this run, is {'damaged' if data else 'not there'}; "
-                           f"delete {self.index} to start again from step 0")
-        if problem := self.run.ranks.agree(problem):
-            raise ValueError(problem)
+        tensors = {name: t.cpu() for name, t in trainer.snapshot()[0].items()} | self.tensors  # the others' are read into
         self.run.ranks.share([tensors[name] for name in sorted(tensors)])
-        trainer.restore(tensors, self.found)
+        trainer.restore(tensors, self.record)
+        self.tensors = {}
         self.run.log(f"resumed from step {trainer.step}, {trainer.clock.total_ms / 1e3:.1f} s of training done")
 
-    def exported(self, data: bytes, **numbers: Any) -> None:
-        """Write the artifact; from now on the run goes on with scoring it. On rank 0."""
-        self._set("exported", artifact_sha256=hashlib.sha256(data).hexdigest(), **numbers, before=self.found)
-        write_atomically(output_path(self.run.cfg, ".artifact"), data)
-        self._sweep(keep="")
+    def export(self, data: bytes, **numbers: Any) -> None:
+        """Write the artifact; from now on the run goes on with scoring it."""
+        self._write("exported", {"artifact": as_tensor(data)}, **numbers)
+        if self.run.ranks.rank == 0:
+            write_atomically(output_path(self.run.cfg, ".artifact"), data)
+
+    def exported(self) -> bytes:
+        """The artifact, if it had been exported before this start, else nothing. A collective."""
+        if self.record["stage"] != "exported":
+            return b""
+        self.run.log(f"the artifact of this run is there, after {self.record['steps']} steps: it is scored")
+        data = self.run.ranks.agree(self.tensors["artifact"].numpy().tobytes() if self.tensors else b"")
+        self.export(data, steps=self.record["steps"], train_ms=self.record["train_ms"])
+        return data
 
     def done(self) -> None:
+        self._write("done", {})
+
+    def _write(self, stage: str, tensors: dict[str, Tensor], **numbers: Any) -> None:
+        self.record = {"stage": stage, "settings": self.settings, **numbers}
         if self.run.ranks.rank == 0:
-            self._sweep(keep="")
-            self._set("done")
+            tensors = {**tensors, "record": as_tensor(json.dumps(self.record).encode())}
+            data = safetensors.torch.save({name: t.cpu().contiguous() for name, t in tensors.items()})
+            write_atomically(self.path, hashlib.sha256(data).digest() + data)
 
-    def _set(self, stage: str, **values: Any) -> None:
-        self.found = {"stage": stage, "settings": self.settings, **values}
-        write_atomically(self.index, json.dumps({**self.found, "check": checksum(self.found)}).encode())
-
-    def _sweep(self, keep: str) -> None:
-        """Remove this run's other states and what an interrupted write left."""
-        for path in self.index.parent.glob(f"{self.run.cfg.run_id}.*"):
-            name = path.name.removeprefix(self.run.cfg.run_id)
-            if path.name != keep and (re.fullmatch(r"\.state[0-9]+", name) or name.endswith(".tmp")):
-                path.unlink(missing_ok=True)
-
-    def _read(self) -> dict[str, Any]:
-        """The index; {} if there is none, {"problem": words} if the run cannot go on from it."""
-        try:
-            found = json.loads(self.index.read_text())
-            if not isinstance(found, dict) or found.pop("check", "") != checksum(found):
-                raise ValueError("no index")
-        except FileNotFoundError:
-            self._sweep(keep="")
-            return {}
-        except (ValueError, OSError, RecursionError):
-            return {"problem": f"{self.index} is damaged; delete it to start this run again, or choose another RUN_ID"}
-        if found["stage"] == "done":
-            return {"problem": f"run {self.run.cfg.run_id} is complete: its log ends with the score; choose another RUN_ID, or score its "
-                               "artifact again with EVAL_ONLY=1"}
-        if found.get("settings") != self.settings:
-            return {"problem": f"{self.index} is of a run with settings or code that differ from this one's; start it as it was started, "
-                               "or choose another RUN_ID"}
-        path = output_path(self.run.cfg, ".artifact")
-        there = path.read_bytes() if path.exists() else b""
-        if found["stage"] == "exported" and hashlib.sha256(there).hexdigest() != found["artifact_sha256"]:
-            return found["before"]  # it was ended before the artifact was there
-        return found
+    def _read(self) -> None:
+        """The record and the tensors of the file; ValueError if the run cannot go on from it."""
+        data = self.path.read_bytes()
+        digest, data = data[:32], data[32:]
+        require(hashlib.sha256(data).digest() == digest,
+                f"{self.path} is damaged; delete it to start this run again, or choose another RUN_ID")
+        self.tensors = safetensors.torch.load(data)
+        self.record = json.loads(self.tensors.pop("record").numpy().tobytes())
+        require(self.record["stage"] != "done", f"run {self.run.cfg.run_id} is complete: its log ends with the score; choose another "
+                                                "RUN_ID, or score its artifact again with EVAL_ONLY=1")
+        require(self.record["settings"] == self.settings, f"{self.path} is of a run with settings or code that differ from this one's; "
+                                                          "start it as it was started, or choose another RUN_ID")
 
 
 def checksum(values: dict[str, Any]) -> str:
@@ -2218,121 +2092,92 @@ def identity(cfg: Config, but: set[str]) -> dict[str, str]:
 def train(run: Run, trainer: Trainer, val: ValData, checkpoint: Checkpoint) -> None:
     """Train until the time cap (less the Hessians' reserve) or ITERATIONS; evaluation and checkpoints stop the clock.
 
-    Raises:
-        Stopped: the run was asked to end; the trainer is at the end of a step.
+    Stopped, if the run was asked to end, comes at the end of a step.
     """
-    cfg, log = run.cfg, run.log
-    budget_ms = 1e3 * (cfg.max_wallclock_seconds - trainer.reserve_seconds) if cfg.max_wallclock_seconds else 0.0
-    pace = Pace(run, trainer)
+    cfg, pace = run.cfg, Pace(trainer)
     trainer.clock.start()
-    frac = trainer.step / cfg.iterations if not budget_ms else run.ranks.agree(trainer.clock.total_ms) / budget_ms
     while True:
-        done = frac >= 1 or trainer.step >= cfg.iterations
+        done = pace.frac >= 1 or trainer.step >= cfg.iterations
         if cfg.val_loss_every and (trainer.step % cfg.val_loss_every == 0 or done):
             trainer.clock.stop()
             name = "final" if done else f"step{trainer.step}" if trainer.step else "initial"
-            depth = cfg.eval_loop_depth if done else max(trainer.depth, depth_at(cfg, frac))
-            evaluate(run, trainer.model, val, name, depth)
+            evaluate(run, trainer.model, val, name, cfg.eval_loop_depth if done else max(trainer.depth, depth_at(cfg, pace.frac)))
             trainer.clock.start()
         if done:
             break
-        depth = depth_at(cfg, frac)
+        depth = depth_at(cfg, pace.frac)
         if depth != trainer.depth:
             trainer.depth = depth
-            log.record("phase", step=trainer.step, frac=f"{frac:.3f}", depth=depth)
-        lr_scale = learning_rate_scale(cfg, frac)
-        loss = trainer.train_step(depth, lr_scale, muon_wd_scale(cfg, frac))
-        elapsed_ms, save, signalled = pace.after_step(trainer.clock.elapsed_ms(), checkpoint.due(trainer.step))
-        frac = elapsed_ms / budget_ms if budget_ms else trainer.step / cfg.iterations
-        pace.report(trainer, loss, min(frac, 1.0), lr_scale)
+            run.log.record("phase", step=trainer.step, frac=f"{pace.frac:.3f}", depth=depth)
+        lr_scale = learning_rate_scale(cfg, pace.frac)
+        loss = trainer.train_step(depth, lr_scale, muon_wd_scale(cfg, pace.frac))
+        save, signalled = pace.after_step(checkpoint.due(trainer.step))
+        pace.report(loss, lr_scale)
         if signalled:
-            run.check_stop()
+            run.ranks.check_stop()
         if save:
             checkpoint.write(trainer)
     trainer.clock.stop()
 
 
 class Pace:
-    """Keeps the host at most two steps ahead of the device, agrees the time over the ranks, and writes the train lines."""
+    """What share of the run is done, the same on all ranks; keeps the host at most two steps ahead of the device; the train lines."""
 
-    def __init__(self, run: Run, trainer: Trainer) -> None:
-        self.run, self.events = run, []
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer, self.run, cfg, self.events = trainer, trainer.run, trainer.cfg, []
+        self.budget_ms = 1e3 * (cfg.max_wallclock_seconds - trainer.reserve_seconds) if cfg.max_wallclock_seconds else 0.0
         self.last_step, self.last_ms = trainer.step, trainer.clock.total_ms
+        self._set_frac(trainer.clock.total_ms)
 
-    def after_step(self, elapsed_ms: float, save: bool) -> tuple[float, bool, bool]:
-        """Rank 0's time and whether to save, and whether a signal has come to any rank: one exchange a step."""
+    def _set_frac(self, elapsed_ms: float) -> None:
+        self.frac = elapsed_ms / self.budget_ms if self.budget_ms else self.trainer.step / self.trainer.cfg.iterations
+
+    def after_step(self, save: bool) -> tuple[bool, bool]:
+        """Whether rank 0 wants to save, and whether a signal has come to any rank: one exchange a step, with rank 0's time."""
         if self.run.device.type == "cuda":
             event = torch.cuda.Event()
             event.record()
             self.events.append(event)
             if len(self.events) > 2:
                 self.events.pop(0).synchronize()
-        signalled = self.run.watch is not None and self.run.watch.number > 0
-        elapsed, saves, signals = zip(*self.run.ranks.gather((elapsed_ms, save, signalled)))
-        return elapsed[0], saves[0], any(signals)
+        elapsed, saves, signals = zip(*self.run.ranks.gather((self.trainer.clock.elapsed_ms(), save, self.run.ranks.signalled)))
+        self._set_frac(elapsed[0])
+        return saves[0], any(signals)
 
-    def report(self, trainer: Trainer, loss: Tensor, frac: float, lr_scale: float) -> None:
-        cfg, log, step = self.run.cfg, self.run.log, trainer.step
+    def report(self, loss: Tensor, lr_scale: float) -> None:
+        """Now and then the line of a step whose loss on this rank was `loss`; a collective. ValueError if the mean is not finite."""
+        cfg, trainer, log, step, frac = self.run.cfg, self.trainer, self.run.log, self.trainer.step, min(self.frac, 1.0)
         if not (step <= 5 or step % cfg.train_log_every == 0 or frac >= 1 or step == cfg.iterations):
             return
-        mean = self.run.ranks.sum(loss).item() / self.run.ranks.world
-        elapsed_ms = trainer.clock.elapsed_ms()
+        mean, elapsed_ms = self.run.ranks.sum(loss).item() / self.run.ranks.world, trainer.clock.elapsed_ms()
         step_ms = (elapsed_ms - self.last_ms) / max(step - self.last_step, 1)
         self.last_step, self.last_ms = step, elapsed_ms
         log.record("train", step=f"{step}/{cfg.iterations}", frac=f"{frac:.3f}", depth=trainer.depth, loss=f"{mean:.4f}",
                    lr_scale=f"{lr_scale:.4f}", step_ms=f"{step_ms:.1f}", tok_s=int(1e3 * cfg.train_batch_tokens / step_ms),
                    elapsed_ms=int(elapsed_ms), left_ms=int(elapsed_ms * (1 - frac) / max(frac, 1e-9)),
                    wait_ms=f"{trainer.loader.wait_ms:.0f}", late_graphs=trainer.late_graphs)
-        if not math.isfinite(mean):
-            raise ValueError(f"the loss is {mean} at step {step}; lower MATRIX_LR, TIED_EMBED_LR or SCALAR_LR")
-        if step == 3 and cfg.max_wallclock_seconds:
-            self._warn_if_slow(trainer, step_ms)
-
-    def _warn_if_slow(self, trainer: Trainer, step_ms: float) -> None:
-        """The record's batch on a machine that will not get far with it: say so while there is time to stop."""
-        cfg = self.run.cfg
-        steps = 1e3 * (cfg.max_wallclock_seconds - trainer.reserve_seconds) / step_ms
-        if cfg.train_batch_tokens >= Config.train_batch_tokens and steps < 1000:
-            self.run.log(
-                f"warning: at {step_ms / 1e3:.1f} s a step this machine takes about {steps:.0f} steps in "
-                f"{cfg.max_wallclock_seconds:g} s; the published record took 4,600 on 8xH100 and the score will be far from "
-                "it. To try the system here, stop this and run `bash run.sh`; to train long enough, set "
+        require(math.isfinite(mean), f"the loss is {mean} at step {step}; lower MATRIX_LR, TIED_EMBED_LR or SCALAR_LR")
+        is_record = self.budget_ms and cfg.train_batch_tokens >= Config.train_batch_tokens
+        if step == 3 and is_record and self.budget_ms < 1000 * step_ms:  # while there is time to stop
+            log(f"warning: at {step_ms / 1e3:.1f} s a step this machine takes about {self.budget_ms / step_ms:.0f} steps in "
+                f"{cfg.max_wallclock_seconds:g} s; the published record took 4,600 on 8xH100 and the score will be far from it. To try the "
+                "system here, stop this and run `bash run.sh`; to train long enough, set "
                 f"MAX_WALLCLOCK_SECONDS={4600 * step_ms / 1e3:.0f}")
 
 
-def activation_bytes_per_token(run: Run, model: GPT) -> float:
-    """Memory that a forward at the largest depth keeps for its backward, a token, measured on a few tokens."""
-    cfg, tokens = run.cfg, 64
-    array = np.full(tokens, BOS_ID + 1)
-    batch = make_batch(array, array, np.array([0]), tokens, run.device)
-    kept: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        if tensor.numel() >= tokens and tokens in tensor.shape:
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    depth = max([cfg.eval_loop_depth, *cfg.train_loop_phase_depths])
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        losses = model(batch, loop_schedule(cfg, depth))
-    del losses
-    return sum(kept.values()) / tokens
-
-
-def check_memory(run: Run, model: GPT, layout: SpanLayout) -> None:
+def check_memory(run: Run, layout: SpanLayout) -> None:
     """On a CPU, refuse a micro-batch that cannot fit; ValueError names what is needed, what is here and what to run."""
-    if run.device.type != "cpu":
-        return
-    have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    local_ranks = run.ranks.local_world
-    weights = 16 * sum(p.numel() for p in model.parameters())  # values, gradients, average, optimizer state
-    need = local_ranks * (activation_bytes_per_token(run, model) * layout.micro_tokens + weights)
-    if need > 0.9 * have:
-        fits = max(1, int((0.7 * have / local_ranks - weights) * layout.micro_tokens * local_ranks / need))
-        raise ValueError(
-            f"a forward of {layout.micro_tokens} tokens needs about {need / 1e9:.0f} GB on this CPU, which has "
-            f"{have / 1e9:.0f} GB. The record's settings are for 8xH100: run `bash run.sh` for the same system at a size for "
-            f"this machine, or, to train this one all the same, set MICRO_BATCH_TOKENS={2 ** int(math.log2(fits))} or less")
+    cfg, have, local_ranks = run.cfg, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), run.ranks.local_world
+    depth = max([cfg.eval_loop_depth, *cfg.train_loop_phase_depths])
+    visits = cfg.num_layers + (depth - 1) * (cfg.loop_end - cfg.loop_start + 1)
+    token = 4 * (visits * (15 + 3 * cfg.mlp_mult) * cfg.model_dim + cfg.vocab_size)  # kept for its backward: within 4 % of what torch does
+    weights = 16 * sum(math.prod(row.shape) for row in parameter_table(cfg))  # values, gradients, average, optimizer state
+    need = local_ranks * (token * layout.micro_tokens + weights)
+    fits = max(1, int((0.7 * have / local_ranks - weights) / token))
+    require(run.device.type != "cpu" or need <= 0.9 * have,
+            f"a forward of {layout.micro_tokens} tokens needs about {need / 1e9:.0f} GB on this CPU, which has {have / 1e9:.0f} GB. "
+            "The record's settings are for 8xH100: run `bash run.sh` for the same system at a size for this machine, or, to train "
+            f"this one all the same, set MICRO_BATCH_TOKENS={2 ** int(math.log2(fits))} or less")
 
 
 # ======================================================================================================================
@@ -2490,7 +2335,7 @@ def collect_hessians(run: Run, model: GPT, loader: TrainLoader) -> dict[str, Ten
     cfg, began, progress = run.cfg, time.perf_counter(), Progress(run.log)
     calibration = Calibration(cfg, run.device)
     for i in range(cfg.gptq_calibration_batches):
-        run.check_stop()
+        run.ranks.check_stop()
         calibration.add(model, loader.next())
         progress("hessians", i + 1, cfg.gptq_calibration_batches)
     for hessian in calibration.hessians.values():
@@ -2740,7 +2585,7 @@ def quantize_group(run: Run, name: str, weights: Tensor, hessian: Tensor, group:
     Logs how large the error of the group's outputs is, relative to the outputs.
     """
     cfg, ranks, clip_sigmas = run.cfg, run.ranks, group.clip_sigmas * clip_factor
-    run.check_stop()
+    run.ranks.check_stop()
     own = slice(len(weights) * ranks.rank // ranks.world, len(weights) * (ranks.rank + 1) // ranks.world)
     energy, part = torch.zeros(2, dtype=torch.float64, device=run.device), None
     if own.start < own.stop:
@@ -2772,15 +2617,15 @@ def quantize_and_pack(run: Run, model: GPT, hessians: dict[str, Tensor], code_by
 
     def tick(done: float, total: float) -> None:
         progress("pack", done, total)
-        if run.watch is not None and run.watch.number:
-            raise Stopped(run.watch.number)
+        if run.ranks.signalled:
+            raise Stopped(run.ranks.signalled)
 
     for attempt in range(TARGET_ROUNDS):
         tensors, error = quantize(run, model, hessians, factor)
         data = b""
         with suppress(Stopped):  # which all ranks hear of in the next line
             data = pack_artifact(tensors, cfg, tick) if run.ranks.rank == 0 else b""
-        run.check_stop()
+        run.ranks.check_stop()
         size = run.ranks.agree(len(data)) + code_bytes
         if not target and size <= ARTIFACT_CAP_BYTES:
             return tensors, data
@@ -2858,7 +2703,7 @@ def pack_artifact(tensors: Tensors, cfg: Config, tick: Callable[[float, float], 
     `tick` hears now and then how many bytes of how many are compressed.
     """
     header = {"compressor": cfg.compressor, "settings": stored_settings(cfg)}
-    plain = {"settings": torch.frombuffer(bytearray(json.dumps(header, allow_nan=False).encode()), dtype=torch.uint8)}
+    plain = {"settings": as_tensor(json.dumps(header, allow_nan=False).encode())}
     banks = []
     for row in parameter_table(cfg):
         tensor = tensors[row.name]
@@ -3564,7 +3409,7 @@ def evaluate(run: Run, model: GPT, val: ValData, name: str, depth: int) -> Score
     sums = np.zeros(len(runs))
     scored = 0
     for first_of_round in range(0, len(runs), ranks.world):
-        run.check_stop()
+        run.ranks.check_stop()
         i = first_of_round + ranks.rank
         if i >= len(runs):
             continue
@@ -4700,9 +4545,8 @@ def open_log(cfg: Config, ranks: Ranks) -> Log:
     except OSError as error:
         raise ValueError(f"cannot write to {error.filename or path.parent}: {error.strerror}; set ARTIFACT_DIR or LOSSES_PATH to a place "
                          "you may write to") from error
-    if free < 4 * ARTIFACT_CAP_BYTES:
-        raise ValueError(f"only {free / 1e6:.0f} MB free in {path.parent}: the log and the artifact need "
-                         f"{4 * ARTIFACT_CAP_BYTES / 1e6:.0f}; free some space there or set ARTIFACT_DIR")
+    require(free >= 4 * ARTIFACT_CAP_BYTES, f"only {free / 1e6:.0f} MB free in {path.parent}: the log and the artifact need "
+                                            f"{4 * ARTIFACT_CAP_BYTES / 1e6:.0f}; free some space there or set ARTIFACT_DIR")
     return log
 
 
@@ -4726,76 +4570,70 @@ def log_start(run: Run, environ: Mapping[str, str]) -> None:
         log(f"warning: {found} is no setting; did you mean {meant}? It has no effect")
 
 
-def prepare(run: Run, environ: Mapping[str, str]) -> ValData:
-    """Log the start and check the data; the validation set."""
-    resolve_attention(run.cfg.attn_backend, run.device)
+def prepare(run: Run, environ: Mapping[str, str]) -> tuple[list[np.ndarray], ValData]:
+    """Log the start and check the data; the training shards and the validation set."""
+    cfg, log = run.cfg, run.log
+    resolve_attention(cfg.attn_backend, run.device)
     log_start(run, environ)
-    val = check_dataset(run.cfg, with_train=not run.cfg.eval_only)
-    sizes = {path.name: path.stat().st_size for path in shard_paths(run.cfg.shards_dir, "train")} if not run.cfg.eval_only else {}
+    dataset = Dataset(cfg.shards_dir)
+    train, val = check_dataset(cfg, dataset)
+    sizes = {path.name: len(shard) for path, shard in zip(dataset.paths["train"], train)}
     run.ranks.check_same({**sizes, "validation set": hashlib.sha256(val.tokens.tobytes() + val.byte_counts.tobytes()).hexdigest()})
-    run.log(check_tokenizer(run.cfg))
-    if run.cfg.val_doc_fraction < 1:
-        run.log(f"warning: VAL_DOC_FRACTION={run.cfg.val_doc_fraction:g}: only {val.documents} documents are scored, no full score")
-    return val
+    log(check_tokenizer(cfg, dataset))
+    if cfg.val_doc_fraction < 1:
+        log(f"warning: VAL_DOC_FRACTION={cfg.val_doc_fraction:g}: only {val.documents} documents are scored, no full score")
+    trained = {} if cfg.eval_only else {"train_shards": len(train), "train_tokens": sum(map(len, train))}
+    log.record("data", **trained, val_tokens=len(val.tokens), val_bytes=val.num_bytes, val_docs=val.documents,
+               published=int(cfg.shards_dir.name == PUBLISHED_NAME))
+    return train, val
 
 
-class Exported(NamedTuple):
-    """An artifact and how it came about."""
+def train_and_export(run: Run, shards: list[np.ndarray], val: ValData, checkpoint: Checkpoint, layout: SpanLayout) -> bytes:
+    """Everything from the first weights to the artifact, whose bytes all ranks get; from a checkpoint, if there is one.
 
-    data: bytes
-    steps: int = 0
-    train_ms: float = 0.0
-
-
-def train_and_export(run: Run, val: ValData, checkpoint: Checkpoint, layout: SpanLayout) -> Exported:
-    """Everything from the first weights to the artifact; from a checkpoint, if there is one.
-
-    Raises:
-        Stopped: the run was asked to end, and a checkpoint has been written.
+    Before Stopped leaves it, a checkpoint has been written.
     """
     cfg, log = run.cfg, run.log
-    shards = read_shards(cfg.shards_dir, "train")
-    log.record("data", train_shards=len(shards), train_tokens=sum(map(len, shards)), val_tokens=len(val.tokens),
-               val_bytes=val.num_bytes, val_docs=val.documents, published=int(cfg.shards_dir.name == PUBLISHED_NAME))
+    check_memory(run, layout)
     model = GPT(cfg, run.dtype)
     model.init_weights(cfg.seed)
     model.to(run.device)
     log(f"model of {sum(p.numel() for p in model.parameters()):,} parameters; a step is {layout.spans} spans of "
         f"{layout.span_tokens} tokens, {layout.per_rank // layout.per_micro} forwards of {layout.micro_tokens} tokens a rank")
-    check_memory(run, model, layout)
     trainer = Trainer(run, model, TrainLoader(TokenStream(shards), layout, cfg, run.ranks))
     trainer.warm_up()
     checkpoint.resume(trainer)
-    with run.watch:
-        try:
-            if not trainer.trained:
-                train(run, trainer, val, checkpoint)
-                trainer.load_averaged_weights()
-            ema = evaluate(run, model, val, "ema", cfg.eval_loop_depth)
-            if cfg.losses_path:
-                write_losses(run, {"ema": ema})
-            trainer.clock.start()
-            hessians = collect_hessians(run, model, trainer.loader)
-            train_ms = trainer.clock.stop()
-            return export(run, model, hessians, checkpoint, trainer.step, train_ms)
-        except Stopped as stop:
-            checkpoint.write(trainer)
-            log(f"stopped by {stop} after step {trainer.step}; the same command with RUN_ID={cfg.run_id} goes on from there")
-            raise
+    run.ranks.keeps_signals = True  # what is trained is saved first
+    try:
+        if trainer.end is None:
+            train(run, trainer, val, checkpoint)
+            trainer.load_averaged_weights()
+        ema = evaluate(run, model, val, "ema", cfg.eval_loop_depth)
+        if cfg.losses_path:
+            write_losses(run, {"ema": ema})
+        trainer.clock.start()
+        hessians = collect_hessians(run, model, trainer.loader)
+        train_ms = trainer.clock.stop()
+        return export(run, model, hessians, checkpoint, trainer.step, train_ms)
+    except Stopped:
+        checkpoint.write(trainer)
+        raise
+    finally:
+        run.ranks.keeps_signals = False
 
 
-def export(run: Run, model: GPT, hessians: dict[str, Tensor], checkpoint: Checkpoint, steps: int, train_ms: float) -> Exported:
+def export(run: Run, model: GPT, hessians: dict[str, Tensor], checkpoint: Checkpoint, steps: int, train_ms: float) -> bytes:
     """Quantize, pack and write the artifact; its bytes, on every rank."""
     cfg, began, code_bytes = run.cfg, time.perf_counter(), len(counted_code())
     tensors, data = quantize_and_pack(run, model, hessians, code_bytes)
-    if run.ranks.rank == 0:
-        for row in size_table(data, tensors, cfg):
-            run.log.record("size", **row)
-        checkpoint.exported(data, steps=steps, train_ms=train_ms)
-        run.log.record("artifact", model_bytes=len(data), code_bytes=code_bytes, total_bytes=len(data) + code_bytes,
-                       cap_bytes=ARTIFACT_CAP_BYTES, sha256=hashlib.sha256(data).hexdigest(),
-                       quantize_and_pack_ms=int(since_ms(began)), path=output_path(cfg, ".artifact"))
-    return Exported(run.ranks.agree(data), steps, train_ms)
+    for row in size_table(data, tensors, cfg) if data else []:  # on rank 0
+        run.log.record("size", **row)
+    data = run.ranks.agree(data)
+    checkpoint.export(data, steps=steps, train_ms=train_ms)
+    run.log.record("artifact", model_bytes=len(data), code_bytes=code_bytes, total_bytes=len(data) + code_bytes,
+                   cap_bytes=ARTIFACT_CAP_BYTES, sha256=hashlib.sha256(data).hexdigest(), quantize_and_pack_ms=int(since_ms(began)),
+                   path=output_path(cfg, ".artifact"))
+    return data
 
 
 def write_losses(run: Run, scores: dict[str, Score]) -> None:
@@ -4811,55 +4649,51 @@ def write_losses(run: Run, scores: dict[str, Score]) -> None:
         write_atomically(path, buffer.getvalue())
 
 
-def score_and_finish(run: Run, val: ValData, artifact: Exported) -> int:
+def score_and_finish(run: Run, val: ValData, artifact: bytes, trained: dict[str, Any]) -> int:
     """Score the artifact's model, then with test-time training if enabled; the final lines and the exit status.
 
-    The budget counts reading the artifact and the score that is final, from after its warm-up.
+    `trained` holds steps and train_ms where this run made it. The budget counts reading the artifact and the score that is
+    final, from after its warm-up.
     """
     cfg, clock, log = run.cfg, Clock(run.device), run.log
     clock.start()
-    model = model_from_tensors(run, unpack_artifact(artifact.data)[1])
+    model = model_from_tensors(run, unpack_artifact(artifact)[1])
     clock.stop()
     plain = score = evaluate(run, model, val, "quantized", cfg.eval_loop_depth)
     if cfg.ttt_enabled:
         score = score_with_ttt(run, model, val)
     if cfg.losses_path:
         write_losses(run, {"quantized": plain} | ({"quantized_ttt": score} if cfg.ttt_enabled else {}))
-    eval_ms, total_bytes = clock.total_ms + score.time_ms, len(artifact.data) + len(counted_code())
+    eval_ms, total_bytes = clock.total_ms + score.time_ms, len(artifact) + len(counted_code())
     problems = [f"{what} took {time_ms / 1e3:.1f} s, over the budget of {budget:g} s"
-                for what, time_ms, budget in (("training", artifact.train_ms, cfg.max_wallclock_seconds),
+                for what, time_ms, budget in (("training", trained.get("train_ms", 0.0), cfg.max_wallclock_seconds),
                                               ("evaluation", eval_ms, cfg.eval_budget_seconds))
                 if budget and time_ms > 1e3 * budget]
     if total_bytes > ARTIFACT_CAP_BYTES:
         over = total_bytes - ARTIFACT_CAP_BYTES
         problems.append(f"artifact and code are {total_bytes} bytes, {over} over the cap of {ARTIFACT_CAP_BYTES}")
-    trained = {} if cfg.eval_only else {"steps": artifact.steps, "train_ms": int(artifact.train_ms)}
     log.record("final", seed=cfg.seed, val_loss=f"{score.val_loss:.8f}", val_bpb=f"{score.val_bpb:.8f}", pre_ttt_bpb=f"{plain.val_bpb:.8f}",
-               **trained, eval_ms=int(eval_ms), total_bytes=total_bytes)
+               **{name: int(number) for name, number in trained.items()}, eval_ms=int(eval_ms), total_bytes=total_bytes)
     for problem in problems:
         log(f"error: {problem}")
     return EXIT_OVER_LIMIT if problems else 0
 
 
 def read_artifact(cfg: Config, ranks: Ranks) -> tuple[bytes, Config]:
-    """The artifact to score, read by rank 0 alone, and the settings in it; ValueError on every rank if it cannot be."""
+    """The artifact to score, read by rank 0 alone, and the settings in it; ValueError if it cannot be."""
     path = Path(cfg.artifact_path) if cfg.artifact_path else output_path(cfg, ".artifact")
-    data, stored, problem = b"", None, ""
+    data, stored = b"", cfg
     if ranks.rank == 0:
+        require(path.is_file(),
+                f"no artifact at {path}; set ARTIFACT_PATH to one, or ARTIFACT_DIR and RUN_ID to those of the run that made it")
+        size = path.stat().st_size
+        require(size <= ARTIFACT_MAX_FILE_BYTES, f"{path}: {size} bytes are more than an artifact may have ({ARTIFACT_MAX_FILE_BYTES})")
         try:
-            if not path.is_file():
-                problem = f"no artifact at {path}; set ARTIFACT_PATH to one, or ARTIFACT_DIR and RUN_ID to those of the run that made it"
-            elif path.stat().st_size > ARTIFACT_MAX_FILE_BYTES:
-                problem = f"{path}: {path.stat().st_size} bytes are more than an artifact may have ({ARTIFACT_MAX_FILE_BYTES})"
-            else:
-                data = path.read_bytes()
-                stored = open_artifact(data)[0]
+            data = path.read_bytes()
+            stored = open_artifact(data)[0]
         except (ArtifactError, OSError) as error:
-            problem = f"{path}: {error}"
-    data, stored, problem = ranks.agree((data, stored, problem))
-    if problem:
-        raise ValueError(problem)
-    return data, stored
+            raise ValueError(f"{path}: {error}") from None
+    return ranks.agree((data, stored))
 
 
 def adopt_settings(cfg: Config, stored: Config, environ: Collection[str]) -> tuple[Config, list[str]]:
@@ -4882,33 +4716,30 @@ def adopt_settings(cfg: Config, stored: Config, environ: Collection[str]) -> tup
     return cfg, words
 
 
-def run_stages(cfg: Config, ranks: Ranks, environ: Mapping[str, str], log: Log, watch: Watch) -> int:
+def run_stages(run: Run, environ: Mapping[str, str]) -> int:
     """A run, or a part of it: what has been done already under this RUN_ID is not done again."""
-    use_compile = cfg.compile == "1" or (cfg.compile == "auto" and ranks.device.type == "cuda")
-    run = Run(cfg, ranks, log, use_compile, watch)
+    cfg = run.cfg
     if cfg.eval_only:
-        data, stored = read_artifact(cfg, ranks)
-        run.cfg, words = adopt_settings(cfg, stored, ranks.agree(list(environ)))
-        val = prepare(run, environ)
+        data, stored = read_artifact(cfg, run.ranks)
+        run.cfg, words = adopt_settings(cfg, stored, run.ranks.agree(list(environ)))
+        _, val = prepare(run, environ)
         for text in words:
-            log(f"warning: {text}")
-        log.record("data", val_tokens=len(val.tokens), val_bytes=val.num_bytes, val_docs=val.documents,
-                   published=int(run.cfg.shards_dir.name == PUBLISHED_NAME))
-        return score_and_finish(run, val, Exported(data))
-    layout, checkpoint = SpanLayout.plan(cfg, ranks.world), Checkpoint(run)
-    val = prepare(run, environ)
-    if checkpoint.found.get("stage") == "exported":
-        log(f"the artifact of this run is there, after {checkpoint.found['steps']} steps: it is scored")
-        artifact = Exported(read_artifact(cfg, ranks)[0], checkpoint.found["steps"], checkpoint.found["train_ms"])
-    else:
-        artifact = train_and_export(run, val, checkpoint, layout)
-    status = score_and_finish(run, val, artifact)
+            run.log(f"warning: {text}")
+        return score_and_finish(run, val, data, {})
+    layout, checkpoint = SpanLayout.plan(cfg, run.ranks.world), Checkpoint(run)
+    shards, val = prepare(run, environ)
+    data = checkpoint.exported() or train_and_export(run, shards, val, checkpoint, layout)
+    status = score_and_finish(run, val, data, {name: checkpoint.record[name] for name in ("steps", "train_ms")})
     checkpoint.done()
     return status
 
 
 def describe(error: BaseException) -> tuple[str, int]:
     """What to tell the user, and the exit status."""
+    if isinstance(error, (Stopped, KeyboardInterrupt)):
+        number = getattr(error, "number", signal.SIGINT)
+        return (f"stopped by {signal.Signals(number).name}; the same command, with the RUN_ID of this log, goes on from what is there",
+                128 + number)
     if isinstance(error, torch.OutOfMemoryError):
         hint = "set MICRO_BATCH_TOKENS, VAL_BATCH_TOKENS or TTT_BATCH_SIZE lower"
         return f"out of GPU memory: {str(error).splitlines()[0]}; {hint}", EXIT_USER_ERROR
@@ -4916,46 +4747,42 @@ def describe(error: BaseException) -> tuple[str, int]:
         return str(error), EXIT_USER_ERROR
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # torch has no kind of its own for it on a CPU
         return "out of memory: smaller batches, models or data take less", EXIT_USER_ERROR
-    if isinstance(error, KeyboardInterrupt):
-        return "stopped by SIGINT; the same command goes on from what is there", 128 + signal.SIGINT
     return f"{type(error).__name__}: {error}", 1
 
 
-def fail(error: BaseException, ranks: Ranks | None, log: Log | None) -> int:
+def describe_lost(error: BaseException, ranks: Ranks) -> str:
+    """Which ranks were killed, when a collective has failed: those whose watches leave no new note, or have left none yet."""
+    with suppress(RuntimeError, OSError):
+        before, _, after = ranks.posted("at"), time.sleep(4 * LOOK_SECONDS), ranks.posted("at")
+        if killed := [str(rank) for rank in range(ranks.world) if after.get(rank) == before.get(rank)]:
+            return f"rank {', '.join(killed)} was killed, or its machine was"
+    return f"lost the other ranks: {str(error).splitlines()[0][:300]}"
+
+
+def fail(error: BaseException, ranks: Ranks, log: Log) -> int:
     """Report an error once for the whole run, without any collective: the other ranks may be waiting in one."""
+    ranks.keeps_signals = True
     text, status = describe(error)
     if status == 1 and not isinstance(error, RuntimeError):
         traceback.print_exc()
-    alone, first = ranks is None or ranks.world == 1, ranks is None or ranks.rank == 0
-    lost = not alone and isinstance(error, RuntimeError) and re.search("(?i)gloo|nccl|connection", str(error))  # for a reason of another's
-    if lost:
-        silent = ", ".join(map(str, ranks.silent(4 * LOOK_SECONDS)))
-        reason = f"rank {silent} was killed, or its machine was" if silent else f"lost the other ranks: {text.splitlines()[0][:300]}"
-        text = next(iter(ranks.failures().values()), reason)
-    if not alone:
-        ranks.fail(text)
-    if not first:
-        time.sleep(2.0)  # until rank 0 has said it, if it can
-        speaker = min(ranks.failures())
-        if log is not None and (speaker == ranks.rank or (lost and speaker < 0 and ranks.rank % ranks.local_world == 0)):
-            log.take_over()
-    if log is not None:
-        log(f"error: {text}")
-    elif first:
-        write_line(sys.stderr, f"error: {text}")
-    if not alone:
-        time.sleep(1.0 if first else 0.0)
-        sys.stdout.flush()
-        os._exit(status)
-    return status
+    lost = ranks.world > 1 and isinstance(error, RuntimeError) and re.search("(?i)gloo|nccl|connection", str(error))
+    if lost:  # for a reason of another's
+        text = describe_lost(error, ranks)
+    elif ranks.rank:
+        text = f"rank {ranks.rank}: {text}"
+    line = text if status > 128 else f"error: {text}"
+    if ranks.world == 1 or ranks.stopping:
+        log(line)
+        return status
+    reason = f"{status} {line}"
+    with suppress(RuntimeError, OSError):
+        first = ranks.first("reason", reason)
+        reason = first if lost else reason
+    end_run(ranks, log, reason)
 
 
 def main(environ: Mapping[str, str] = os.environ, arguments: tuple[str, ...] = ()) -> int:
-    """Run as the environment says.
-
-    Returns:
-        The exit status: 0, 2 for something the user can mend, 3 over a cap or budget, 128 + a signal's number.
-    """
+    """Run as the environment says; the exit status: 0, 2 for what the user can mend, 3 over a cap or budget, 128 + a signal's number."""
     if arguments:
         if arguments[0] == "--pack":
             sys.stdout.buffer.write(counted_code())
@@ -4964,7 +4791,7 @@ def main(environ: Mapping[str, str] = os.environ, arguments: tuple[str, ...] = (
         print(known.get(arguments[0], f"{arguments[0]} is not known; settings are environment variables (--help lists them, --source "
                                       "prints the code, --pack packs it)"))
         return 0 if arguments[0] in known else EXIT_USER_ERROR
-    log, ranks = None, None
+    ranks, log, handlers = Ranks(), Log(), {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         cfg = Config.from_env(environ)
         ranks = Ranks.start(environ, cfg.rank_timeout_seconds)
@@ -4973,16 +4800,18 @@ def main(environ: Mapping[str, str] = os.environ, arguments: tuple[str, ...] = (
         log = open_log(cfg, ranks)
         watch = Watch(ranks, log, cfg.rank_timeout_seconds)
         ranks.check_same(identity(cfg, but=PLACES))  # a rank with other settings would wait in other places
-        status = run_stages(cfg, ranks, environ, log, watch)
+        use_compile = cfg.compile == "1" or (cfg.compile == "auto" and ranks.device.type == "cuda")
+        status = run_stages(Run(cfg, ranks, log, use_compile), environ)
         watch.over.set()
         ranks.stop()
         return status
-    except Stopped as stop:
-        return 128 + stop.number
+    except SystemExit:
+        raise
     except BaseException as error:
-        if isinstance(error, SystemExit):
-            raise
         return fail(error, ranks, log)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

@@ -113,7 +113,7 @@ class Bench:
     def stream(self) -> list[np.ndarray]:
         """Training tokens: the shards of --data, else the made-up language."""
         if self.data is not None:
-            return g.read_shards(self.data, "train")
+            return g.Dataset(self.data).read("train")
         return [made_up_tokens(self.sizes.data_tokens, self.sizes.document_tokens, self.cfg.vocab_size, seed=1)]
 
     def random(self, *shape: int, scale: float = 1.0) -> Tensor:
