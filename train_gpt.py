@@ -3106,48 +3106,46 @@ class Bank(NamedTuple):
         return self.codes.transpose(0, 2, 1) if self.across else self.codes
 
 
-class _Step(NamedTuple):
+class Step(NamedTuple):
     """Codes that are coded side by side, and what both sides know of them before; what is coded is code * sign - offset, modulo 256.
 
-    where: their place in the bank's vectors. signs: of the guesses. offsets: the codes next to large guesses, else 0. kinds: where
-    in its code a guess lies, below GUESS_KINDS, and as many more for quantizer 1 of a trellis. features: how far off it may be.
+    place: in the bank's vectors. signs: of the guesses. offsets: the codes next to large guesses, else 0. kinds: where in its code
+    a guess lies, below GUESS_KINDS, and as many more for quantizer 1 of a trellis. features: how far off it may be.
     """
 
-    where: tuple
+    place: tuple[slice, slice, slice]
     signs: np.ndarray
     offsets: np.ndarray
     kinds: np.ndarray
     features: np.ndarray
 
 
-def _frequencies(model: np.void) -> tuple[np.ndarray, np.ndarray]:
-    """The table of each context of a RANS_MODEL, and those in use: (tables, 256) int64, rows add up to 2**RANS_BITS; integers only."""
-    roots = model["roots"].reshape(-1, 256).astype(np.int64)
-    used = roots.any(1)
-    used[0] = True
-    squares = roots[used] ** 2
+def coder_tables(model: np.void) -> tuple[np.ndarray, np.ndarray]:
+    """Frequencies and where they start, for each context of a RANS_MODEL: (contexts, 256) int64, rows of 2**RANS_BITS; integers only."""
+    squares = model["roots"].reshape(-1, 256).astype(np.int64) ** 2
     scaled = squares * (1 << RANS_BITS) // np.maximum(squares.sum(1, keepdims=True), 1)
     scaled = np.where(squares > 0, np.maximum(scaled, 1), 0)
     scaled[np.arange(len(scaled)), scaled.argmax(1)] += (1 << RANS_BITS) - scaled.sum(1)
-    return np.cumsum(used) - 1, scaled
+    return scaled, np.cumsum(scaled, 1) - scaled
 
 
-def _contexts(model: np.void, step: _Step) -> np.ndarray:
-    """The table of each code of a step, 1-d."""
-    return (step.kinds * RANS_SPREADS + np.searchsorted(model["thresholds"].astype(np.int64), step.features, side="right")).ravel()
+def coder_contexts(model: np.void, kinds: np.ndarray, features: np.ndarray) -> np.ndarray:
+    """The table of each code."""
+    return kinds * RANS_SPREADS + np.searchsorted(model["thresholds"].astype(np.int64), features, side="right")
 
 
 def encode_codes(banks: list[Bank]) -> list[bytes]:
     """[tables, states, words of each bank], for decode_codes with banks of the same shapes."""
     models, slots, known = np.zeros(len(banks), RANS_MODEL), [], None
     for bank, model in zip(banks, models):
-        model["mean"] = int(round(float(np.abs(bank.codes.astype(np.int16)).mean()) * RANS_MEAN_UNIT))
-        known = _Predictor(bank, int(model["mean"]), known)
-        contexts, symbols, lengths = _fit_model(bank, known, model)
-        tables, frequencies = _frequencies(model)
-        contexts, starts = tables[contexts], np.cumsum(frequencies, 1) - frequencies
-        slots.append((frequencies[contexts, symbols].astype(np.uint16), starts[contexts, symbols].astype(np.uint16), lengths))
-    return [brotli.compress(models.tobytes(), quality=11), *_rans_encode(slots, _lane_count(banks))]
+        model["mean"] = round(float(np.abs(bank.codes.astype(np.int16)).mean()) * RANS_MEAN_UNIT)
+        known = Predictor(bank, int(model["mean"]), known)
+        steps = list(coding_steps(bank, known))
+        coded = [(bank.vectors[step.place] * step.signs - step.offsets).astype(np.uint8).ravel() for step in steps]  # modulo 256
+        symbols, ends = np.concatenate(coded), np.cumsum([len(part) for part in coded])[:-1]
+        contexts = fit_model(model, symbols, *(np.concatenate([step[i].ravel() for step in steps]) for i in (3, 4)))
+        slots.append([np.split(table[contexts, symbols].astype(np.uint16), ends) for table in coder_tables(model)])
+    return [brotli.compress(models.tobytes(), quality=11), *rans_encode(slots, rans_lanes(banks))]
 
 
 def decode_codes(streams: list[bytes], banks: list[Bank]) -> None:
@@ -3158,33 +3156,33 @@ def decode_codes(streams: list[bytes], banks: list[Bank]) -> None:
     models = decompress(streams[0], size)
     if len(models) != size:
         raise ArtifactError(f"the artifact's coder tables are {len(models)} bytes, they must be {size}")
-    decoder, known = _RansDecoder(streams[1], b"".join(streams[2:]), _lane_count(banks)), None
+    decoder, known = RansDecoder(streams[1], b"".join(streams[2:]), rans_lanes(banks)), None
     for bank, model in zip(banks, np.frombuffer(models, RANS_MODEL)):
-        tables, frequencies = _frequencies(model)
-        decoder.load(frequencies)
-        known = _Predictor(bank, int(model["mean"]), known)
-        for step in _steps(bank, known):
-            symbols = decoder.symbols(tables[_contexts(model, step)]).reshape(step.signs.shape)
-            bank.vectors[step.where] = step.signs * (symbols + step.offsets)  # modulo 256
+        decoder.load(*coder_tables(model))
+        known = Predictor(bank, int(model["mean"]), known)
+        for step in coding_steps(bank, known):
+            symbols = decoder.symbols(coder_contexts(model, step.kinds, step.features).ravel()).reshape(step.signs.shape)
+            bank.vectors[step.place] = step.signs * (symbols + step.offsets)  # modulo 256
     decoder.finish()
 
 
-def _lane_count(banks: list[Bank]) -> int:
+def rans_lanes(banks: list[Bank]) -> int:
     """States of the coder: many are fast, few are small."""
     return min(RANS_MAX_LANES, 1 + sum(bank.codes.size for bank in banks) // RANS_LANE_SYMBOLS)
 
 
-class _Predictor:
+class Predictor:
     """What is known of a bank's vectors while they are coded; the next bank begins with it.
 
-    moments: (elements, elements) int64, summed products of the elements' levels over `count` vectors, all matrices alike.
-    sums: (matrices, elements), of |level - guess| over the vectors so far. scale: mean |level|. agreed, energy: (matrices, 1, 1),
-    sums of guess * level and guess^2, which say what part of a guess to believe.
+    code: what a code is worth in the unit of guesses. moments: (elements, elements) int64, summed products of the elements' levels
+    over `count` vectors, all matrices alike. sums: (matrices, elements), of |level - guess| over the vectors so far. scale: mean
+    |level|. agreed, energy: (matrices, 1, 1), sums of guess * level and guess^2, which say what part of a guess to believe.
     """
 
-    def __init__(self, bank: Bank, mean: int, prior: _Predictor | None) -> None:
+    def __init__(self, bank: Bank, mean: int, prior: Predictor | None) -> None:
         matrices, _, elements = bank.vectors.shape
-        self.scale = mean * (16 if bank.trellis else 8)
+        self.code = 512 if bank.trellis else 256
+        self.scale = mean * self.code // RANS_MEAN_UNIT
         self.sums = np.zeros((matrices, elements), np.int64)
         self.moments, self.count = np.zeros(2 * (elements * (elements <= PREDICT_MAX_ELEMENTS),), np.int64), 0
         if prior is not None and prior.count and prior.moments.shape == self.moments.shape:
@@ -3196,7 +3194,7 @@ class _Predictor:
     def fit(self) -> None:
         """Take the moments as they are now for the guesses to come."""
         enough = self.count >= PREDICT_BLOCK // 2 and self.moments.any()
-        self.factor = _fit_predictor(self.moments, self.count) if enough else None
+        self.factor = fit_predictor(self.moments, self.count) if enough else None
 
     def spread(self, elements: slice, seen: int) -> np.ndarray:
         """Expected |level - guess| of some elements after `seen` vectors, (matrices, 1, elements), at least 1."""
@@ -3212,6 +3210,17 @@ class _Predictor:
             return np.zeros((*innovations.shape[:2], group.stop - group.start), np.int64)
         sums = innovations[:, :, : group.start] @ self.factor[group, : group.start].T
         return np.clip(np.floor(sums / (1 << 16)), -PREDICT_LIMIT, PREDICT_LIMIT).astype(np.int64)
+
+    def step(self, place: tuple[slice, slice, slice], guesses: np.ndarray, sizes: np.ndarray, quantizers: np.ndarray) -> Step:
+        """The step of a place in the vectors. Codes near 0 stay themselves, because there a trellis has levels of its own."""
+        code, distances = self.code, np.abs(guesses)
+        nearest = (distances + code // 2) // code
+        fraction = (5 * (distances - nearest * code) + code) // (2 * code)  # 0: up to -1/5 of a code, 1: between, 2: from 1/5
+        near = np.searchsorted(GUESS_EIGHTHS * code // 8, distances, side="right")
+        large = nearest > 1
+        kinds = np.where(large, len(GUESS_EIGHTHS) + 2 + fraction, near) + quantizers * GUESS_KINDS
+        features = np.minimum(self.spread(place[2], place[1].start) * sizes >> 8, 65534)
+        return Step(place, np.where(guesses < 0, -1, 1), nearest * large, kinds, features)
 
     def innovations(self, levels: np.ndarray, guesses: np.ndarray, group: slice) -> np.ndarray:
         """What a group's own elements leave of each other: its levels less all that L makes of the innovations before."""
@@ -3230,107 +3239,80 @@ class _Predictor:
         self.count = self.count * PREDICT_MEMORY // (PREDICT_MEMORY + len(flat)) + len(flat)
 
 
-def _steps(bank: Bank, known: _Predictor) -> Iterator[_Step]:
-    """The steps of a bank in order. Each must have been read, or written to bank.vectors, before the next is asked for."""
+def cut_range(whole: slice, size: int) -> list[slice]:
+    """A range in pieces of `size`; uncut if that is 0."""
+    return [slice(at, min(at + size, whole.stop)) for at in range(whole.start, whole.stop, size)] if size else [whole]
+
+
+def coding_steps(bank: Bank, known: Predictor) -> Iterator[Step]:
+    """The steps of a bank in order. Each must have been read, or written to bank.vectors, before the next is asked for.
+
+    Blocks of vectors are guessed by the moments of those before; a block goes by groups of elements, and a trellis in steps of so many
+    rows as it has segments. Blocks and groups end where such a step does.
+    """
     matrices, vectors, elements = bank.vectors.shape
-    lanes = trellis_segments(*bank.codes.shape[1:]) if bank.trellis else 1 << 20  # without a trellis nothing has to wait
-    shape = (matrices, vectors, lanes) if bank.across else (matrices, lanes, elements)
-    states = np.zeros(shape, np.int64) if bank.trellis else np.broadcast_to(np.int64(0), shape)
-    tall, wide = (1, lanes) if bank.across else (lanes, 1)  # blocks and groups end where a step of the trellis does
-    if not bank.trellis:
-        tall = wide = 1
-    width, begin = -(-max(2, elements // PREDICT_GROUPS) // wide) * wide, 0
-    while begin < vectors:
-        block = slice(begin, min(vectors, begin + -(-max(PREDICT_BLOCK, begin // 8) // tall) * tall))
+    lanes = trellis_segments(*bank.codes.shape[1:]) if bank.trellis else 0
+    tall, wide = (0, lanes) if bank.across else (lanes, 0)  # vectors and elements of a step; 0: all of the block, of the group
+    shape, next_states = (matrices, tall or vectors, wide or elements), trellis_next_states().numpy()
+    states = np.zeros(shape, np.int64) if lanes else np.broadcast_to(np.int64(0), shape)
+    width, end = -(-max(2, elements // PREDICT_GROUPS) // (wide or 1)) * (wide or 1), 0
+    while end < vectors:
+        block = slice(end, min(vectors, end + -(-max(PREDICT_BLOCK, end // 8) // (tall or 1)) * (tall or 1)))
+        begin, end = block.start, block.stop
         known.fit()
-        levels, innovations = np.zeros((2, matrices, block.stop - begin, elements))
-        sizes = np.full((matrices, block.stop - begin, 1), 8 << 8, np.int64)  # of each vector's innovations so far, in spreads
-        for left in range(0, elements, width):
-            group = slice(left, min(elements, left + width))
-            guesses = known.guess(innovations, group)
-            believed = known.believed(guesses)
-            levels[:, :, group] = yield from _group_steps(bank, known, states, (block, group), believed, sizes // (8 + left))
+        levels, innovations = np.zeros((2, matrices, end - begin, elements))
+        believed = np.zeros(levels.shape, np.int64)
+        sizes = np.full((matrices, end - begin, 1), 8 << 8, np.int64)  # of each vector's innovations so far, in spreads
+        for group in cut_range(slice(0, elements), width):
+            guesses, size = known.guess(innovations, group), sizes // (8 + group.start)
+            believed[:, :, group] = known.believed(guesses)
+            for down, along in itertools.product(cut_range(block, tall), cut_range(group, wide)):
+                here = np.s_[:, down.start - begin: down.stop - begin, along]
+                state = states[:, down, : along.stop - along.start] if bank.across else states[:, : down.stop - down.start, along]
+                quantizers = state & 1
+                yield known.step(np.s_[:, down, along], believed[here], size[here[:2]], quantizers)
+                level = bank.vectors[:, down, along].astype(np.int64)
+                if lanes:
+                    state[:], level = next_states[state, level & 1], trellis_levels(level, quantizers)
+                levels[here] = level
+                known.sums[:, along] += np.abs((level << 8) - believed[here]).sum(1)
             exact = levels[:, :, group].astype(np.int64) << 8
-            sizes += np.minimum((np.abs(exact - believed) << 8) // known.spread(group, block.stop), 1 << 12).sum(2, keepdims=True)
+            misses = (np.abs(exact - believed[:, :, group]) << 8) // known.spread(group, end)
+            sizes += np.minimum(misses, 1 << 12).sum(2, keepdims=True)
             innovations[:, :, group] = known.innovations(exact, guesses, group)
         known.learn(levels)
-        begin = block.stop
 
 
-def _group_steps(bank: Bank, known: _Predictor, states: np.ndarray, where: tuple[slice, slice], guesses: np.ndarray,
-                 sizes: np.ndarray) -> Generator[_Step, None, np.ndarray]:
-    """The steps of a group of elements of a block of vectors, down the trellis; returns their levels (matrices, vectors, elements)."""
-    next_states, levels, lanes = trellis_next_states().numpy(), np.empty_like(guesses), states.shape[2 if bank.across else 1]
-    for top in range(0, guesses.shape[2 if bank.across else 1], lanes):
-        ahead = slice(top, top + lanes)
-        part = np.s_[:, :, ahead] if bank.across else np.s_[:, ahead]
-        guess = guesses[part]
-        _, vectors, elements = guess.shape
-        first, element = (where[0].start, where[1].start + top) if bank.across else (where[0].start + top, where[1].start)
-        place = np.s_[:, first: first + vectors, element: element + elements]
-        state = states[:, place[1], :elements] if bank.across else states[:, :vectors, place[2]]
-        quantizers = state & 1
-        features = np.minimum(known.spread(place[2], first) * (sizes if bank.across else sizes[part]) >> 8, 65534)
-        signs, offsets, kinds = _split_guess(guess, 512 if bank.trellis else 256)
-        yield _Step(place, signs, offsets, kinds + quantizers * GUESS_KINDS, features)
-        level = bank.vectors[place].astype(np.int64)
-        if bank.trellis:
-            state[:], level = next_states[state, level & 1], trellis_levels(level, quantizers)
-        levels[part] = level
-        known.sums[:, place[2]] += np.abs((level << 8) - guess).sum(1)
-    return levels
-
-
-def _split_guess(guesses: np.ndarray, code: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Signs, offsets and kinds (see _Step) of guessed levels; `code` is what a code is worth in their unit.
-
-    Codes near 0 stay themselves, because there a trellis has levels of its own.
-    """
-    sizes = np.abs(guesses)
-    nearest = (sizes + code // 2) // code
-    fraction = (5 * (sizes - nearest * code) + code) // (2 * code) + len(GUESS_EIGHTHS) + 2  # up to -1/5 of a code, between, or from 1/5
-    kinds = np.searchsorted(GUESS_EIGHTHS * code // 8, sizes, side="right")
-    large = nearest > 1
-    return np.where(guesses < 0, -1, 1), nearest * large, np.where(large, fraction, kinds)
-
-
-def _fit_predictor(moments: np.ndarray, count: int) -> np.ndarray:
+def fit_predictor(moments: np.ndarray, count: int) -> np.ndarray:
     """L, float64 that holds integers with 16 fractional bits, from the summed x^T x of `count` vectors of levels, int64.
 
     What lies off the diagonal counts less the fewer vectors there were.
     """
     elements = len(moments)
     doubt = min(max((1 << 16) // 40, (1 << 15) * elements // count), (1 << 16) * 19 // 20)
-    matrix = (moments << 12) // count
-    diagonal = np.diagonal(matrix).copy()
-    matrix = matrix * ((1 << 16) - doubt) >> 16
-    np.fill_diagonal(matrix, diagonal)
+    matrix = (moments << 12) // count * ((1 << 16) - doubt * (1 - np.eye(elements, dtype=np.int64))) >> 16
     factor = np.zeros((elements, elements))
     for begin in range(0, elements, PREDICT_PANEL):
-        end = min(begin + PREDICT_PANEL, elements)
-        panel = matrix[begin:, begin:end].copy()
-        for j in range(end - begin):
-            below = np.clip((panel[j + 1 :, j] << 16) // max(int(panel[j, j]), 64), -(1 << 18), 1 << 18)
-            factor[begin + j + 1 :, begin + j] = below
-            panel[j + 1 :, j + 1 :] -= below[:, None] * panel[j + 1 : end - begin, j] >> 16
-        done = factor[end:, begin:end] @ panel[end - begin :].T.astype(np.float64)
+        panel = matrix[begin:, begin: begin + PREDICT_PANEL].copy()
+        width = panel.shape[1]
+        end = begin + width
+        for j in range(width):
+            below = np.clip((panel[j + 1:, j] << 16) // max(int(panel[j, j]), 64), -(1 << 18), 1 << 18)
+            factor[begin + j + 1:, begin + j] = below
+            panel[j + 1:, j + 1:] -= below[:, None] * panel[j + 1: width, j] >> 16
+        done = factor[end:, begin:end] @ panel[width:].T.astype(np.float64)
         matrix[end:, end:] -= np.floor(done / (1 << 16)).astype(np.int64)
     return factor
 
 
-def _fit_model(bank: Bank, known: _Predictor, model: np.void) -> tuple[np.ndarray, np.ndarray, list[int]]:
-    """Set the thresholds and frequencies of a model; contexts and symbols in coding order, 1-d, and the lengths of the steps."""
-    steps, coded = [], []
-    for step in _steps(bank, known):
-        steps.append(step)
-        coded.append((bank.vectors[step.where] * step.signs - step.offsets).astype(np.uint8).ravel())  # modulo 256
-    symbols, features = np.concatenate(coded), np.concatenate([step.features.ravel() for step in steps])
+def fit_model(model: np.void, symbols: np.ndarray, kinds: np.ndarray, features: np.ndarray) -> np.ndarray:
+    """Set the thresholds and frequencies of a model for these symbols, 1-d like their kinds and features; their contexts."""
 
     def fit(spreads: int) -> tuple[float, np.ndarray, np.ndarray, np.ndarray]:
         """Bits with so many spreads, those of the tables roughly; thresholds; contexts; counts (contexts, 256)."""
         model["thresholds"] = (1 << 16) - 1
         model["thresholds"][: spreads - 1] = np.quantile(features, np.arange(1, spreads) / spreads, method="higher")
-        contexts = np.concatenate([_contexts(model, step) for step in steps])
+        contexts = coder_contexts(model, kinds, features)
         counts = np.bincount(contexts * 256 + symbols, minlength=model["roots"].size).reshape(-1, 256)
         return entropy_bits(counts) + RANS_ROOT_BITS * np.count_nonzero(counts), model["thresholds"].copy(), contexts, counts
 
@@ -3338,7 +3320,7 @@ def _fit_model(bank: Bank, known: _Predictor, model: np.void) -> tuple[np.ndarra
     _, model["thresholds"], contexts, counts = min(map(fit, choices), key=lambda found: found[0])
     roots = np.rint(255 * np.sqrt(counts / np.maximum(counts.max(1, keepdims=True), 1)))
     model["roots"] = np.where(counts > 0, np.maximum(roots, 1), 0).reshape(model["roots"].shape)
-    return contexts, symbols, [step.signs.size for step in steps]
+    return contexts
 
 
 def entropy_bits(counts: np.ndarray) -> float:
@@ -3347,31 +3329,26 @@ def entropy_bits(counts: np.ndarray) -> float:
     return float(-(counts * np.log2(np.where(counts > 0, share, 1.0))).sum())
 
 
-def _rans_encode(slots: list[tuple[np.ndarray, np.ndarray, list[int]]], lane_count: int) -> list[bytes]:
-    """[states, words of each bank] for banks of (frequencies, starts, lengths of the steps); last symbol first."""
-    state = np.full(lane_count, RANS_LOW, np.uint64)
-    streams: list[bytes] = []
-    for frequencies, starts, lengths in reversed(slots):
-        words: list[np.ndarray] = []
-        end = len(frequencies)
-        for length in reversed(lengths):
-            for begin in range(end - length + (length - 1) // lane_count * lane_count, end - length - 1, -lane_count):
-                stop = min(begin + lane_count, end)
-                frequency = frequencies[begin:stop].astype(np.uint64)
+def rans_encode(slots: list[tuple[list[np.ndarray], list[np.ndarray]]], lane_count: int) -> list[bytes]:
+    """[states, words of each bank] for the frequencies and starts of each bank's steps; last symbol first."""
+    state, streams = np.full(lane_count, RANS_LOW, np.uint64), []
+    for steps in reversed(slots):
+        words = []
+        for frequencies, starts in reversed(list(zip(*steps))):
+            for begin in reversed(range(0, len(frequencies), lane_count)):
+                frequency = frequencies[begin: begin + lane_count].astype(np.uint64)
                 lanes = state[: len(frequency)]
                 full = lanes >= frequency << np.uint64(32 - RANS_BITS)
                 words.append(lanes[full].astype("<u2"))
                 lanes[full] >>= np.uint64(16)
                 quotient = lanes // frequency
-                lanes += quotient * (np.uint64(1 << RANS_BITS) - frequency)
-                lanes += starts[begin:stop]
-            end -= length
+                lanes += quotient * (np.uint64(1 << RANS_BITS) - frequency) + starts[begin: begin + lane_count]
         streams.append(b"".join(word.tobytes() for word in reversed(words)))
     return [state.astype("<u4").tobytes(), *reversed(streams)]
 
 
-class _RansDecoder:
-    """Reads what _rans_encode wrote; the caller gives the same tables and contexts in the same order."""
+class RansDecoder:
+    """Reads what rans_encode wrote; the caller gives the same tables and contexts in the same order."""
 
     def __init__(self, states: bytes, words: bytes, lane_count: int) -> None:
         if len(states) != 4 * lane_count or len(words) % 2:
@@ -3380,28 +3357,26 @@ class _RansDecoder:
         self.words = np.frombuffer(words, "<u2").astype(np.uint32)
         self.position = 0
 
-    def load(self, frequencies: np.ndarray) -> None:
-        """Take (contexts, 256) tables, each row adding up to 2**RANS_BITS."""
+    def load(self, frequencies: np.ndarray, starts: np.ndarray) -> None:
+        """Take the tables of coder_tables."""
         if (frequencies < 0).any():
             raise ArtifactError("the artifact's coder tables are impossible")
         self.symbol_of_slot = np.repeat(np.tile(np.arange(256, dtype=np.uint8), len(frequencies)), frequencies.ravel())
-        self.frequency = frequencies.astype(np.uint32).ravel()
-        self.start = (np.cumsum(frequencies, 1) - frequencies).astype(np.uint32).ravel()
+        self.frequency, self.start = (table.astype(np.uint32).ravel() for table in (frequencies, starts))
 
     def symbols(self, context: np.ndarray) -> np.ndarray:
         """The next symbols, uint8 (n,), given the context of each."""
-        result = np.empty(len(context), np.uint8)
-        lane_count = len(self.state)
+        result, lane_count = np.empty(len(context), np.uint8), len(self.state)
         for begin in range(0, len(context), lane_count):
-            chunk = context[begin : begin + lane_count]
+            chunk = context[begin: begin + lane_count]
             lanes = self.state[: len(chunk)]
             slot = lanes & np.uint32((1 << RANS_BITS) - 1)
             symbol = self.symbol_of_slot[(chunk << RANS_BITS) + slot]
-            result[begin : begin + lane_count] = symbol
+            result[begin: begin + lane_count] = symbol
             entry = chunk * 256 + symbol
             lanes[:] = self.frequency[entry] * (lanes >> np.uint32(RANS_BITS)) + slot - self.start[entry]
             empty = np.flatnonzero(lanes < RANS_LOW)
-            fresh = self.words[self.position : self.position + len(empty)]
+            fresh = self.words[self.position: self.position + len(empty)]
             if len(fresh) < len(empty):
                 raise ArtifactError("the artifact's coder words end too early")
             self.position += len(empty)
