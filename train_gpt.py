@@ -2769,22 +2769,12 @@ class ArtifactError(ValueError):
     """The file is no artifact of this program, or it is damaged."""
 
 
-def stored_settings(cfg: Config) -> dict[str, Any]:
-    """The settings that an artifact carries, as JSON has them."""
-    return {f.name: getattr(cfg, f.name) for f in STORED_SETTINGS}
-
-
-def uses_coder(row: Row, compressor: str) -> bool:
-    """Whether the codes of a parameter go through the entropy coder."""
-    return compressor == "rans" and bool(row.matrices)
-
-
 def pack_artifact(tensors: Tensors, cfg: Config, tick: Callable[[float, float], None] = lambda done, total: None) -> bytes:
     """The bytes of an artifact file; unpack_artifact gives back the same integers and the same floats, bit for bit.
 
     `tick` hears now and then how many bytes of how many are compressed.
     """
-    header = {"compressor": cfg.compressor, "settings": stored_settings(cfg)}
+    header = {"compressor": cfg.compressor, "settings": {f.name: getattr(cfg, f.name) for f in STORED_SETTINGS}}
     plain = {"settings": torch.frombuffer(bytearray(json.dumps(header, allow_nan=False).encode()), dtype=torch.uint8)}
     banks = []
     for row in parameter_table(cfg):
@@ -2795,7 +2785,7 @@ def pack_artifact(tensors: Tensors, cfg: Config, tick: Callable[[float, float], 
         plain[row.name + ".scales"] = tensor.scales.contiguous()
         for term in tensor.low_rank:
             plain |= {f"{row.name}.low{term.index}.{part}": t.contiguous() for part, t in zip(LowRank._fields[1:], term[1:])}
-        if uses_coder(row, cfg.compressor):
+        if row.matrices and cfg.compressor == "rans":
             banks += row_banks(row, tensor)
         else:
             plain[row.name + ".codes"] = tensor.codes.mT.contiguous()
@@ -2861,12 +2851,12 @@ def stored_config(stored: Tensor) -> tuple[Config, str]:
 
 def take_tensors(cfg: Config, compressor: str, plain: dict[str, Tensor], coded: bytes) -> Tensors:
     """The tensors of the parameter table out of an artifact's two parts, which they use up."""
-    table = parameter_table(cfg)
-    codes = sum(math.prod(row.shape) for row in table if uses_coder(row, compressor))
+    table, rank, rans = parameter_table(cfg), cfg.lqer_rank, compressor == "rans"
+    codes = sum(math.prod(row.shape) for row in table if row.matrices and rans)
     if codes > ARTIFACT_MAX_CODES_PER_BYTE * len(coded):
         raise ArtifactError(f"the artifact's settings ask for {codes} codes, which cannot be in {len(coded)} bytes")
 
-    def take(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    def take(name: str, dtype: torch.dtype, *shape: int) -> Tensor:
         tensor = plain.pop(name, None)
         if tensor is None or tensor.dtype != dtype or tuple(tensor.shape) != shape:
             found = "missing" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
@@ -2877,29 +2867,23 @@ def take_tensors(cfg: Config, compressor: str, plain: dict[str, Tensor], coded: 
 
     tensors: Tensors = {}
     for row in table:
+        name, shape = row.name, row.shape
         if not row.matrices and not row.int8:
-            tensors[row.name] = take(row.name, torch.float16, row.shape)
+            tensors[name] = take(name, torch.float16, *shape)
             continue
-        scales = take(row.name + ".scales", torch.float16, row.shape[:-1])
-        stored = (*row.shape[:-2], row.shape[-1], row.shape[-2])
-        coded_apart = uses_coder(row, compressor)
-        values = torch.zeros(row.shape, dtype=torch.int8) if coded_apart else take(row.name + ".codes", torch.int8, stored).mT
-        low_rank = tuple(
-            LowRank(i, *(take(f"{row.name}.low{i}.{part}", dtype, shape) for part, (dtype, shape) in low_rank_shapes(cfg, row).items()))
-            for i in range(math.prod(row.shape[:-2])) if cfg.lqer_enabled and f"{row.name}.low{i}.a" in plain)
-        tensors[row.name] = Quantized(values.contiguous(), scales, cfg.quantizer if row.matrices else "scalar", low_rank)
-    if plain or (coded and compressor != "rans"):
+        *banks, rows, cols = shape
+        scales = take(name + ".scales", torch.float16, *banks, rows)
+        values = torch.zeros(shape, dtype=torch.int8) if row.matrices and rans else take(name + ".codes", torch.int8, *banks, cols, rows).mT
+        parts = {"a": (torch.int8, rows, rank), "a_scales": (torch.float16, rank if cfg.lqer_column_scales else 1),
+                 "b": (torch.int8, rank, cols), "b_scales": (torch.float16, rank * cols // cfg.lqer_group)}
+        low_rank = tuple(LowRank(i, *(take(f"{name}.low{i}.{part}", *kind) for part, kind in parts.items()))
+                         for i in range(math.prod(banks)) if cfg.lqer_enabled and f"{name}.low{i}.a" in plain)
+        tensors[name] = Quantized(values.contiguous(), scales, cfg.quantizer if row.matrices else "scalar", low_rank)
+    if plain or (coded and not rans):
         raise ArtifactError(f"the artifact holds more than its model: {', '.join([*plain][:3]) or f'{len(coded)} bytes'}")
-    if compressor == "rans":
+    if rans:
         decode_codes(cut_streams(coded), [bank for row in table if row.matrices for bank in row_banks(row, tensors[row.name])])
     return tensors
-
-
-def low_rank_shapes(cfg: Config, row: Row) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Types and shapes of the parts of a LowRank of one matrix of a bank, by name."""
-    (rows, cols), rank = row.shape[-2:], cfg.lqer_rank
-    return {"a": (torch.int8, (rows, rank)), "a_scales": (torch.float16, (rank if cfg.lqer_column_scales else 1,)),
-            "b": (torch.int8, (rank, cols)), "b_scales": (torch.float16, (rank * cols // cfg.lqer_group,))}
 
 
 def row_banks(row: Row, quantized: Quantized) -> list[Bank]:
@@ -2935,20 +2919,15 @@ def compress(data: bytes, tick: Callable[[float, float], None], step: int = 1 <<
 
 
 def decompress(stream: bytes, limit: int) -> bytes:
-    """What a brotli stream holds, at most `limit` bytes; it is never expanded further."""
+    """What a brotli stream holds, at most `limit` bytes; it is never expanded much further."""
+    decoder = brotli.Decompressor()
     try:
-        decoder, parts, size, more = brotli.Decompressor(), [], 0, stream
-        while size <= limit and not decoder.is_finished():
-            piece = decoder.process(more, output_buffer_limit=1 << 20)
-            if not piece and not more and decoder.can_accept_more_data():
-                break
-            parts.append(piece)
-            size, more = size + len(piece), b""
+        found = decoder.process(stream, output_buffer_limit=limit + 1)
     except brotli.error as error:
         raise ArtifactError("a part of the artifact cannot be decompressed") from error
-    if size > limit or not decoder.is_finished():
+    if len(found) > limit or not decoder.is_finished():
         raise ArtifactError("a part of the artifact is cut short, or larger than a model can be")
-    return b"".join(parts)
+    return found
 
 
 def size_table(data: bytes, tensors: Tensors, cfg: Config) -> list[dict[str, str | int]]:
@@ -2991,29 +2970,15 @@ linecache.cache["packed.py"] = len(PACKED_SOURCE), None, PACKED_SOURCE.decode().
 exec(compile(PACKED_SOURCE, "packed.py", "exec"))
 '''
 PACKED_ESCAPES = (r"\\", r"\\\\"), ("\r", r"\\r"), ("\0(?=[0-7])", r"\\x00"), ("\0", r"\\0"), (r'"(?="|\Z)', r'\\"')
-Place = tuple[int, int]  # row, column
+BLIND_DECORATORS = {"property", "classmethod", "staticmethod", "lru_cache", "torch.no_grad"}
 
 
-def source_tokens(source: str) -> Iterator[tuple[str, Place, str]]:
-    """Kind, place and text of every token; an f-string, which Python 3.12 takes apart, is one."""
-    lines, opened = source.splitlines(True), []
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        kind, start, text = tokenize.tok_name[token.type], token.start, token.string
-        if kind == "FSTRING_START":
-            opened.append(start)
-        elif kind == "FSTRING_END":
-            (row, column), (last, end) = start, _ = opened.pop(), token.end
-            text = "".join([*lines[row - 1: last - 1], lines[last - 1][:end]])[column:]
-        if not opened:
-            yield kind, start, text
-
-
-def needless_spans(source: str) -> Iterator[tuple[Place, Place]]:
-    """The places, from and up to, of docstrings and of the annotations of functions that no decorator reads."""
+def needless_spans(source: str) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
+    """Rows and columns, from and up to, of docstrings and of the annotations of functions that no decorator reads."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) and len(node.body) > 1:
             yield (node.body[0].lineno, node.body[0].col_offset), (node.body[0].end_lineno, node.body[0].end_col_offset)
-        if isinstance(node, ast.FunctionDef) and not node.decorator_list:
+        if isinstance(node, ast.FunctionDef) and {ast.unparse(d).partition("(")[0] for d in node.decorator_list} <= BLIND_DECORATORS:
             for arg in ast.walk(node.args):
                 if isinstance(arg, ast.arg) and arg.annotation:
                     yield (arg.lineno, arg.col_offset + len(arg.arg)), (arg.end_lineno, arg.end_col_offset)
@@ -3023,22 +2988,28 @@ def needless_spans(source: str) -> Iterator[tuple[Place, Place]]:
 
 def shipped_source(source: str) -> str:
     """`source` without comments, docstrings, needless annotations and blanks: what the packed file runs."""
-    spans, pieces, depth, before = sorted(needless_spans(source)), [], 0, "\n"
-    for kind, place, text in source_tokens(source):
-        while spans and spans[0][1] <= place:
+    lines = [0, *itertools.accumulate(map(len, io.StringIO(source)))]  # where they begin
+    spans, shipped, depth, f_strings, end = sorted(needless_spans(source)), "\n", 0, 0, 0
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        kind, before = tokenize.tok_name[token.type], end
+        begin, end = (lines[row - 1] + column for row, column in (token.start, token.end))
+        text = source[begin:end]
+        while spans and spans[0][1] <= token.start:
             spans.pop(0)
         depth += (kind == "INDENT") - (kind == "DEDENT")
-        if kind == "NEWLINE":
-            text = "\n" if before != "\n" else ""
-        elif kind in ("COMMENT", "NL", "INDENT", "DEDENT", "ENDMARKER") or spans and spans[0][0] <= place:
-            continue
-        elif before == "\n":
-            pieces.append(" " * depth)
-        elif re.fullmatch(r"\w\w|['\"]{2}", before[-1] + text[0]):
-            pieces.append(" ")
-        pieces.append(text)
-        before = text or before
-    return "".join(pieces)
+        if f_strings:  # which Python takes apart from 3.12 on
+            text = source[before:end]
+        elif kind == "NEWLINE":
+            text = "" if shipped[-1] == "\n" else "\n"
+        elif kind in ("COMMENT", "NL", "INDENT", "DEDENT", "ENDMARKER") or spans and spans[0][0] <= token.start:
+            text = ""
+        elif shipped[-1] == "\n":
+            text = " " * depth + text
+        elif re.fullmatch(r"\w\w|['\"]{2}", shipped[-1] + text[0]):
+            text = " " + text
+        f_strings += (kind == "FSTRING_START") - (kind == "FSTRING_END")
+        shipped += text
+    return shipped[1:]
 
 
 def pack_code(source: str) -> bytes:
