@@ -2267,23 +2267,19 @@ def check_memory(run: Run, model: GPT, layout: SpanLayout) -> None:
 #
 # GPTQ (Frantar et al. 2022): round a matrix column by column and let the columns still to come make up for the error, as
 # the inverse Hessian of the layer's input says. All matrices of one group go through it together, shared out over the
-# ranks. The scale of a row is set beforehand from its standard deviation. What a code stands for is a quantizer's
-# business: `scalar` rounds to the nearest step, `trellis` looks for the best path through two interleaved sets of levels.
+# ranks. The scale of a row is set beforehand from its standard deviation. The method says what a code stands for: `scalar`
+# rounds to the nearest step, `trellis` looks for the best path through two interleaved sets of levels.
 # ======================================================================================================================
 
 
 @dataclass(frozen=True, eq=False)
 class Quantized:
-    """A matrix, or a bank of matrices, as small integers with one scale a row.
+    """A matrix, or a bank of matrices, as small integers with one scale a row."""
 
-    codes: int8 (..., rows, cols); scales: float16 (..., rows); method: the quantizer that gives weights back from them;
-    low_rank: what is added to some of the matrices.
-    """
-
-    codes: Tensor
-    scales: Tensor
-    method: str = "scalar"
-    low_rank: tuple[LowRank, ...] = ()
+    codes: Tensor  # (..., rows, cols) int8
+    scales: Tensor  # (..., rows) float16
+    method: str = "scalar"  # or "trellis"
+    low_rank: tuple[LowRank, ...] = ()  # what is added to some of the matrices
 
 
 class LowRank(NamedTuple):
@@ -2331,53 +2327,31 @@ def correct_largest(cfg: Config, model: GPT, tensors: Tensors) -> None:
         tensors[name] = replace(tensors[name], low_rank=(*tensors[name].low_rank, term))
 
 
-class ScalarQuantizer:
-    """A code is its level."""
+def row_scales(weights: Tensor, bits: int, clip_sigmas: float, method: str) -> Tensor:
+    """Step of every row, float16 (..., rows): clip_sigmas standard deviations over the largest code.
 
-    def scales(self, weights: Tensor, bits: int, clip_sigmas: float) -> Tensor:
-        """Step of every row, float16 (..., rows): clip_sigmas standard deviations over the largest code."""
-        return (clip_sigmas * weights.std(dim=-1) / (2 ** (bits - 1) - 1)).clamp(2.0**-24, 65504.0).to(torch.float16)
-
-    def rounding(self, shape: tuple[int, int], bits: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-        """A function from values in steps, (matrices, rows), a column of each matrix, to their codes and levels."""
-        limit = 2 ** (bits - 1) - 1
-
-        def nearest(values: Tensor) -> tuple[Tensor, Tensor]:
-            codes = values.round().clamp_(-limit, limit)
-            return codes, codes
-
-        return nearest
-
-    def levels(self, codes: Tensor) -> Tensor:
-        """What codes (..., rows, cols) stand for, in steps, float32."""
-        return codes.float()
+    A trellis has finer steps, with which its codes take as many bytes as scalar ones; no range needs clipping. Its scales keep 5 bits
+    of mantissa: steps need not be more exact, and half of their bytes are saved.
+    """
+    steps = clip_sigmas * weights.std(dim=-1) / (2 ** (bits - 1) - 1)
+    if method == "scalar":
+        return steps.clamp(2.0**-24, 65504.0).to(torch.float16)
+    mantissa, exponent = torch.frexp(steps * 0.533)
+    return torch.ldexp((mantissa * 64).round() / 64, exponent).clamp(2.0**-20, 65000.0).to(torch.float16)
 
 
-class TrellisQuantizer:
-    """A code and the quantizer that the codes above it lead to make a level; see the trellis below."""
-
-    def scales(self, weights: Tensor, bits: int, clip_sigmas: float) -> Tensor:
-        """As ScalarQuantizer.scales, but the trellis has finer steps; its codes take as many bytes as scalar ones and no range
-        needs clipping. Its scales keep 5 bits of mantissa: steps need not be more exact, and half of their bytes are saved."""
-        steps = clip_sigmas * weights.std(dim=-1) / (2 ** (bits - 1) - 1) * TRELLIS_STEP
-        mantissa, exponent = torch.frexp(steps)
-        return torch.ldexp((mantissa * 64).round() / 64, exponent).clamp(2.0**-20, 65000.0).to(torch.float16)
-
-    def rounding(self, shape: tuple[int, int], bits: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-        """As ScalarQuantizer.rounding."""
-        return partial(trellis_round, segments=trellis_segments(*shape))
-
-    def levels(self, codes: Tensor) -> Tensor:
-        """As ScalarQuantizer.levels."""
-        return trellis_levels(codes.float(), trellis_quantizers(codes).float())
-
-
-QUANTIZERS = {"scalar": ScalarQuantizer(), "trellis": TrellisQuantizer()}
+def scalar_round(values: Tensor, limit: int) -> tuple[Tensor, Tensor]:
+    """Codes and levels, which are the same, of values in steps."""
+    codes = values.round().clamp_(-limit, limit)
+    return codes, codes
 
 
 def dequantize(quantized: Quantized) -> Tensor:
     """The weights that the codes stand for: levels * scales and the low-rank terms, float32 (..., rows, cols)."""
-    weights = QUANTIZERS[quantized.method].levels(quantized.codes) * quantized.scales.float().unsqueeze(-1)
+    levels = quantized.codes.float()
+    if quantized.method == "trellis":
+        levels = trellis_levels(levels, trellis_quantizers(quantized.codes).float())
+    weights = levels * quantized.scales.float().unsqueeze(-1)
     for term in quantized.low_rank:
         weights.view(-1, *weights.shape[-2:])[term.index] += term.product()
     return weights
@@ -2460,8 +2434,10 @@ def gptq(weights: Tensor, hessian: Tensor, bits: int, clip_sigmas: float, log: L
     weights, hessian = weights.float(), hessian.float()
     if not all(torch.isfinite(torch.stack(t.aminmax())).all() for t in (weights, hessian)):
         raise ValueError("a weight or its Hessian is NaN or infinite: the training diverged; lower the learning rates")
-    quantizer, scalar = QUANTIZERS[method], QUANTIZERS["scalar"]
-    scales, rounding = quantizer.scales(weights, bits, clip_sigmas), quantizer.rounding(weights.shape[1:], bits)
+    scales, coarse = row_scales(weights, bits, clip_sigmas, method), row_scales(weights, bits, clip_sigmas, "scalar").float()[:, None]
+    nearest = rounding = partial(scalar_round, limit=2 ** (bits - 1) - 1)
+    if method == "trellis":
+        rounding = partial(trellis_round, segments=trellis_segments(*weights.shape[1:]))
     steps, diagonal = scales.float(), hessian.diagonal(dim1=-2, dim2=-1)
     order = torch.argsort(diagonal, dim=-1, descending=True, stable=True).flip(-1)[..., None]  # (N, C, 1): the first one last
     columns = weights.masked_fill(diagonal[:, None] == 0, 0.0).mT  # (N, C, R): a column is contiguous from here on
@@ -2471,9 +2447,8 @@ def gptq(weights: Tensor, hessian: Tensor, bits: int, clip_sigmas: float, log: L
     sorted_diagonal += sorted_diagonal == 0
     factor = damped_factor(permuted, log)
     codes, error = gptq_columns(columns, factor, steps, rounding)
-    coarse = (scales if method == "scalar" else scalar.scales(weights, bits, clip_sigmas)).float()[:, None]
-    nearest = scalar.rounding(weights.shape[1:], bits)(columns / coarse)[1].mul_(coarse).sub_(columns)
-    for index in nearest_is_better(nearest, factor, error).nonzero().ravel().tolist():  # so little to gain that feedback does harm
+    missed = nearest(columns / coarse)[1].mul_(coarse).sub_(columns)
+    for index in nearest_is_better(missed, factor, error).nonzero().ravel().tolist():  # so little to gain that feedback does harm
         codes[index] = rounding(columns[index] / steps[index])[0]
     codes = torch.empty_like(codes).scatter_(1, order.expand_as(codes), codes).mT.contiguous()
     return Quantized(codes.cpu(), scales.cpu(), method)
@@ -2528,19 +2503,13 @@ def nearest_is_better(error: Tensor, factor: Tensor, bound: Tensor, block: int =
 
 TRELLIS_STATES = 64
 TRELLIS_TAPS = (17, 54)
-TRELLIS_SEGMENT_ROWS = 256
-TRELLIS_TALL_SEGMENT_ROWS = 128
-TRELLIS_TALL_RATIO = 8
-TRELLIS_STEP = 0.533
-TRELLIS_SHRINK = 0.23
 TRELLIS_ZERO_COST = 0.2
 
 
 def trellis_segments(rows: int, cols: int) -> int:
     """Independent trellises in a column: row r follows row r - trellis_segments. In a tall matrix, an embedding, there
     are more of them, because the coder takes as many rows at once."""
-    longest = TRELLIS_TALL_SEGMENT_ROWS if rows >= TRELLIS_TALL_RATIO * cols else TRELLIS_SEGMENT_ROWS
-    return max(1, -(-rows // longest))
+    return max(1, -(-rows // (128 if rows >= 8 * cols else 256)))
 
 
 def trellis_next_states(device: torch.device | str = "cpu") -> Tensor:
@@ -2585,7 +2554,7 @@ def trellis_round(values: Tensor, segments: int) -> tuple[Tensor, Tensor]:
     start in state 0, so that they, and all columns, go down the trellis side by side.
     """
     columns, rows = values.shape
-    shrunk = values / (1 + TRELLIS_SHRINK / values.square().mean(-1, keepdim=True).clamp_min(1.0))
+    shrunk = values / (1 + 0.23 / values.square().mean(-1, keepdim=True).clamp_min(1.0))
     lanes = F.pad(shrunk.clamp(-250, 250), (0, -rows % segments)).reshape(columns, -1, segments)
     lanes = lanes.transpose(0, 1).reshape(-1, columns * segments)  # (steps, lanes)
     codes, levels = (found.reshape(-1, columns, segments).transpose(0, 1).reshape(columns, -1)[:, :rows]
@@ -2680,9 +2649,7 @@ def quantize_group(run: Run, name: str, weights: Tensor, hessian: Tensor, group:
     return [p for p in ranks.gather(part) if p is not None], energy[0].item()
 
 
-TARGET_ROUNDS = 4
 TARGET_SLACK = 0.001
-CLIP_FACTORS = (0.4, 2.5)
 
 
 def quantize_and_pack(run: Run, model: GPT, hessians: dict[str, Tensor], code_bytes: int) -> tuple[Tensors, bytes]:
@@ -2691,7 +2658,7 @@ def quantize_and_pack(run: Run, model: GPT, hessians: dict[str, Tensor], code_by
     If it is not, the clip sigmas stay as they were set, unless the artifact would be over the cap: then it is made to fit.
 
     Scaling every step by a factor takes log2(factor) bits off every weight, so two rounds are enough as a rule. The
-    last that fitted wins, else the smallest; CLIP_FACTORS bound it, because a small model cannot fill any number of bytes.
+    last that fitted wins, else the smallest; the factor is bounded, because a small model cannot fill any number of bytes.
     """
     cfg, target, factor = run.cfg, run.cfg.artifact_target_bytes, 1.0
     best, best_size, error_as_set = ({}, b""), math.inf, 0.0
@@ -2702,20 +2669,20 @@ def quantize_and_pack(run: Run, model: GPT, hessians: dict[str, Tensor], code_by
         if run.watch is not None and run.watch.number:
             raise Stopped(run.watch.number)
 
-    for attempt in range(TARGET_ROUNDS):
+    for attempt in range(4):
         tensors, error = quantize(run, model, hessians, factor)
         data = b""
         with suppress(Stopped):  # which all ranks hear of in the next line
             data = pack_artifact(tensors, cfg, tick) if run.ranks.rank == 0 else b""
         run.check_stop()
         size = run.ranks.agree(len(data)) + code_bytes
-        if not target and size <= ARTIFACT_CAP_BYTES:
-            return tensors, data
         if not target:
+            if size <= ARTIFACT_CAP_BYTES:
+                return tensors, data
             run.log(f"warning: artifact and code are {size} bytes, over the cap of {ARTIFACT_CAP_BYTES}: all clip sigmas are "
                     "raised until they fit; COMPRESSOR=rans or QUANTIZER=trellis take fewer bytes")
             target = ARTIFACT_CAP_BYTES
-        error_as_set = error if attempt == 0 else error_as_set
+        error_as_set = error_as_set or error
         run.log.record("fit", attempt=attempt + 1, clip_factor=f"{factor:.5f}", total_bytes=size, target_bytes=target,
                        hessian_error=f"{error:.4e}", saved=f"{1 - error / max(error_as_set, 1e-30):.4f}")
         if size <= max(target, best_size - 1):
@@ -2724,10 +2691,9 @@ def quantize_and_pack(run: Run, model: GPT, hessians: dict[str, Tensor], code_by
             break
         weights = sum(t.codes.numel() for t in tensors.values() if isinstance(t, Quantized))
         wanted = factor * 2 ** (8 * (size - (1 - TARGET_SLACK / 2) * target) / weights)
-        bounded = min(max(wanted, CLIP_FACTORS[0]), CLIP_FACTORS[1])
-        if bounded == factor:
+        before, factor = factor, min(max(wanted, 0.4), 2.5)
+        if factor == before:
             break
-        factor = bounded
     return best
 
 
@@ -3040,22 +3006,16 @@ def counted_code() -> bytes:
 # a table that is picked by where in its code the guess lies and by how far off it may be: the element's misses in earlier vectors
 # times the vector's so far. All are fixed-point integers, so that every machine makes the same guesses: levels have 8 fractional
 # bits, L 16, moments 12. Matrix products go through float64, in which integers of this size are exact in any order of summation.
-# Symbols go through range asymmetric numeral systems (Duda, 2013; arXiv:1311.2540): up to RANS_MAX_LANES states of
+# Symbols go through range asymmetric numeral systems (Duda, 2013; arXiv:1311.2540): up to 1,024 states of
 # 32 bits take turns and share one list of 16-bit words. Encoding runs the symbols backwards, so that decoding reads forwards.
 
 RANS_BITS = 14
-RANS_MAX_LANES = 1024
-RANS_LANE_SYMBOLS = 8192
 RANS_LOW = 1 << 16
 RANS_SPREADS = 8
-RANS_ROOT_BITS = 6
-RANS_FEW_SYMBOLS = 1 << 20  # of a bank that may be better off with fewer spreads
 GUESS_EIGHTHS = np.array([1, 3, 5, 7, 10])  # of a code: guesses up to these have tables of their own, and so have those between
 GUESS_KINDS = len(GUESS_EIGHTHS) + 1 + 3
 RANS_MEAN_UNIT = 32
-PREDICT_MAX_ELEMENTS = 2048
 PREDICT_BLOCK = 64  # vectors of the first block; the later ones are an eighth of what is known
-PREDICT_GROUPS = 32
 PREDICT_MEMORY = 4096  # vectors after which a moment counts half
 PREDICT_PANEL = 64
 PREDICT_LIMIT = 1 << 17  # of guesses and innovations: no table can make them overflow
@@ -3139,7 +3099,7 @@ def decode_codes(streams: list[bytes], banks: list[Bank]) -> None:
 
 def rans_lanes(banks: list[Bank]) -> int:
     """States of the coder: many are fast, few are small."""
-    return min(RANS_MAX_LANES, 1 + sum(bank.codes.size for bank in banks) // RANS_LANE_SYMBOLS)
+    return min(1024, 1 + sum(bank.codes.size for bank in banks) // 8192)
 
 
 class Predictor:
@@ -3155,7 +3115,7 @@ class Predictor:
         self.code = 512 if bank.trellis else 256
         self.scale = mean * self.code // RANS_MEAN_UNIT
         self.sums = np.zeros((matrices, elements), np.int64)
-        self.moments, self.count = np.zeros(2 * (elements * (elements <= PREDICT_MAX_ELEMENTS),), np.int64), 0
+        self.moments, self.count = np.zeros(2 * (elements * (elements <= 2048),), np.int64), 0  # wider: nothing is guessed
         if prior is not None and prior.count and prior.moments.shape == self.moments.shape:
             self.count = min(2 * elements, prior.count)  # vectors that those of other banks count for
             covariance = (prior.moments << 8) // prior.count * self.scale ** 2 // max(prior.scale, 1) ** 2
@@ -3171,16 +3131,14 @@ class Predictor:
         """Expected |level - guess| of some elements after `seen` vectors, (matrices, 1, elements), at least 1."""
         return np.maximum((self.sums[:, None, elements] + 2 * self.scale) // (seen + 2), 1)
 
-    def believed(self, guesses: np.ndarray) -> np.ndarray:
-        """What is left of guesses (matrices, vectors, elements) when each matrix believes the part that has been right so far."""
-        return guesses * np.clip((self.agreed << 8) // np.maximum(self.energy, 1), 0, 256) >> 8
-
-    def guess(self, innovations: np.ndarray, group: slice) -> np.ndarray:
-        """What a group's levels should be by the innovations (matrices, vectors, elements) of the elements before."""
-        if self.factor is None:
-            return np.zeros((*innovations.shape[:2], group.stop - group.start), np.int64)
-        sums = innovations[:, :, : group.start] @ self.factor[group, : group.start].T
-        return np.clip(np.floor(sums / (1 << 16)), -PREDICT_LIMIT, PREDICT_LIMIT).astype(np.int64)
+    def guess(self, innovations: np.ndarray, group: slice) -> tuple[np.ndarray, np.ndarray]:
+        """What a group's levels should be by the innovations (matrices, vectors, elements) of the elements before, and how much of it
+        each matrix believes: the part that has been right so far."""
+        guesses = np.zeros((*innovations.shape[:2], group.stop - group.start), np.int64)
+        if self.factor is not None:
+            sums = innovations[:, :, : group.start] @ self.factor[group, : group.start].T
+            guesses += np.clip(np.floor(sums / (1 << 16)), -PREDICT_LIMIT, PREDICT_LIMIT).astype(np.int64)
+        return guesses, guesses * np.clip((self.agreed << 8) // np.maximum(self.energy, 1), 0, 256) >> 8
 
     def step(self, place: tuple[slice, slice, slice], guesses: np.ndarray, sizes: np.ndarray, quantizers: np.ndarray) -> Step:
         """The step of a place in the vectors. Codes near 0 stay themselves, because there a trellis has levels of its own."""
@@ -3226,7 +3184,7 @@ def coding_steps(bank: Bank, known: Predictor) -> Iterator[Step]:
     tall, wide = (0, lanes) if bank.across else (lanes, 0)  # vectors and elements of a step; 0: all of the block, of the group
     shape, next_states = (matrices, tall or vectors, wide or elements), trellis_next_states().numpy()
     states = np.zeros(shape, np.int64) if lanes else np.broadcast_to(np.int64(0), shape)
-    width, end = -(-max(2, elements // PREDICT_GROUPS) // (wide or 1)) * (wide or 1), 0
+    width, end = -(-max(2, elements // 32) // (wide or 1)) * (wide or 1), 0
     while end < vectors:
         block = slice(end, min(vectors, end + -(-max(PREDICT_BLOCK, end // 8) // (tall or 1)) * (tall or 1)))
         begin, end = block.start, block.stop
@@ -3235,8 +3193,8 @@ def coding_steps(bank: Bank, known: Predictor) -> Iterator[Step]:
         believed = np.zeros(levels.shape, np.int64)
         sizes = np.full((matrices, end - begin, 1), 8 << 8, np.int64)  # of each vector's innovations so far, in spreads
         for group in cut_range(slice(0, elements), width):
-            guesses, size = known.guess(innovations, group), sizes // (8 + group.start)
-            believed[:, :, group] = known.believed(guesses)
+            guesses, believed[:, :, group] = known.guess(innovations, group)
+            size = sizes // (8 + group.start)
             for down, along in itertools.product(cut_range(block, tall), cut_range(group, wide)):
                 here = np.s_[:, down.start - begin: down.stop - begin, along]
                 state = states[:, down, : along.stop - along.start] if bank.across else states[:, : down.stop - down.start, along]
@@ -3280,14 +3238,14 @@ def fit_model(model: np.void, symbols: np.ndarray, kinds: np.ndarray, features: 
     """Set the thresholds and frequencies of a model for these symbols, 1-d like their kinds and features; their contexts."""
 
     def fit(spreads: int) -> tuple[float, np.ndarray, np.ndarray, np.ndarray]:
-        """Bits with so many spreads, those of the tables roughly; thresholds; contexts; counts (contexts, 256)."""
+        """Bits with so many spreads, and about 6 for each root in the tables; thresholds; contexts; counts (contexts, 256)."""
         model["thresholds"] = (1 << 16) - 1
         model["thresholds"][: spreads - 1] = np.quantile(features, np.arange(1, spreads) / spreads, method="higher")
         contexts = coder_contexts(model, kinds, features)
         counts = np.bincount(contexts * 256 + symbols, minlength=model["roots"].size).reshape(-1, 256)
-        return entropy_bits(counts) + RANS_ROOT_BITS * np.count_nonzero(counts), model["thresholds"].copy(), contexts, counts
+        return entropy_bits(counts) + 6 * np.count_nonzero(counts), model["thresholds"].copy(), contexts, counts
 
-    choices = (1, 2, 4, RANS_SPREADS) if symbols.size < RANS_FEW_SYMBOLS else (RANS_SPREADS,)
+    choices = (1, 2, 4, RANS_SPREADS) if symbols.size < 1 << 20 else (RANS_SPREADS,)  # tables weigh in small banks alone
     _, model["thresholds"], contexts, counts = min(map(fit, choices), key=lambda found: found[0])
     roots = np.rint(255 * np.sqrt(counts / np.maximum(counts.max(1, keepdims=True), 1)))
     model["roots"] = np.where(counts > 0, np.maximum(roots, 1), 0).reshape(model["roots"].shape)
