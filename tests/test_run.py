@@ -143,8 +143,7 @@ def test_an_f_string_that_python_takes_apart_is_packed_whole(monkeypatch: pytest
                 continue
             (row, column), (last, end) = token.start, token.end
             quotes = 3 if "'''" in token.string else 1
-            marks = [(row, column), (row, column + 1 + quotes), (row, column + 7), (row, column + 9), (row, column + 10), (row, column + 11),
-                     (last, end - quotes), (last, end)]
+            marks = [*((row, column + n) for n in (0, 1 + quotes, 7, 9, 10, 11)), (last, end - quotes), (last, end)]
             for kind, start, stop in zip((900, 901, 900, 901, 902, 901, 902), marks, marks[1:]):
                 start = (start[0], start[1] + (kind == 901 and start == marks[3]))  # a bracket that is doubled belongs to no token
                 yield tg.tokenize.TokenInfo(kind, "?", start, stop, token.line)
