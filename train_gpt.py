@@ -51,7 +51,7 @@ import tokenize
 import traceback
 import typing
 import warnings
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import Field, dataclass, field, fields, replace
@@ -2297,9 +2297,9 @@ class LowRank(NamedTuple):
         groups = b.reshape(-1, cfg.lqer_group)
         a_scales = (a.std(0) if cfg.lqer_column_scales else a.abs().max().reshape(1) / 1.5).clamp_min(2.0**-24).half()
         b_scales = (groups.abs().amax(1) / 7.5).clamp_min(2.0**-24).half()
-        codes = (groups / b_scales.float()[:, None]).round().clamp(-8, 7).reshape(b.shape)
-        a_codes = (a / a_scales.float()).round().clamp(-2, 1)
-        return cls(index, a_codes.to(torch.int8).cpu(), a_scales.cpu(), codes.to(torch.int8).cpu(), b_scales.cpu())
+        a = (a / a_scales.float()).round().clamp(-2, 1)
+        b = (groups / b_scales.float()[:, None]).round().clamp(-8, 7).reshape(b.shape)
+        return cls(index, a.to(torch.int8).cpu(), a_scales.cpu(), b.to(torch.int8).cpu(), b_scales.cpu())
 
     def product(self) -> Tensor:
         """(rows, cols) float32."""
@@ -2454,8 +2454,7 @@ def gptq(weights: Tensor, hessian: Tensor, bits: int, clip_sigmas: float, log: L
     return Quantized(codes.cpu(), scales.cpu(), method)
 
 
-def gptq_columns(columns: Tensor, factor: Tensor, steps: Tensor, rounding: Callable[[Tensor], tuple[Tensor, Tensor]],
-                 few: int = 16) -> tuple[Tensor, Tensor]:
+def gptq_columns(columns: Tensor, factor: Tensor, steps: Tensor, rounding: Callable) -> tuple[Tensor, Tensor]:
     """Codes (N, C, R) int8 of columns (N, C, R) by the Hessian's lower factor (N, C, C), the last column first; errors (N,).
 
     With H = L L^T and E = weights - levels * steps, the outputs' squared error trace(E H E^T) is |E L|^2, and column k of E L is
@@ -2467,7 +2466,7 @@ def gptq_columns(columns: Tensor, factor: Tensor, steps: Tensor, rounding: Calla
     codes, errors = torch.empty_like(columns, dtype=torch.int8), torch.empty_like(columns)
 
     def quantize_range(begin: int, end: int) -> None:
-        if end - begin > few:
+        if end - begin > 16:
             middle = (begin + end) // 2
             quantize_range(middle, end)
             aims[:, begin:middle].baddbmm_(feedback[:, middle:end, begin:middle].mT, errors[:, middle:end])
@@ -2523,15 +2522,14 @@ def trellis_next_states(device: torch.device | str = "cpu") -> Tensor:
 
 def trellis_quantizers(codes: Tensor) -> Tensor:
     """Which quantizer (0 or 1) each of codes (..., rows, cols) was written in; the codes alone tell."""
-    next_states, segments = trellis_next_states(codes.device), trellis_segments(*codes.shape[-2:])
-    state = torch.zeros(*codes.shape[:-2], segments, codes.shape[-1], dtype=torch.int64, device=codes.device)
-    quantizers = torch.empty_like(codes)
-    for begin in range(0, codes.shape[-2], segments):
-        step = codes[..., begin: begin + segments, :]
-        count = step.shape[-2]  # the last step may be short
-        quantizers[..., begin: begin + segments, :] = state[..., :count, :] & 1
-        state[..., :count, :] = next_states[state[..., :count, :], step.long() & 1]
-    return quantizers
+    next_states, (rows, cols) = trellis_next_states(codes.device), codes.shape[-2:]
+    segments = trellis_segments(rows, cols)
+    steps = F.pad(codes, (0, 0, 0, -rows % segments)).unflatten(-2, (-1, segments))  # (..., steps, segments, cols)
+    quantizers, state = torch.empty_like(steps), torch.zeros_like(steps[..., 0, :, :], dtype=torch.int64)
+    for i in range(steps.shape[-3]):
+        quantizers[..., i, :, :] = state & 1
+        state = next_states[state, steps[..., i, :, :].long() & 1]
+    return quantizers.flatten(-3, -2)[..., :rows, :]
 
 
 def trellis_levels(codes: Any, quantizers: Any) -> Any:
@@ -2605,14 +2603,8 @@ def quantize(run: Run, model: GPT, hessians: dict[str, Tensor], clip_factor: flo
         if not torch.isfinite(value).all():
             raise ValueError(f"{row.name} is NaN or infinite: the training diverged; lower the learning rates")
         if row.matrices:
-            bank = value.reshape(-1, *row.shape[-2:])
-            parts = []
-            for group in row.matrices:
-                found, error = quantize_group(run, row.name, bank[group.first: group.last], hessians[group.hessian], group, clip_factor)
-                parts += found
-                total_error += error
-            codes, scales = torch.cat([p.codes for p in parts]), torch.cat([p.scales for p in parts])
-            tensors[row.name] = Quantized(codes.reshape(row.shape), scales.reshape(row.shape[:-1]), run.cfg.quantizer)
+            tensors[row.name], error = quantize_bank(run, row, value, hessians, clip_factor)
+            total_error += error
         elif row.int8:
             tensors[row.name] = rows_of_int8(value)
         else:
@@ -2629,24 +2621,29 @@ def rows_of_int8(value: Tensor) -> Quantized:
     return Quantized(codes.to(torch.int8).cpu(), scales.cpu())
 
 
-def quantize_group(run: Run, name: str, weights: Tensor, hessian: Tensor, group: MatrixGroup,
-                   clip_factor: float) -> tuple[list[Quantized], float]:
-    """Matrices (N, R, C) of one group, shared out over the ranks, and their Hessian-weighted squared error. A collective.
+def quantize_bank(run: Run, row: Row, value: Tensor, hessians: dict[str, Tensor], clip_factor: float) -> tuple[Quantized, float]:
+    """The matrices of a parameter, each group shared out over the ranks, and their Hessian-weighted squared error. A collective.
 
-    Logs how large the error of the group's outputs is, relative to the outputs.
+    Logs how large the error of each group's outputs is, relative to the outputs.
     """
-    cfg, ranks, clip_sigmas = run.cfg, run.ranks, group.clip_sigmas * clip_factor
-    run.check_stop()
-    own = slice(len(weights) * ranks.rank // ranks.world, len(weights) * (ranks.rank + 1) // ranks.world)
-    energy, part = torch.zeros(2, dtype=torch.float64, device=run.device), None
-    if own.start < own.stop:
-        part = gptq(weights[own], hessian[own], group.bits, clip_sigmas, run.log, cfg.quantizer)
-        error = dequantize(part).to(run.device) - weights[own]
-        energy += torch.stack([hessian_error(e.float(), hessian[own]).double().sum() for e in (error, weights[own])])
-    ranks.sum(energy)
-    run.log.record("gptq", tensor=name, first=group.first, matrices=len(weights), clip_sigmas=f"{clip_sigmas:.4f}",
-                   relative_error=f"{(energy[0] / energy[1].clamp_min(1e-30)).item():.4e}")
-    return [p for p in ranks.gather(part) if p is not None], energy[0].item()
+    ranks, bank, parts, total_error = run.ranks, value.reshape(-1, *row.shape[-2:]), [], 0.0
+    for group in row.matrices:
+        run.check_stop()
+        count, clip_sigmas = group.last - group.first, group.clip_sigmas * clip_factor
+        first, last = (count * rank // ranks.world for rank in (ranks.rank, ranks.rank + 1))
+        weights, hessian = bank[group.first + first: group.first + last], hessians[group.hessian][first:last]
+        energy, part = torch.zeros(2, dtype=torch.float64, device=run.device), None
+        if first < last:
+            part = gptq(weights, hessian, group.bits, clip_sigmas, run.log, run.cfg.quantizer)
+            error = dequantize(part).to(run.device) - weights
+            energy += torch.stack([hessian_error(e.float(), hessian).double().sum() for e in (error, weights)])
+        ranks.sum(energy)
+        run.log.record("gptq", tensor=row.name, first=group.first, matrices=count, clip_sigmas=f"{clip_sigmas:.4f}",
+                       relative_error=f"{(energy[0] / energy[1].clamp_min(1e-30)).item():.4e}")
+        parts += [p for p in ranks.gather(part) if p is not None]
+        total_error += energy[0].item()
+    codes, scales = torch.cat([p.codes for p in parts]), torch.cat([p.scales for p in parts])
+    return Quantized(codes.reshape(row.shape), scales.reshape(row.shape[:-1]), run.cfg.quantizer), total_error
 
 
 TARGET_SLACK = 0.001
