@@ -50,7 +50,7 @@ import tokenize
 import traceback
 import typing
 import warnings
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import Field, dataclass, field, fields, replace
@@ -2185,23 +2185,19 @@ def check_memory(run: Run, layout: SpanLayout) -> None:
 #
 # GPTQ (Frantar et al. 2022): round a matrix column by column and let the columns still to come make up for the error, as
 # the inverse Hessian of the layer's input says. All matrices of one group go through it together, shared out over the
-# ranks. The scale of a row is set beforehand from its standard deviation. What a code stands for is a quantizer's
-# business: `scalar` rounds to the nearest step, `trellis` looks for the best path through two interleaved sets of levels.
+# ranks. The scale of a row is set beforehand from its standard deviation. The method says what a code stands for: `scalar`
+# rounds to the nearest step, `trellis` looks for the best path through two interleaved sets of levels.
 # ======================================================================================================================
 
 
 @dataclass(frozen=True, eq=False)
 class Quantized:
-    """A matrix, or a bank of matrices, as small integers with one scale a row.
+    """A matrix, or a bank of matrices, as small integers with one scale a row."""
 
-    codes: int8 (..., rows, cols); scales: float16 (..., rows); method: the quantizer that gives weights back from them;
-    low_rank: what is added to some of the matrices.
-    """
-
-    codes: Tensor
-    scales: Tensor
-    method: str = "scalar"
-    low_rank: tuple[LowRank, ...] = ()
+    codes: Tensor  # (..., rows, cols) int8
+    scales: Tensor  # (..., rows) float16
+    method: str = "scalar"  # or "trellis"
+    low_rank: tuple[LowRank, ...] = ()  # what is added to some of the matrices
 
 
 class LowRank(NamedTuple):
@@ -2219,9 +2215,9 @@ class LowRank(NamedTuple):
         groups = b.reshape(-1, cfg.lqer_group)
         a_scales = (a.std(0) if cfg.lqer_column_scales else a.abs().max().reshape(1) / 1.5).clamp_min(2.0**-24).half()
         b_scales = (groups.abs().amax(1) / 7.5).clamp_min(2.0**-24).half()
-        codes = (groups / b_scales.float()[:, None]).round().clamp(-8, 7).reshape(b.shape)
-        a_codes = (a / a_scales.float()).round().clamp(-2, 1)
-        return cls(index, a_codes.to(torch.int8).cpu(), a_scales.cpu(), codes.to(torch.int8).cpu(), b_scales.cpu())
+        a = (a / a_scales.float()).round().clamp(-2, 1)
+        b = (groups / b_scales.float()[:, None]).round().clamp(-8, 7).reshape(b.shape)
+        return cls(index, a.to(torch.int8).cpu(), a_scales.cpu(), b.to(torch.int8).cpu(), b_scales.cpu())
 
     def product(self) -> Tensor:
         """(rows, cols) float32."""
@@ -2249,53 +2245,31 @@ def correct_largest(cfg: Config, model: GPT, tensors: Tensors) -> None:
         tensors[name] = replace(tensors[name], low_rank=(*tensors[name].low_rank, term))
 
 
-class ScalarQuantizer:
-    """A code is its level."""
+def row_scales(weights: Tensor, bits: int, clip_sigmas: float, method: str) -> Tensor:
+    """Step of every row, float16 (..., rows): clip_sigmas standard deviations over the largest code.
 
-    def scales(self, weights: Tensor, bits: int, clip_sigmas: float) -> Tensor:
-        """Step of every row, float16 (..., rows): clip_sigmas standard deviations over the largest code."""
-        return (clip_sigmas * weights.std(dim=-1) / (2 ** (bits - 1) - 1)).clamp(2.0**-24, 65504.0).to(torch.float16)
-
-    def rounding(self, shape: tuple[int, int], bits: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-        """A function from values in steps, (matrices, rows), a column of each matrix, to their codes and levels."""
-        limit = 2 ** (bits - 1) - 1
-
-        def nearest(values: Tensor) -> tuple[Tensor, Tensor]:
-            codes = values.round().clamp_(-limit, limit)
-            return codes, codes
-
-        return nearest
-
-    def levels(self, codes: Tensor) -> Tensor:
-        """What codes (..., rows, cols) stand for, in steps, float32."""
-        return codes.float()
+    A trellis has finer steps, with which its codes take as many bytes as scalar ones; no range needs clipping. Its scales keep 5 bits
+    of mantissa: steps need not be more exact, and half of their bytes are saved.
+    """
+    steps = clip_sigmas * weights.std(dim=-1) / (2 ** (bits - 1) - 1)
+    if method == "scalar":
+        return steps.clamp(2.0**-24, 65504.0).to(torch.float16)
+    mantissa, exponent = torch.frexp(steps * 0.533)
+    return torch.ldexp((mantissa * 64).round() / 64, exponent).clamp(2.0**-20, 65000.0).to(torch.float16)
 
 
-class TrellisQuantizer:
-    """A code and the quantizer that the codes above it lead to make a level; see the trellis below."""
-
-    def scales(self, weights: Tensor, bits: int, clip_sigmas: float) -> Tensor:
-        """As ScalarQuantizer.scales, but the trellis has finer steps; its codes take as many bytes as scalar ones and no range
-        needs clipping. Its scales keep 5 bits of mantissa: steps need not be more exact, and half of their bytes are saved."""
-        steps = clip_sigmas * weights.std(dim=-1) / (2 ** (bits - 1) - 1) * TRELLIS_STEP
-        mantissa, exponent = torch.frexp(steps)
-        return torch.ldexp((mantissa * 64).round() / 64, exponent).clamp(2.0**-20, 65000.0).to(torch.float16)
-
-    def rounding(self, shape: tuple[int, int], bits: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-        """As ScalarQuantizer.rounding."""
-        return partial(trellis_round, segments=trellis_segments(*shape))
-
-    def levels(self, codes: Tensor) -> Tensor:
-        """As ScalarQuantizer.levels."""
-        return trellis_levels(codes.float(), trellis_quantizers(codes).float())
-
-
-QUANTIZERS = {"scalar": ScalarQuantizer(), "trellis": TrellisQuantizer()}
+def scalar_round(values: Tensor, limit: int) -> tuple[Tensor, Tensor]:
+    """Codes and levels, which are the same, of values in steps."""
+    codes = values.round().clamp_(-limit, limit)
+    return codes, codes
 
 
 def dequantize(quantized: Quantized) -> Tensor:
     """The weights that the codes stand for: levels * scales and the low-rank terms, float32 (..., rows, cols)."""
-    weights = QUANTIZERS[quantized.method].levels(quantized.codes) * quantized.scales.float().unsqueeze(-1)
+    levels = quantized.codes.float()
+    if quantized.method == "trellis":
+        levels = trellis_levels(levels, trellis_quantizers(quantized.codes).float())
+    weights = levels * quantized.scales.float().unsqueeze(-1)
     for term in quantized.low_rank:
         weights.view(-1, *weights.shape[-2:])[term.index] += term.product()
     return weights
@@ -2378,8 +2352,10 @@ def gptq(weights: Tensor, hessian: Tensor, bits: int, clip_sigmas: float, log: L
     weights, hessian = weights.float(), hessian.float()
     if not all(torch.isfinite(torch.stack(t.aminmax())).all() for t in (weights, hessian)):
         raise ValueError("a weight or its Hessian is NaN or infinite: the training diverged; lower the learning rates")
-    quantizer, scalar = QUANTIZERS[method], QUANTIZERS["scalar"]
-    scales, rounding = quantizer.scales(weights, bits, clip_sigmas), quantizer.rounding(weights.shape[1:], bits)
+    scales, coarse = row_scales(weights, bits, clip_sigmas, method), row_scales(weights, bits, clip_sigmas, "scalar").float()[:, None]
+    nearest = rounding = partial(scalar_round, limit=2 ** (bits - 1) - 1)
+    if method == "trellis":
+        rounding = partial(trellis_round, segments=trellis_segments(*weights.shape[1:]))
     steps, diagonal = scales.float(), hessian.diagonal(dim1=-2, dim2=-1)
     order = torch.argsort(diagonal, dim=-1, descending=True, stable=True).flip(-1)[..., None]  # (N, C, 1): the first one last
     columns = weights.masked_fill(diagonal[:, None] == 0, 0.0).mT  # (N, C, R): a column is contiguous from here on
@@ -2389,16 +2365,14 @@ def gptq(weights: Tensor, hessian: Tensor, bits: int, clip_sigmas: float, log: L
     sorted_diagonal += sorted_diagonal == 0
     factor = damped_factor(permuted, log)
     codes, error = gptq_columns(columns, factor, steps, rounding)
-    coarse = (scales if method == "scalar" else scalar.scales(weights, bits, clip_sigmas)).float()[:, None]
-    nearest = scalar.rounding(weights.shape[1:], bits)(columns / coarse)[1].mul_(coarse).sub_(columns)
-    for index in nearest_is_better(nearest, factor, error).nonzero().ravel().tolist():  # so little to gain that feedback does harm
+    missed = nearest(columns / coarse)[1].mul_(coarse).sub_(columns)
+    for index in nearest_is_better(missed, factor, error).nonzero().ravel().tolist():  # so little to gain that feedback does harm
         codes[index] = rounding(columns[index] / steps[index])[0]
     codes = torch.empty_like(codes).scatter_(1, order.expand_as(codes), codes).mT.contiguous()
     return Quantized(codes.cpu(), scales.cpu(), method)
 
 
-def gptq_columns(columns: Tensor, factor: Tensor, steps: Tensor, rounding: Callable[[Tensor], tuple[Tensor, Tensor]],
-                 few: int = 16) -> tuple[Tensor, Tensor]:
+def gptq_columns(columns: Tensor, factor: Tensor, steps: Tensor, rounding: Callable) -> tuple[Tensor, Tensor]:
     """Codes (N, C, R) int8 of columns (N, C, R) by the Hessian's lower factor (N, C, C), the last column first; errors (N,).
 
     With H = L L^T and E = weights - levels * steps, the outputs' squared error trace(E H E^T) is |E L|^2, and column k of E L is
@@ -2410,7 +2384,7 @@ def gptq_columns(columns: Tensor, factor: Tensor, steps: Tensor, rounding: Calla
     codes, errors = torch.empty_like(columns, dtype=torch.int8), torch.empty_like(columns)
 
     def quantize_range(begin: int, end: int) -> None:
-        if end - begin > few:
+        if end - begin > 16:
             middle = (begin + end) // 2
             quantize_range(middle, end)
             aims[:, begin:middle].baddbmm_(feedback[:, middle:end, begin:middle].mT, errors[:, middle:end])
@@ -2446,19 +2420,13 @@ def nearest_is_better(error: Tensor, factor: Tensor, bound: Tensor, block: int =
 
 TRELLIS_STATES = 64
 TRELLIS_TAPS = (17, 54)
-TRELLIS_SEGMENT_ROWS = 256
-TRELLIS_TALL_SEGMENT_ROWS = 128
-TRELLIS_TALL_RATIO = 8
-TRELLIS_STEP = 0.533
-TRELLIS_SHRINK = 0.23
 TRELLIS_ZERO_COST = 0.2
 
 
 def trellis_segments(rows: int, cols: int) -> int:
     """Independent trellises in a column: row r follows row r - trellis_segments. In a tall matrix, an embedding, there
     are more of them, because the coder takes as many rows at once."""
-    longest = TRELLIS_TALL_SEGMENT_ROWS if rows >= TRELLIS_TALL_RATIO * cols else TRELLIS_SEGMENT_ROWS
-    return max(1, -(-rows // longest))
+    return max(1, -(-rows // (128 if rows >= 8 * cols else 256)))
 
 
 def trellis_next_states(device: torch.device | str = "cpu") -> Tensor:
@@ -2472,15 +2440,14 @@ def trellis_next_states(device: torch.device | str = "cpu") -> Tensor:
 
 def trellis_quantizers(codes: Tensor) -> Tensor:
     """Which quantizer (0 or 1) each of codes (..., rows, cols) was written in; the codes alone tell."""
-    next_states, segments = trellis_next_states(codes.device), trellis_segments(*codes.shape[-2:])
-    state = torch.zeros(*codes.shape[:-2], segments, codes.shape[-1], dtype=torch.int64, device=codes.device)
-    quantizers = torch.empty_like(codes)
-    for begin in range(0, codes.shape[-2], segments):
-        step = codes[..., begin: begin + segments, :]
-        count = step.shape[-2]  # the last step may be short
-        quantizers[..., begin: begin + segments, :] = state[..., :count, :] & 1
-        state[..., :count, :] = next_states[state[..., :count, :], step.long() & 1]
-    return quantizers
+    next_states, (rows, cols) = trellis_next_states(codes.device), codes.shape[-2:]
+    segments = trellis_segments(rows, cols)
+    steps = F.pad(codes, (0, 0, 0, -rows % segments)).unflatten(-2, (-1, segments))  # (..., steps, segments, cols)
+    quantizers, state = torch.empty_like(steps), torch.zeros_like(steps[..., 0, :, :], dtype=torch.int64)
+    for i in range(steps.shape[-3]):
+        quantizers[..., i, :, :] = state & 1
+        state = next_states[state, steps[..., i, :, :].long() & 1]
+    return quantizers.flatten(-3, -2)[..., :rows, :]
 
 
 def trellis_levels(codes: Any, quantizers: Any) -> Any:
@@ -2503,7 +2470,7 @@ def trellis_round(values: Tensor, segments: int) -> tuple[Tensor, Tensor]:
     start in state 0, so that they, and all columns, go down the trellis side by side.
     """
     columns, rows = values.shape
-    shrunk = values / (1 + TRELLIS_SHRINK / values.square().mean(-1, keepdim=True).clamp_min(1.0))
+    shrunk = values / (1 + 0.23 / values.square().mean(-1, keepdim=True).clamp_min(1.0))
     lanes = F.pad(shrunk.clamp(-250, 250), (0, -rows % segments)).reshape(columns, -1, segments)
     lanes = lanes.transpose(0, 1).reshape(-1, columns * segments)  # (steps, lanes)
     codes, levels = (found.reshape(-1, columns, segments).transpose(0, 1).reshape(columns, -1)[:, :rows]
@@ -2554,14 +2521,8 @@ def quantize(run: Run, model: GPT, hessians: dict[str, Tensor], clip_factor: flo
         if not torch.isfinite(value).all():
             raise ValueError(f"{row.name} is NaN or infinite: the training diverged; lower the learning rates")
         if row.matrices:
-            bank = value.reshape(-1, *row.shape[-2:])
-            parts = []
-            for group in row.matrices:
-                found, error = quantize_group(run, row.name, bank[group.first: group.last], hessians[group.hessian], group, clip_factor)
-                parts += found
-                total_error += error
-            codes, scales = torch.cat([p.codes for p in parts]), torch.cat([p.scales for p in parts])
-            tensors[row.name] = Quantized(codes.reshape(row.shape), scales.reshape(row.shape[:-1]), run.cfg.quantizer)
+            tensors[row.name], error = quantize_bank(run, row, value, hessians, clip_factor)
+            total_error += error
         elif row.int8:
             tensors[row.name] = rows_of_int8(value)
         else:
@@ -2578,29 +2539,32 @@ def rows_of_int8(value: Tensor) -> Quantized:
     return Quantized(codes.to(torch.int8).cpu(), scales.cpu())
 
 
-def quantize_group(run: Run, name: str, weights: Tensor, hessian: Tensor, group: MatrixGroup,
-                   clip_factor: float) -> tuple[list[Quantized], float]:
-    """Matrices (N, R, C) of one group, shared out over the ranks, and their Hessian-weighted squared error. A collective.
+def quantize_bank(run: Run, row: Row, value: Tensor, hessians: dict[str, Tensor], clip_factor: float) -> tuple[Quantized, float]:
+    """The matrices of a parameter, each group shared out over the ranks, and their Hessian-weighted squared error. A collective.
 
-    Logs how large the error of the group's outputs is, relative to the outputs.
+    Logs how large the error of each group's outputs is, relative to the outputs.
     """
-    cfg, ranks, clip_sigmas = run.cfg, run.ranks, group.clip_sigmas * clip_factor
-    run.ranks.check_stop()
-    own = slice(len(weights) * ranks.rank // ranks.world, len(weights) * (ranks.rank + 1) // ranks.world)
-    energy, part = torch.zeros(2, dtype=torch.float64, device=run.device), None
-    if own.start < own.stop:
-        part = gptq(weights[own], hessian[own], group.bits, clip_sigmas, run.log, cfg.quantizer)
-        error = dequantize(part).to(run.device) - weights[own]
-        energy += torch.stack([hessian_error(e.float(), hessian[own]).double().sum() for e in (error, weights[own])])
-    ranks.sum(energy)
-    run.log.record("gptq", tensor=name, first=group.first, matrices=len(weights), clip_sigmas=f"{clip_sigmas:.4f}",
-                   relative_error=f"{(energy[0] / energy[1].clamp_min(1e-30)).item():.4e}")
-    return [p for p in ranks.gather(part) if p is not None], energy[0].item()
+    ranks, bank, parts, total_error = run.ranks, value.reshape(-1, *row.shape[-2:]), [], 0.0
+    for group in row.matrices:
+        ranks.check_stop()
+        count, clip_sigmas = group.last - group.first, group.clip_sigmas * clip_factor
+        first, last = (count * rank // ranks.world for rank in (ranks.rank, ranks.rank + 1))
+        weights, hessian = bank[group.first + first: group.first + last], hessians[group.hessian][first:last]
+        energy, part = torch.zeros(2, dtype=torch.float64, device=run.device), None
+        if first < last:
+            part = gptq(weights, hessian, group.bits, clip_sigmas, run.log, run.cfg.quantizer)
+            error = dequantize(part).to(run.device) - weights
+            energy += torch.stack([hessian_error(e.float(), hessian).double().sum() for e in (error, weights)])
+        ranks.sum(energy)
+        run.log.record("gptq", tensor=row.name, first=group.first, matrices=count, clip_sigmas=f"{clip_sigmas:.4f}",
+                       relative_error=f"{(energy[0] / energy[1].clamp_min(1e-30)).item():.4e}")
+        parts += [p for p in ranks.gather(part) if p is not None]
+        total_error += energy[0].item()
+    codes, scales = torch.cat([p.codes for p in parts]), torch.cat([p.scales for p in parts])
+    return Quantized(codes.reshape(row.shape), scales.reshape(row.shape[:-1]), run.cfg.quantizer), total_error
 
 
-TARGET_ROUNDS = 4
 TARGET_SLACK = 0.001
-CLIP_FACTORS = (0.4, 2.5)
 
 
 def quantize_and_pack(run: Run, model: GPT, hessians: dict[str, Tensor], code_bytes: int) -> tuple[Tensors, bytes]:
@@ -2609,7 +2573,7 @@ def quantize_and_pack(run: Run, model: GPT, hessians: dict[str, Tensor], code_by
     If it is not, the clip sigmas stay as they were set, unless the artifact would be over the cap: then it is made to fit.
 
     Scaling every step by a factor takes log2(factor) bits off every weight, so two rounds are enough as a rule. The
-    last that fitted wins, else the smallest; CLIP_FACTORS bound it, because a small model cannot fill any number of bytes.
+    last that fitted wins, else the smallest; the factor is bounded, because a small model cannot fill any number of bytes.
     """
     cfg, target, factor = run.cfg, run.cfg.artifact_target_bytes, 1.0
     best, best_size, error_as_set = ({}, b""), math.inf, 0.0
@@ -2620,20 +2584,20 @@ def quantize_and_pack(run: Run, model: GPT, hessians: dict[str, Tensor], code_by
         if run.ranks.signalled:
             raise Stopped(run.ranks.signalled)
 
-    for attempt in range(TARGET_ROUNDS):
+    for attempt in range(4):
         tensors, error = quantize(run, model, hessians, factor)
         data = b""
         with suppress(Stopped):  # which all ranks hear of in the next line
             data = pack_artifact(tensors, cfg, tick) if run.ranks.rank == 0 else b""
         run.ranks.check_stop()
         size = run.ranks.agree(len(data)) + code_bytes
-        if not target and size <= ARTIFACT_CAP_BYTES:
-            return tensors, data
         if not target:
+            if size <= ARTIFACT_CAP_BYTES:
+                return tensors, data
             run.log(f"warning: artifact and code are {size} bytes, over the cap of {ARTIFACT_CAP_BYTES}: all clip sigmas are "
                     "raised until they fit; COMPRESSOR=rans or QUANTIZER=trellis take fewer bytes")
             target = ARTIFACT_CAP_BYTES
-        error_as_set = error if attempt == 0 else error_as_set
+        error_as_set = error_as_set or error
         run.log.record("fit", attempt=attempt + 1, clip_factor=f"{factor:.5f}", total_bytes=size, target_bytes=target,
                        hessian_error=f"{error:.4e}", saved=f"{1 - error / max(error_as_set, 1e-30):.4f}")
         if size <= max(target, best_size - 1):
@@ -2642,10 +2606,9 @@ def quantize_and_pack(run: Run, model: GPT, hessians: dict[str, Tensor], code_by
             break
         weights = sum(t.codes.numel() for t in tensors.values() if isinstance(t, Quantized))
         wanted = factor * 2 ** (8 * (size - (1 - TARGET_SLACK / 2) * target) / weights)
-        bounded = min(max(wanted, CLIP_FACTORS[0]), CLIP_FACTORS[1])
-        if bounded == factor:
+        before, factor = factor, min(max(wanted, 0.4), 2.5)
+        if factor == before:
             break
-        factor = bounded
     return best
 
 
@@ -2687,23 +2650,13 @@ class ArtifactError(ValueError):
     """The file is no artifact of this program, or it is damaged."""
 
 
-def stored_settings(cfg: Config) -> dict[str, Any]:
-    """The settings that an artifact carries, as JSON has them."""
-    return {f.name: getattr(cfg, f.name) for f in STORED_SETTINGS}
-
-
-def uses_coder(row: Row, compressor: str) -> bool:
-    """Whether the codes of a parameter go through the entropy coder."""
-    return compressor == "rans" and bool(row.matrices)
-
-
 def pack_artifact(tensors: Tensors, cfg: Config, tick: Callable[[float, float], None] = lambda done, total: None) -> bytes:
     """The bytes of an artifact file; unpack_artifact gives back the same integers and the same floats, bit for bit.
 
     `tick` hears now and then how many bytes of how many are compressed.
     """
     header = {"compressor": cfg.compressor, "settings": stored_settings(cfg)}
-    plain = {"settings": as_tensor(json.dumps(header, allow_nan=False).encode())}
+    plain = {"settings": torch.frombuffer(bytearray(json.dumps(header, allow_nan=False).encode()), dtype=torch.uint8)}
     banks = []
     for row in parameter_table(cfg):
         tensor = tensors[row.name]
@@ -2713,7 +2666,7 @@ def pack_artifact(tensors: Tensors, cfg: Config, tick: Callable[[float, float], 
         plain[row.name + ".scales"] = tensor.scales.contiguous()
         for term in tensor.low_rank:
             plain |= {f"{row.name}.low{term.index}.{part}": t.contiguous() for part, t in zip(LowRank._fields[1:], term[1:])}
-        if uses_coder(row, cfg.compressor):
+        if row.matrices and cfg.compressor == "rans":
             banks += row_banks(row, tensor)
         else:
             plain[row.name + ".codes"] = tensor.codes.mT.contiguous()
@@ -2779,12 +2732,12 @@ def stored_config(stored: Tensor) -> tuple[Config, str]:
 
 def take_tensors(cfg: Config, compressor: str, plain: dict[str, Tensor], coded: bytes) -> Tensors:
     """The tensors of the parameter table out of an artifact's two parts, which they use up."""
-    table = parameter_table(cfg)
-    codes = sum(math.prod(row.shape) for row in table if uses_coder(row, compressor))
+    table, rank, rans = parameter_table(cfg), cfg.lqer_rank, compressor == "rans"
+    codes = sum(math.prod(row.shape) for row in table if row.matrices and rans)
     if codes > ARTIFACT_MAX_CODES_PER_BYTE * len(coded):
         raise ArtifactError(f"the artifact's settings ask for {codes} codes, which cannot be in {len(coded)} bytes")
 
-    def take(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    def take(name: str, dtype: torch.dtype, *shape: int) -> Tensor:
         tensor = plain.pop(name, None)
         if tensor is None or tensor.dtype != dtype or tuple(tensor.shape) != shape:
             found = "missing" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
@@ -2795,29 +2748,23 @@ def take_tensors(cfg: Config, compressor: str, plain: dict[str, Tensor], coded: 
 
     tensors: Tensors = {}
     for row in table:
+        name, shape = row.name, row.shape
         if not row.matrices and not row.int8:
-            tensors[row.name] = take(row.name, torch.float16, row.shape)
+            tensors[name] = take(name, torch.float16, *shape)
             continue
-        scales = take(row.name + ".scales", torch.float16, row.shape[:-1])
-        stored = (*row.shape[:-2], row.shape[-1], row.shape[-2])
-        coded_apart = uses_coder(row, compressor)
-        values = torch.zeros(row.shape, dtype=torch.int8) if coded_apart else take(row.name + ".codes", torch.int8, stored).mT
-        low_rank = tuple(
-            LowRank(i, *(take(f"{row.name}.low{i}.{part}", dtype, shape) for part, (dtype, shape) in low_rank_shapes(cfg, row).items()))
-            for i in range(math.prod(row.shape[:-2])) if cfg.lqer_enabled and f"{row.name}.low{i}.a" in plain)
-        tensors[row.name] = Quantized(values.contiguous(), scales, cfg.quantizer if row.matrices else "scalar", low_rank)
-    if plain or (coded and compressor != "rans"):
+        *banks, rows, cols = shape
+        scales = take(name + ".scales", torch.float16, *banks, rows)
+        values = torch.zeros(shape, dtype=torch.int8) if row.matrices and rans else take(name + ".codes", torch.int8, *banks, cols, rows).mT
+        parts = {"a": (torch.int8, rows, rank), "a_scales": (torch.float16, rank if cfg.lqer_column_scales else 1),
+                 "b": (torch.int8, rank, cols), "b_scales": (torch.float16, rank * cols // cfg.lqer_group)}
+        low_rank = tuple(LowRank(i, *(take(f"{name}.low{i}.{part}", *kind) for part, kind in parts.items()))
+                         for i in range(math.prod(banks)) if cfg.lqer_enabled and f"{name}.low{i}.a" in plain)
+        tensors[name] = Quantized(values.contiguous(), scales, cfg.quantizer if row.matrices else "scalar", low_rank)
+    if plain or (coded and not rans):
         raise ArtifactError(f"the artifact holds more than its model: {', '.join([*plain][:3]) or f'{len(coded)} bytes'}")
-    if compressor == "rans":
+    if rans:
         decode_codes(cut_streams(coded), [bank for row in table if row.matrices for bank in row_banks(row, tensors[row.name])])
     return tensors
-
-
-def low_rank_shapes(cfg: Config, row: Row) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Types and shapes of the parts of a LowRank of one matrix of a bank, by name."""
-    (rows, cols), rank = row.shape[-2:], cfg.lqer_rank
-    return {"a": (torch.int8, (rows, rank)), "a_scales": (torch.float16, (rank if cfg.lqer_column_scales else 1,)),
-            "b": (torch.int8, (rank, cols)), "b_scales": (torch.float16, (rank * cols // cfg.lqer_group,))}
 
 
 def row_banks(row: Row, quantized: Quantized) -> list[Bank]:
@@ -2853,20 +2800,15 @@ def compress(data: bytes, tick: Callable[[float, float], None], step: int = 1 <<
 
 
 def decompress(stream: bytes, limit: int) -> bytes:
-    """What a brotli stream holds, at most `limit` bytes; it is never expanded further."""
+    """What a brotli stream holds, at most `limit` bytes; it is never expanded much further."""
+    decoder = brotli.Decompressor()
     try:
-        decoder, parts, size, more = brotli.Decompressor(), [], 0, stream
-        while size <= limit and not decoder.is_finished():
-            piece = decoder.process(more, output_buffer_limit=1 << 20)
-            if not piece and not more and decoder.can_accept_more_data():
-                break
-            parts.append(piece)
-            size, more = size + len(piece), b""
+        found = decoder.process(stream, output_buffer_limit=limit + 1)
     except brotli.error as error:
         raise ArtifactError("a part of the artifact cannot be decompressed") from error
-    if size > limit or not decoder.is_finished():
+    if len(found) > limit or not decoder.is_finished():
         raise ArtifactError("a part of the artifact is cut short, or larger than a model can be")
-    return b"".join(parts)
+    return found
 
 
 def size_table(data: bytes, tensors: Tensors, cfg: Config) -> list[dict[str, str | int]]:
@@ -2909,29 +2851,15 @@ linecache.cache["packed.py"] = len(PACKED_SOURCE), None, PACKED_SOURCE.decode().
 exec(compile(PACKED_SOURCE, "packed.py", "exec"))
 '''
 PACKED_ESCAPES = (r"\\", r"\\\\"), ("\r", r"\\r"), ("\0(?=[0-7])", r"\\x00"), ("\0", r"\\0"), (r'"(?="|\Z)', r'\\"')
-Place = tuple[int, int]  # row, column
+BLIND_DECORATORS = {"property", "classmethod", "staticmethod", "lru_cache", "torch.no_grad"}
 
 
-def source_tokens(source: str) -> Iterator[tuple[str, Place, str]]:
-    """Kind, place and text of every token; an f-string, which Python 3.12 takes apart, is one."""
-    lines, opened = source.splitlines(True), []
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        kind, start, text = tokenize.tok_name[token.type], token.start, token.string
-        if kind == "FSTRING_START":
-            opened.append(start)
-        elif kind == "FSTRING_END":
-            (row, column), (last, end) = start, _ = opened.pop(), token.end
-            text = "".join([*lines[row - 1: last - 1], lines[last - 1][:end]])[column:]
-        if not opened:
-            yield kind, start, text
-
-
-def needless_spans(source: str) -> Iterator[tuple[Place, Place]]:
-    """The places, from and up to, of docstrings and of the annotations of functions that no decorator reads."""
+def needless_spans(source: str) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
+    """Rows and columns, from and up to, of docstrings and of the annotations of functions that no decorator reads."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) and len(node.body) > 1:
             yield (node.body[0].lineno, node.body[0].col_offset), (node.body[0].end_lineno, node.body[0].end_col_offset)
-        if isinstance(node, ast.FunctionDef) and not node.decorator_list:
+        if isinstance(node, ast.FunctionDef) and {ast.unparse(d).partition("(")[0] for d in node.decorator_list} <= BLIND_DECORATORS:
             for arg in ast.walk(node.args):
                 if isinstance(arg, ast.arg) and arg.annotation:
                     yield (arg.lineno, arg.col_offset + len(arg.arg)), (arg.end_lineno, arg.end_col_offset)
@@ -2941,22 +2869,28 @@ def needless_spans(source: str) -> Iterator[tuple[Place, Place]]:
 
 def shipped_source(source: str) -> str:
     """`source` without comments, docstrings, needless annotations and blanks: what the packed file runs."""
-    spans, pieces, depth, before = sorted(needless_spans(source)), [], 0, "\n"
-    for kind, place, text in source_tokens(source):
-        while spans and spans[0][1] <= place:
+    lines = [0, *itertools.accumulate(map(len, io.StringIO(source)))]  # where they begin
+    spans, shipped, depth, f_strings, end = sorted(needless_spans(source)), "\n", 0, 0, 0
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        kind, before = tokenize.tok_name[token.type], end
+        begin, end = (lines[row - 1] + column for row, column in (token.start, token.end))
+        text = source[begin:end]
+        while spans and spans[0][1] <= token.start:
             spans.pop(0)
         depth += (kind == "INDENT") - (kind == "DEDENT")
-        if kind == "NEWLINE":
-            text = "\n" if before != "\n" else ""
-        elif kind in ("COMMENT", "NL", "INDENT", "DEDENT", "ENDMARKER") or spans and spans[0][0] <= place:
-            continue
-        elif before == "\n":
-            pieces.append(" " * depth)
-        elif re.fullmatch(r"\w\w|['\"]{2}", before[-1] + text[0]):
-            pieces.append(" ")
-        pieces.append(text)
-        before = text or before
-    return "".join(pieces)
+        if f_strings:  # which Python takes apart from 3.12 on
+            text = source[before:end]
+        elif kind == "NEWLINE":
+            text = "" if shipped[-1] == "\n" else "\n"
+        elif kind in ("COMMENT", "NL", "INDENT", "DEDENT", "ENDMARKER") or spans and spans[0][0] <= token.start:
+            text = ""
+        elif shipped[-1] == "\n":
+            text = " " * depth + text
+        elif re.fullmatch(r"\w\w|['\"]{2}", shipped[-1] + text[0]):
+            text = " " + text
+        f_strings += (kind == "FSTRING_START") - (kind == "FSTRING_END")
+        shipped += text
+    return shipped[1:]
 
 
 def pack_code(source: str) -> bytes:
@@ -2987,22 +2921,16 @@ def counted_code() -> bytes:
 # a table that is picked by where in its code the guess lies and by how far off it may be: the element's misses in earlier vectors
 # times the vector's so far. All are fixed-point integers, so that every machine makes the same guesses: levels have 8 fractional
 # bits, L 16, moments 12. Matrix products go through float64, in which integers of this size are exact in any order of summation.
-# Symbols go through range asymmetric numeral systems (Duda, 2013; arXiv:1311.2540): up to RANS_MAX_LANES states of
+# Symbols go through range asymmetric numeral systems (Duda, 2013; arXiv:1311.2540): up to 1,024 states of
 # 32 bits take turns and share one list of 16-bit words. Encoding runs the symbols backwards, so that decoding reads forwards.
 
 RANS_BITS = 14
-RANS_MAX_LANES = 1024
-RANS_LANE_SYMBOLS = 8192
 RANS_LOW = 1 << 16
 RANS_SPREADS = 8
-RANS_ROOT_BITS = 6
-RANS_FEW_SYMBOLS = 1 << 20  # of a bank that may be better off with fewer spreads
 GUESS_EIGHTHS = np.array([1, 3, 5, 7, 10])  # of a code: guesses up to these have tables of their own, and so have those between
 GUESS_KINDS = len(GUESS_EIGHTHS) + 1 + 3
 RANS_MEAN_UNIT = 32
-PREDICT_MAX_ELEMENTS = 2048
 PREDICT_BLOCK = 64  # vectors of the first block; the later ones are an eighth of what is known
-PREDICT_GROUPS = 32
 PREDICT_MEMORY = 4096  # vectors after which a moment counts half
 PREDICT_PANEL = 64
 PREDICT_LIMIT = 1 << 17  # of guesses and innovations: no table can make them overflow
@@ -3024,48 +2952,46 @@ class Bank(NamedTuple):
         return self.codes.transpose(0, 2, 1) if self.across else self.codes
 
 
-class _Step(NamedTuple):
+class Step(NamedTuple):
     """Codes that are coded side by side, and what both sides know of them before; what is coded is code * sign - offset, modulo 256.
 
-    where: their place in the bank's vectors. signs: of the guesses. offsets: the codes next to large guesses, else 0. kinds: where
-    in its code a guess lies, below GUESS_KINDS, and as many more for quantizer 1 of a trellis. features: how far off it may be.
+    place: in the bank's vectors. signs: of the guesses. offsets: the codes next to large guesses, else 0. kinds: where in its code
+    a guess lies, below GUESS_KINDS, and as many more for quantizer 1 of a trellis. features: how far off it may be.
     """
 
-    where: tuple
+    place: tuple[slice, slice, slice]
     signs: np.ndarray
     offsets: np.ndarray
     kinds: np.ndarray
     features: np.ndarray
 
 
-def _frequencies(model: np.void) -> tuple[np.ndarray, np.ndarray]:
-    """The table of each context of a RANS_MODEL, and those in use: (tables, 256) int64, rows add up to 2**RANS_BITS; integers only."""
-    roots = model["roots"].reshape(-1, 256).astype(np.int64)
-    used = roots.any(1)
-    used[0] = True
-    squares = roots[used] ** 2
+def coder_tables(model: np.void) -> tuple[np.ndarray, np.ndarray]:
+    """Frequencies and where they start, for each context of a RANS_MODEL: (contexts, 256) int64, rows of 2**RANS_BITS; integers only."""
+    squares = model["roots"].reshape(-1, 256).astype(np.int64) ** 2
     scaled = squares * (1 << RANS_BITS) // np.maximum(squares.sum(1, keepdims=True), 1)
     scaled = np.where(squares > 0, np.maximum(scaled, 1), 0)
     scaled[np.arange(len(scaled)), scaled.argmax(1)] += (1 << RANS_BITS) - scaled.sum(1)
-    return np.cumsum(used) - 1, scaled
+    return scaled, np.cumsum(scaled, 1) - scaled
 
 
-def _contexts(model: np.void, step: _Step) -> np.ndarray:
-    """The table of each code of a step, 1-d."""
-    return (step.kinds * RANS_SPREADS + np.searchsorted(model["thresholds"].astype(np.int64), step.features, side="right")).ravel()
+def coder_contexts(model: np.void, kinds: np.ndarray, features: np.ndarray) -> np.ndarray:
+    """The table of each code."""
+    return kinds * RANS_SPREADS + np.searchsorted(model["thresholds"].astype(np.int64), features, side="right")
 
 
 def encode_codes(banks: list[Bank]) -> list[bytes]:
     """[tables, states, words of each bank], for decode_codes with banks of the same shapes."""
     models, slots, known = np.zeros(len(banks), RANS_MODEL), [], None
     for bank, model in zip(banks, models):
-        model["mean"] = int(round(float(np.abs(bank.codes.astype(np.int16)).mean()) * RANS_MEAN_UNIT))
-        known = _Predictor(bank, int(model["mean"]), known)
-        contexts, symbols, lengths = _fit_model(bank, known, model)
-        tables, frequencies = _frequencies(model)
-        contexts, starts = tables[contexts], np.cumsum(frequencies, 1) - frequencies
-        slots.append((frequencies[contexts, symbols].astype(np.uint16), starts[contexts, symbols].astype(np.uint16), lengths))
-    return [brotli.compress(models.tobytes(), quality=11), *_rans_encode(slots, _lane_count(banks))]
+        model["mean"] = round(float(np.abs(bank.codes.astype(np.int16)).mean()) * RANS_MEAN_UNIT)
+        known = Predictor(bank, int(model["mean"]), known)
+        steps = list(coding_steps(bank, known))
+        coded = [(bank.vectors[step.place] * step.signs - step.offsets).astype(np.uint8).ravel() for step in steps]  # modulo 256
+        symbols, ends = np.concatenate(coded), np.cumsum([len(part) for part in coded])[:-1]
+        contexts = fit_model(model, symbols, *(np.concatenate([step[i].ravel() for step in steps]) for i in (3, 4)))
+        slots.append([np.split(table[contexts, symbols].astype(np.uint16), ends) for table in coder_tables(model)])
+    return [brotli.compress(models.tobytes(), quality=11), *rans_encode(slots, rans_lanes(banks))]
 
 
 def decode_codes(streams: list[bytes], banks: list[Bank]) -> None:
@@ -3076,35 +3002,35 @@ def decode_codes(streams: list[bytes], banks: list[Bank]) -> None:
     models = decompress(streams[0], size)
     if len(models) != size:
         raise ArtifactError(f"the artifact's coder tables are {len(models)} bytes, they must be {size}")
-    decoder, known = _RansDecoder(streams[1], b"".join(streams[2:]), _lane_count(banks)), None
+    decoder, known = RansDecoder(streams[1], b"".join(streams[2:]), rans_lanes(banks)), None
     for bank, model in zip(banks, np.frombuffer(models, RANS_MODEL)):
-        tables, frequencies = _frequencies(model)
-        decoder.load(frequencies)
-        known = _Predictor(bank, int(model["mean"]), known)
-        for step in _steps(bank, known):
-            symbols = decoder.symbols(tables[_contexts(model, step)]).reshape(step.signs.shape)
-            bank.vectors[step.where] = step.signs * (symbols + step.offsets)  # modulo 256
+        decoder.load(*coder_tables(model))
+        known = Predictor(bank, int(model["mean"]), known)
+        for step in coding_steps(bank, known):
+            symbols = decoder.symbols(coder_contexts(model, step.kinds, step.features).ravel()).reshape(step.signs.shape)
+            bank.vectors[step.place] = step.signs * (symbols + step.offsets)  # modulo 256
     decoder.finish()
 
 
-def _lane_count(banks: list[Bank]) -> int:
+def rans_lanes(banks: list[Bank]) -> int:
     """States of the coder: many are fast, few are small."""
-    return min(RANS_MAX_LANES, 1 + sum(bank.codes.size for bank in banks) // RANS_LANE_SYMBOLS)
+    return min(1024, 1 + sum(bank.codes.size for bank in banks) // 8192)
 
 
-class _Predictor:
+class Predictor:
     """What is known of a bank's vectors while they are coded; the next bank begins with it.
 
-    moments: (elements, elements) int64, summed products of the elements' levels over `count` vectors, all matrices alike.
-    sums: (matrices, elements), of |level - guess| over the vectors so far. scale: mean |level|. agreed, energy: (matrices, 1, 1),
-    sums of guess * level and guess^2, which say what part of a guess to believe.
+    code: what a code is worth in the unit of guesses. moments: (elements, elements) int64, summed products of the elements' levels
+    over `count` vectors, all matrices alike. sums: (matrices, elements), of |level - guess| over the vectors so far. scale: mean
+    |level|. agreed, energy: (matrices, 1, 1), sums of guess * level and guess^2, which say what part of a guess to believe.
     """
 
-    def __init__(self, bank: Bank, mean: int, prior: _Predictor | None) -> None:
+    def __init__(self, bank: Bank, mean: int, prior: Predictor | None) -> None:
         matrices, _, elements = bank.vectors.shape
-        self.scale = mean * (16 if bank.trellis else 8)
+        self.code = 512 if bank.trellis else 256
+        self.scale = mean * self.code // RANS_MEAN_UNIT
         self.sums = np.zeros((matrices, elements), np.int64)
-        self.moments, self.count = np.zeros(2 * (elements * (elements <= PREDICT_MAX_ELEMENTS),), np.int64), 0
+        self.moments, self.count = np.zeros(2 * (elements * (elements <= 2048),), np.int64), 0  # wider: nothing is guessed
         if prior is not None and prior.count and prior.moments.shape == self.moments.shape:
             self.count = min(2 * elements, prior.count)  # vectors that those of other banks count for
             covariance = (prior.moments << 8) // prior.count * self.scale ** 2 // max(prior.scale, 1) ** 2
@@ -3114,22 +3040,31 @@ class _Predictor:
     def fit(self) -> None:
         """Take the moments as they are now for the guesses to come."""
         enough = self.count >= PREDICT_BLOCK // 2 and self.moments.any()
-        self.factor = _fit_predictor(self.moments, self.count) if enough else None
+        self.factor = fit_predictor(self.moments, self.count) if enough else None
 
     def spread(self, elements: slice, seen: int) -> np.ndarray:
         """Expected |level - guess| of some elements after `seen` vectors, (matrices, 1, elements), at least 1."""
         return np.maximum((self.sums[:, None, elements] + 2 * self.scale) // (seen + 2), 1)
 
-    def believed(self, guesses: np.ndarray) -> np.ndarray:
-        """What is left of guesses (matrices, vectors, elements) when each matrix believes the part that has been right so far."""
-        return guesses * np.clip((self.agreed << 8) // np.maximum(self.energy, 1), 0, 256) >> 8
+    def guess(self, innovations: np.ndarray, group: slice) -> tuple[np.ndarray, np.ndarray]:
+        """What a group's levels should be by the innovations (matrices, vectors, elements) of the elements before, and how much of it
+        each matrix believes: the part that has been right so far."""
+        guesses = np.zeros((*innovations.shape[:2], group.stop - group.start), np.int64)
+        if self.factor is not None:
+            sums = innovations[:, :, : group.start] @ self.factor[group, : group.start].T
+            guesses += np.clip(np.floor(sums / (1 << 16)), -PREDICT_LIMIT, PREDICT_LIMIT).astype(np.int64)
+        return guesses, guesses * np.clip((self.agreed << 8) // np.maximum(self.energy, 1), 0, 256) >> 8
 
-    def guess(self, innovations: np.ndarray, group: slice) -> np.ndarray:
-        """What a group's levels should be by the innovations (matrices, vectors, elements) of the elements before."""
-        if self.factor is None:
-            return np.zeros((*innovations.shape[:2], group.stop - group.start), np.int64)
-        sums = innovations[:, :, : group.start] @ self.factor[group, : group.start].T
-        return np.clip(np.floor(sums / (1 << 16)), -PREDICT_LIMIT, PREDICT_LIMIT).astype(np.int64)
+    def step(self, place: tuple[slice, slice, slice], guesses: np.ndarray, sizes: np.ndarray, quantizers: np.ndarray) -> Step:
+        """The step of a place in the vectors. Codes near 0 stay themselves, because there a trellis has levels of its own."""
+        code, distances = self.code, np.abs(guesses)
+        nearest = (distances + code // 2) // code
+        fraction = (5 * (distances - nearest * code) + code) // (2 * code)  # 0: up to -1/5 of a code, 1: between, 2: from 1/5
+        near = np.searchsorted(GUESS_EIGHTHS * code // 8, distances, side="right")
+        large = nearest > 1
+        kinds = np.where(large, len(GUESS_EIGHTHS) + 2 + fraction, near) + quantizers * GUESS_KINDS
+        features = np.minimum(self.spread(place[2], place[1].start) * sizes >> 8, 65534)
+        return Step(place, np.where(guesses < 0, -1, 1), nearest * large, kinds, features)
 
     def innovations(self, levels: np.ndarray, guesses: np.ndarray, group: slice) -> np.ndarray:
         """What a group's own elements leave of each other: its levels less all that L makes of the innovations before."""
@@ -3148,115 +3083,88 @@ class _Predictor:
         self.count = self.count * PREDICT_MEMORY // (PREDICT_MEMORY + len(flat)) + len(flat)
 
 
-def _steps(bank: Bank, known: _Predictor) -> Iterator[_Step]:
-    """The steps of a bank in order. Each must have been read, or written to bank.vectors, before the next is asked for."""
+def cut_range(whole: slice, size: int) -> list[slice]:
+    """A range in pieces of `size`; uncut if that is 0."""
+    return [slice(at, min(at + size, whole.stop)) for at in range(whole.start, whole.stop, size)] if size else [whole]
+
+
+def coding_steps(bank: Bank, known: Predictor) -> Iterator[Step]:
+    """The steps of a bank in order. Each must have been read, or written to bank.vectors, before the next is asked for.
+
+    Blocks of vectors are guessed by the moments of those before; a block goes by groups of elements, and a trellis in steps of so many
+    rows as it has segments. Blocks and groups end where such a step does.
+    """
     matrices, vectors, elements = bank.vectors.shape
-    lanes = trellis_segments(*bank.codes.shape[1:]) if bank.trellis else 1 << 20  # without a trellis nothing has to wait
-    shape = (matrices, vectors, lanes) if bank.across else (matrices, lanes, elements)
-    states = np.zeros(shape, np.int64) if bank.trellis else np.broadcast_to(np.int64(0), shape)
-    tall, wide = (1, lanes) if bank.across else (lanes, 1)  # blocks and groups end where a step of the trellis does
-    if not bank.trellis:
-        tall = wide = 1
-    width, begin = -(-max(2, elements // PREDICT_GROUPS) // wide) * wide, 0
-    while begin < vectors:
-        block = slice(begin, min(vectors, begin + -(-max(PREDICT_BLOCK, begin // 8) // tall) * tall))
+    lanes = trellis_segments(*bank.codes.shape[1:]) if bank.trellis else 0
+    tall, wide = (0, lanes) if bank.across else (lanes, 0)  # vectors and elements of a step; 0: all of the block, of the group
+    shape, next_states = (matrices, tall or vectors, wide or elements), trellis_next_states().numpy()
+    states = np.zeros(shape, np.int64) if lanes else np.broadcast_to(np.int64(0), shape)
+    width, end = -(-max(2, elements // 32) // (wide or 1)) * (wide or 1), 0
+    while end < vectors:
+        block = slice(end, min(vectors, end + -(-max(PREDICT_BLOCK, end // 8) // (tall or 1)) * (tall or 1)))
+        begin, end = block.start, block.stop
         known.fit()
-        levels, innovations = np.zeros((2, matrices, block.stop - begin, elements))
-        sizes = np.full((matrices, block.stop - begin, 1), 8 << 8, np.int64)  # of each vector's innovations so far, in spreads
-        for left in range(0, elements, width):
-            group = slice(left, min(elements, left + width))
-            guesses = known.guess(innovations, group)
-            believed = known.believed(guesses)
-            levels[:, :, group] = yield from _group_steps(bank, known, states, (block, group), believed, sizes // (8 + left))
+        levels, innovations = np.zeros((2, matrices, end - begin, elements))
+        believed = np.zeros(levels.shape, np.int64)
+        sizes = np.full((matrices, end - begin, 1), 8 << 8, np.int64)  # of each vector's innovations so far, in spreads
+        for group in cut_range(slice(0, elements), width):
+            guesses, believed[:, :, group] = known.guess(innovations, group)
+            size = sizes // (8 + group.start)
+            for down, along in itertools.product(cut_range(block, tall), cut_range(group, wide)):
+                here = np.s_[:, down.start - begin: down.stop - begin, along]
+                state = states[:, down, : along.stop - along.start] if bank.across else states[:, : down.stop - down.start, along]
+                quantizers = state & 1
+                yield known.step(np.s_[:, down, along], believed[here], size[here[:2]], quantizers)
+                level = bank.vectors[:, down, along].astype(np.int64)
+                if lanes:
+                    state[:], level = next_states[state, level & 1], trellis_levels(level, quantizers)
+                levels[here] = level
+                known.sums[:, along] += np.abs((level << 8) - believed[here]).sum(1)
             exact = levels[:, :, group].astype(np.int64) << 8
-            sizes += np.minimum((np.abs(exact - believed) << 8) // known.spread(group, block.stop), 1 << 12).sum(2, keepdims=True)
+            misses = (np.abs(exact - believed[:, :, group]) << 8) // known.spread(group, end)
+            sizes += np.minimum(misses, 1 << 12).sum(2, keepdims=True)
             innovations[:, :, group] = known.innovations(exact, guesses, group)
         known.learn(levels)
-        begin = block.stop
 
 
-def _group_steps(bank: Bank, known: _Predictor, states: np.ndarray, where: tuple[slice, slice], guesses: np.ndarray,
-                 sizes: np.ndarray) -> Generator[_Step, None, np.ndarray]:
-    """The steps of a group of elements of a block of vectors, down the trellis; returns their levels (matrices, vectors, elements)."""
-    next_states, levels, lanes = trellis_next_states().numpy(), np.empty_like(guesses), states.shape[2 if bank.across else 1]
-    for top in range(0, guesses.shape[2 if bank.across else 1], lanes):
-        ahead = slice(top, top + lanes)
-        part = np.s_[:, :, ahead] if bank.across else np.s_[:, ahead]
-        guess = guesses[part]
-        _, vectors, elements = guess.shape
-        first, element = (where[0].start, where[1].start + top) if bank.across else (where[0].start + top, where[1].start)
-        place = np.s_[:, first: first + vectors, element: element + elements]
-        state = states[:, place[1], :elements] if bank.across else states[:, :vectors, place[2]]
-        quantizers = state & 1
-        features = np.minimum(known.spread(place[2], first) * (sizes if bank.across else sizes[part]) >> 8, 65534)
-        signs, offsets, kinds = _split_guess(guess, 512 if bank.trellis else 256)
-        yield _Step(place, signs, offsets, kinds + quantizers * GUESS_KINDS, features)
-        level = bank.vectors[place].astype(np.int64)
-        if bank.trellis:
-            state[:], level = next_states[state, level & 1], trellis_levels(level, quantizers)
-        levels[part] = level
-        known.sums[:, place[2]] += np.abs((level << 8) - guess).sum(1)
-    return levels
-
-
-def _split_guess(guesses: np.ndarray, code: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Signs, offsets and kinds (see _Step) of guessed levels; `code` is what a code is worth in their unit.
-
-    Codes near 0 stay themselves, because there a trellis has levels of its own.
-    """
-    sizes = np.abs(guesses)
-    nearest = (sizes + code // 2) // code
-    fraction = (5 * (sizes - nearest * code) + code) // (2 * code) + len(GUESS_EIGHTHS) + 2  # up to -1/5 of a code, between, or from 1/5
-    kinds = np.searchsorted(GUESS_EIGHTHS * code // 8, sizes, side="right")
-    large = nearest > 1
-    return np.where(guesses < 0, -1, 1), nearest * large, np.where(large, fraction, kinds)
-
-
-def _fit_predictor(moments: np.ndarray, count: int) -> np.ndarray:
+def fit_predictor(moments: np.ndarray, count: int) -> np.ndarray:
     """L, float64 that holds integers with 16 fractional bits, from the summed x^T x of `count` vectors of levels, int64.
 
     What lies off the diagonal counts less the fewer vectors there were.
     """
     elements = len(moments)
     doubt = min(max((1 << 16) // 40, (1 << 15) * elements // count), (1 << 16) * 19 // 20)
-    matrix = (moments << 12) // count
-    diagonal = np.diagonal(matrix).copy()
-    matrix = matrix * ((1 << 16) - doubt) >> 16
-    np.fill_diagonal(matrix, diagonal)
+    matrix = (moments << 12) // count * ((1 << 16) - doubt * (1 - np.eye(elements, dtype=np.int64))) >> 16
     factor = np.zeros((elements, elements))
     for begin in range(0, elements, PREDICT_PANEL):
-        end = min(begin + PREDICT_PANEL, elements)
-        panel = matrix[begin:, begin:end].copy()
-        for j in range(end - begin):
-            below = np.clip((panel[j + 1 :, j] << 16) // max(int(panel[j, j]), 64), -(1 << 18), 1 << 18)
-            factor[begin + j + 1 :, begin + j] = below
-            panel[j + 1 :, j + 1 :] -= below[:, None] * panel[j + 1 : end - begin, j] >> 16
-        done = factor[end:, begin:end] @ panel[end - begin :].T.astype(np.float64)
+        panel = matrix[begin:, begin: begin + PREDICT_PANEL].copy()
+        width = panel.shape[1]
+        end = begin + width
+        for j in range(width):
+            below = np.clip((panel[j + 1:, j] << 16) // max(int(panel[j, j]), 64), -(1 << 18), 1 << 18)
+            factor[begin + j + 1:, begin + j] = below
+            panel[j + 1:, j + 1:] -= below[:, None] * panel[j + 1: width, j] >> 16
+        done = factor[end:, begin:end] @ panel[width:].T.astype(np.float64)
         matrix[end:, end:] -= np.floor(done / (1 << 16)).astype(np.int64)
     return factor
 
 
-def _fit_model(bank: Bank, known: _Predictor, model: np.void) -> tuple[np.ndarray, np.ndarray, list[int]]:
-    """Set the thresholds and frequencies of a model; contexts and symbols in coding order, 1-d, and the lengths of the steps."""
-    steps, coded = [], []
-    for step in _steps(bank, known):
-        steps.append(step)
-        coded.append((bank.vectors[step.where] * step.signs - step.offsets).astype(np.uint8).ravel())  # modulo 256
-    symbols, features = np.concatenate(coded), np.concatenate([step.features.ravel() for step in steps])
+def fit_model(model: np.void, symbols: np.ndarray, kinds: np.ndarray, features: np.ndarray) -> np.ndarray:
+    """Set the thresholds and frequencies of a model for these symbols, 1-d like their kinds and features; their contexts."""
 
     def fit(spreads: int) -> tuple[float, np.ndarray, np.ndarray, np.ndarray]:
-        """Bits with so many spreads, those of the tables roughly; thresholds; contexts; counts (contexts, 256)."""
+        """Bits with so many spreads, and about 6 for each root in the tables; thresholds; contexts; counts (contexts, 256)."""
         model["thresholds"] = (1 << 16) - 1
         model["thresholds"][: spreads - 1] = np.quantile(features, np.arange(1, spreads) / spreads, method="higher")
-        contexts = np.concatenate([_contexts(model, step) for step in steps])
+        contexts = coder_contexts(model, kinds, features)
         counts = np.bincount(contexts * 256 + symbols, minlength=model["roots"].size).reshape(-1, 256)
-        return entropy_bits(counts) + RANS_ROOT_BITS * np.count_nonzero(counts), model["thresholds"].copy(), contexts, counts
+        return entropy_bits(counts) + 6 * np.count_nonzero(counts), model["thresholds"].copy(), contexts, counts
 
-    choices = (1, 2, 4, RANS_SPREADS) if symbols.size < RANS_FEW_SYMBOLS else (RANS_SPREADS,)
+    choices = (1, 2, 4, RANS_SPREADS) if symbols.size < 1 << 20 else (RANS_SPREADS,)  # tables weigh in small banks alone
     _, model["thresholds"], contexts, counts = min(map(fit, choices), key=lambda found: found[0])
     roots = np.rint(255 * np.sqrt(counts / np.maximum(counts.max(1, keepdims=True), 1)))
     model["roots"] = np.where(counts > 0, np.maximum(roots, 1), 0).reshape(model["roots"].shape)
-    return contexts, symbols, [step.signs.size for step in steps]
+    return contexts
 
 
 def entropy_bits(counts: np.ndarray) -> float:
@@ -3265,31 +3173,26 @@ def entropy_bits(counts: np.ndarray) -> float:
     return float(-(counts * np.log2(np.where(counts > 0, share, 1.0))).sum())
 
 
-def _rans_encode(slots: list[tuple[np.ndarray, np.ndarray, list[int]]], lane_count: int) -> list[bytes]:
-    """[states, words of each bank] for banks of (frequencies, starts, lengths of the steps); last symbol first."""
-    state = np.full(lane_count, RANS_LOW, np.uint64)
-    streams: list[bytes] = []
-    for frequencies, starts, lengths in reversed(slots):
-        words: list[np.ndarray] = []
-        end = len(frequencies)
-        for length in reversed(lengths):
-            for begin in range(end - length + (length - 1) // lane_count * lane_count, end - length - 1, -lane_count):
-                stop = min(begin + lane_count, end)
-                frequency = frequencies[begin:stop].astype(np.uint64)
+def rans_encode(slots: list[tuple[list[np.ndarray], list[np.ndarray]]], lane_count: int) -> list[bytes]:
+    """[states, words of each bank] for the frequencies and starts of each bank's steps; last symbol first."""
+    state, streams = np.full(lane_count, RANS_LOW, np.uint64), []
+    for steps in reversed(slots):
+        words = []
+        for frequencies, starts in reversed(list(zip(*steps))):
+            for begin in reversed(range(0, len(frequencies), lane_count)):
+                frequency = frequencies[begin: begin + lane_count].astype(np.uint64)
                 lanes = state[: len(frequency)]
                 full = lanes >= frequency << np.uint64(32 - RANS_BITS)
                 words.append(lanes[full].astype("<u2"))
                 lanes[full] >>= np.uint64(16)
                 quotient = lanes // frequency
-                lanes += quotient * (np.uint64(1 << RANS_BITS) - frequency)
-                lanes += starts[begin:stop]
-            end -= length
+                lanes += quotient * (np.uint64(1 << RANS_BITS) - frequency) + starts[begin: begin + lane_count]
         streams.append(b"".join(word.tobytes() for word in reversed(words)))
     return [state.astype("<u4").tobytes(), *reversed(streams)]
 
 
-class _RansDecoder:
-    """Reads what _rans_encode wrote; the caller gives the same tables and contexts in the same order."""
+class RansDecoder:
+    """Reads what rans_encode wrote; the caller gives the same tables and contexts in the same order."""
 
     def __init__(self, states: bytes, words: bytes, lane_count: int) -> None:
         if len(states) != 4 * lane_count or len(words) % 2:
@@ -3298,28 +3201,26 @@ class _RansDecoder:
         self.words = np.frombuffer(words, "<u2").astype(np.uint32)
         self.position = 0
 
-    def load(self, frequencies: np.ndarray) -> None:
-        """Take (contexts, 256) tables, each row adding up to 2**RANS_BITS."""
+    def load(self, frequencies: np.ndarray, starts: np.ndarray) -> None:
+        """Take the tables of coder_tables."""
         if (frequencies < 0).any():
             raise ArtifactError("the artifact's coder tables are impossible")
         self.symbol_of_slot = np.repeat(np.tile(np.arange(256, dtype=np.uint8), len(frequencies)), frequencies.ravel())
-        self.frequency = frequencies.astype(np.uint32).ravel()
-        self.start = (np.cumsum(frequencies, 1) - frequencies).astype(np.uint32).ravel()
+        self.frequency, self.start = (table.astype(np.uint32).ravel() for table in (frequencies, starts))
 
     def symbols(self, context: np.ndarray) -> np.ndarray:
         """The next symbols, uint8 (n,), given the context of each."""
-        result = np.empty(len(context), np.uint8)
-        lane_count = len(self.state)
+        result, lane_count = np.empty(len(context), np.uint8), len(self.state)
         for begin in range(0, len(context), lane_count):
-            chunk = context[begin : begin + lane_count]
+            chunk = context[begin: begin + lane_count]
             lanes = self.state[: len(chunk)]
             slot = lanes & np.uint32((1 << RANS_BITS) - 1)
             symbol = self.symbol_of_slot[(chunk << RANS_BITS) + slot]
-            result[begin : begin + lane_count] = symbol
+            result[begin: begin + lane_count] = symbol
             entry = chunk * 256 + symbol
             lanes[:] = self.frequency[entry] * (lanes >> np.uint32(RANS_BITS)) + slot - self.start[entry]
             empty = np.flatnonzero(lanes < RANS_LOW)
-            fresh = self.words[self.position : self.position + len(empty)]
+            fresh = self.words[self.position: self.position + len(empty)]
             if len(fresh) < len(empty):
                 raise ArtifactError("the artifact's coder words end too early")
             self.position += len(empty)
