@@ -3427,15 +3427,24 @@ class Score(NamedTuple):
     """What scoring some targets gave, and how long it took."""
 
     nats: float
-    tokens: int
     num_bytes: int
     time_ms: float
     losses: np.ndarray  # (targets of the validation set,) float32; NaN where another rank scored
 
+    @classmethod
+    def of_ranks(cls, run: Run, val: ValData, began: float, losses: np.ndarray, sums: np.ndarray, scored: int) -> Score:
+        """Of all that was scored since `began`, each rank's `scored` targets. A collective.
+
+        `sums` (batches or documents,) float64 are those of `losses`, 0 where another rank scored: so the total does not depend on the ranks.
+        """
+        by_rank, counts = zip(*run.ranks.gather((sums, scored)))
+        assert sum(counts) == len(losses), "every target is scored exactly once"
+        return cls(float(np.sum(by_rank, axis=0).sum()), val.num_bytes, since_ms(began), losses)
+
     @property
     def val_loss(self) -> float:
         """Nats a token."""
-        return self.nats / max(self.tokens, 1)
+        return self.nats / max(len(self.losses), 1)
 
     @property
     def val_bpb(self) -> float:
@@ -3444,7 +3453,7 @@ class Score(NamedTuple):
 
     def report(self, log: Log, name: str) -> Score:
         """One line; ValueError if the score is no number."""
-        log.record("eval", name=name, val_loss=f"{self.val_loss:.8f}", val_bpb=f"{self.val_bpb:.8f}", tokens=self.tokens,
+        log.record("eval", name=name, val_loss=f"{self.val_loss:.8f}", val_bpb=f"{self.val_bpb:.8f}", tokens=len(self.losses),
                    bytes=self.num_bytes, time_ms=int(self.time_ms))
         if not math.isfinite(self.nats):
             raise ValueError(f"the score {name} is not finite: the weights or their adaptation diverged; lower the learning rates "
@@ -3452,59 +3461,50 @@ class Score(NamedTuple):
         return self
 
 
-def pack_segments(starts: np.ndarray, total: int, limit: int) -> list[tuple[int, int]]:
-    """Runs [first, last) of consecutive segments, each of up to `limit` tokens in sum; no segment is longer than that."""
-    ends = np.append(starts[1:], total)
-    runs, first = [], 0
-    while first < len(starts):
-        last = int(np.searchsorted(ends, starts[first] + limit, side="right"))
-        assert last > first, "a segment fits a batch"
-        runs.append((first, last))
-        first = last
-    return runs
+def pack_segments(lengths: np.ndarray, limit: int) -> list[range]:
+    """Consecutive segments of these lengths in batches of up to `limit` tokens; no segment is longer than that."""
+    bounds, cuts = np.append(0, np.cumsum(lengths)), [0]
+    while cuts[-1] < len(lengths):
+        cuts.append(int(np.searchsorted(bounds, bounds[cuts[-1]] + limit, side="right")) - 1)
+        assert cuts[-1] > cuts[-2], "a segment fits a batch"
+    return [range(first, last) for first, last in itertools.pairwise(cuts)]
 
 
-def evaluation_batch(run: Run, val: ValData, starts: np.ndarray) -> Batch:
-    """The batch of the consecutive segments that begin at `starts` (its last entry is where they end).
+def segment_batch(run: Run, entries: np.ndarray, starts: np.ndarray, lengths: np.ndarray, size: int) -> Batch:
+    """The batch of the segments of `entries` (N,) at `starts`, in that order; each target is the entry behind its token.
 
-    Under torch.compile it is filled up to the fixed size with segments that nobody scores, so that one graph serves all.
+    Under torch.compile it is filled up to `size` tokens with segments that nobody scores, so that few graphs serve all.
     """
-    cfg, begin, end = run.cfg, int(starts[0]), int(starts[-1])
-    tokens, targets, local = val.tokens[begin:end], val.tokens[begin + 1: end + 1], starts[:-1] - begin
+    local, count = np.cumsum(lengths) - lengths, int(lengths.sum())
+    at = np.arange(count) + np.repeat(starts - local, lengths)
+    tokens, targets = entries[at], entries[at + 1]
     if run.compile:
-        size = cfg.val_batch_tokens // 8
-        local = np.append(local, np.arange(end - begin, size, cfg.eval_seq_len))
-        tokens, targets = (np.pad(a, (0, size - len(a))) for a in (tokens, targets))
-    return make_batch(tokens, targets, local, cfg.eval_seq_len, run.device)
+        local = np.append(local, np.arange(count, size, run.cfg.eval_seq_len))
+        tokens, targets = (np.pad(a, (0, size - count)) for a in (tokens, targets))
+    return make_batch(tokens, targets, local, run.cfg.eval_seq_len, run.device)
 
 
 @torch.no_grad()
 def evaluate(run: Run, model: GPT, val: ValData, name: str, depth: int) -> Score:
     """Score every target of the validation set once at `depth` and log it under `name`."""
-    cfg, ranks, began = run.cfg, run.ranks, time.perf_counter()
+    cfg, ranks, began, count = run.cfg, run.ranks, time.perf_counter(), len(val.tokens) - 1
     forward, schedule, progress = compiled(run, model), loop_schedule(cfg, depth), Progress(run.log)
-    count = len(val.tokens) - 1
     starts = segment_starts(val.tokens[:-1], count, cfg.eval_seq_len)
-    runs = pack_segments(starts, count, cfg.val_batch_tokens // 8)
-    bounds = np.append(starts, count)
-    losses = np.full(count, np.nan, dtype=np.float32)
-    sums = np.zeros(len(runs))
-    scored = 0
-    for first_of_round in range(0, len(runs), ranks.world):
+    lengths, size = np.diff(starts, append=count), cfg.val_batch_tokens // 8
+    batches = pack_segments(lengths, size)
+    losses, sums, scored = np.full(count, np.nan, dtype=np.float32), np.zeros(len(batches)), 0
+    for first_of_round in range(0, len(batches), ranks.world):
         run.check_stop()
         i = first_of_round + ranks.rank
-        if i >= len(runs):
+        if i >= len(batches):
             continue
-        first, last = runs[i]
-        begin, end = int(bounds[first]), int(bounds[last])
-        part = forward(evaluation_batch(run, val, bounds[first: last + 1]), schedule)[: end - begin].float().cpu().numpy()
-        losses[begin:end] = part
+        begin, tokens = int(starts[batches[i].start]), int(lengths[batches[i]].sum())
+        part = forward(segment_batch(run, val.tokens, starts[batches[i]], lengths[batches[i]], size), schedule)[:tokens].float().cpu().numpy()
+        losses[begin: begin + tokens] = part
         sums[i] = part.sum(dtype=np.float64)
-        scored += end - begin
-        progress(f"eval_{name}", i + 1, len(runs))
-    gathered = ranks.gather((sums, scored))
-    assert sum(n for _, n in gathered) == count, "every target is scored exactly once"
-    return Score(float(sum(s for s, _ in gathered).sum()), count, val.num_bytes, since_ms(began), losses).report(run.log, name)
+        scored += tokens
+        progress(f"eval_{name}", i + 1, len(batches))
+    return Score.of_ranks(run, val, began, losses, sums, scored).report(run.log, name)
 
 
 # ======================================================================================================================
@@ -4087,21 +4087,15 @@ class TTTScorer:
 def sgd_batches(run: Run, entries: np.ndarray) -> Iterator[tuple[Batch, int]]:
     """This rank's share of a chunk of text, `entries` with one token more than the chunk: batches, and how many of their tokens count.
 
-    Sequences start at documents and every EVAL_SEQ_LEN tokens within one. Under torch.compile a batch is filled up a little with a
-    sequence that does not count.
+    Sequences start at documents and every EVAL_SEQ_LEN tokens within one.
     """
-    cfg, tokens, targets = run.cfg, entries[:-1], entries[1:]
-    starts = segment_starts(tokens, len(tokens), cfg.eval_seq_len)
-    sizes, limit = np.diff(starts, append=len(tokens)), cfg.global_ttt_batch_seqs * cfg.eval_seq_len
-    own = np.array(deal(sizes, run.ranks.world)[run.ranks.rank], dtype=np.int64)
-    forward_of = (np.cumsum(sizes[own]) - 1) // limit
-    for part in np.unique(forward_of):
-        chosen = own[forward_of == part]
-        index = np.concatenate([np.arange(starts[s], starts[s] + sizes[s]) for s in chosen])
-        local, count = np.cumsum(sizes[chosen]) - sizes[chosen], len(index)
-        if run.compile:
-            index, local = np.append(index, np.zeros(256 - count % 256, np.int64)), np.append(local, count)
-        yield make_batch(tokens[index], targets[index], local, max(cfg.eval_seq_len, 256), run.device), count
+    cfg, count = run.cfg, len(entries) - 1
+    starts = segment_starts(entries[:-1], count, cfg.eval_seq_len)
+    lengths = np.diff(starts, append=count)
+    own = np.array(deal(lengths, run.ranks.world)[run.ranks.rank], dtype=np.int64)
+    for part in pack_segments(lengths[own], cfg.global_ttt_batch_seqs * cfg.eval_seq_len):
+        count = int(lengths[own[part]].sum())
+        yield segment_batch(run, entries, starts[own[part]], lengths[own[part]], count + 256 - count % 256), count
 
 
 class GlobalSGD:
@@ -4240,21 +4234,20 @@ def score_with_ttt(run: Run, model: GPT, val: ValData) -> Score:
     if run.cfg.ngram_tilt_enabled:
         take_hints(run, documents)
     losses = np.full(len(val.tokens) - 1, np.nan, np.float32)
-    nats = np.zeros(len(documents))  # float64, by place in the scoring order; a document is scored on one rank
+    nats, scored = np.zeros(len(documents)), 0  # float64, by place in the scoring order
     for phase, plan in enumerate(plans):
         for index in plan.ranks[ranks.rank]:
             members = plan.batches[index]
             for document, part in zip(members, scorer.score(documents, members, index in plan.warm)):
                 nats[document] = part.sum(dtype=np.float64)
                 losses[documents.starts[document]:][: len(part)] = part
+                scored += len(part)
             progress.add(phase, members, float(nats[members.start: members.stop].sum()))
         if plan.learns:
             text = np.concatenate([documents.text(d) for d in plan.learns])
             progress.learned(sgd.learn(text, f"{phase + 1}/{len(plans) - 1}"))
-    total = np.sum(ranks.gather(nats), axis=0)
-    assert int(documents.lengths.sum()) == len(losses), "every target belongs to one document"
-    score = Score(float(total.sum()), len(losses), val.num_bytes, since_ms(began), losses)
-    scorer.report_work(score.tokens)
+    score = Score.of_ranks(run, val, began, losses, nats, scored)
+    scorer.report_work(len(losses))
     return score.report(run.log, "quantized_ttt")
 
 
