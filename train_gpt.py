@@ -3433,9 +3433,9 @@ class Score(NamedTuple):
 
     @classmethod
     def of_ranks(cls, run: Run, val: ValData, began: float, losses: np.ndarray, sums: np.ndarray, scored: int) -> Score:
-        """Of all that was scored since `began`, each rank's `scored` targets. A collective.
+        """Of what all ranks have scored since `began`, this one `scored` targets. A collective.
 
-        `sums` (batches or documents,) float64 are those of `losses`, 0 where another rank scored: so the total does not depend on the ranks.
+        `sums` (batches or documents,) float64 are those of `losses`, 0 where another rank scored: so ranks do not change the total.
         """
         by_rank, counts = zip(*run.ranks.gather((sums, scored)))
         assert sum(counts) == len(losses), "every target is scored exactly once"
@@ -3499,7 +3499,8 @@ def evaluate(run: Run, model: GPT, val: ValData, name: str, depth: int) -> Score
         if i >= len(batches):
             continue
         begin, tokens = int(starts[batches[i].start]), int(lengths[batches[i]].sum())
-        part = forward(segment_batch(run, val.tokens, starts[batches[i]], lengths[batches[i]], size), schedule)[:tokens].float().cpu().numpy()
+        batch = segment_batch(run, val.tokens, starts[batches[i]], lengths[batches[i]], size)
+        part = forward(batch, schedule)[:tokens].float().cpu().numpy()
         losses[begin: begin + tokens] = part
         sums[i] = part.sum(dtype=np.float64)
         scored += tokens
@@ -3552,19 +3553,20 @@ def chunk_bounds(cfg: Config, length: int) -> list[int]:
     return bounds
 
 
-def adapter_shapes(cfg: Config) -> dict[str, tuple[str, int, int]]:
-    """Adapters by name: the site that they add to, the width in and the width out."""
-    d, k = cfg.model_dim, cfg.kv_dim
-    shapes = {"head": ("head", d, cfg.vocab_size), "k": ("attn_in", d, k), "mlp": ("mlp_bypass", d, d), "attn": ("attn_bypass", d, d),
-              "q": ("attn_in", d, d), "v": ("attn_in", d, k)}
-    enabled = {"k": cfg.ttt_k_lora, "mlp": cfg.ttt_mlp_lora, "attn": cfg.ttt_o_lora, "q": cfg.ttt_q_lora, "v": cfg.ttt_v_lora}
-    return {name: shape for name, shape in shapes.items() if enabled.get(name, True)}
+def adapter_shapes(cfg: Config) -> dict[str, tuple[int, int]]:
+    """Adapters by name, in the order in which they are drawn: their visits and the width out; the width in is MODEL_DIM.
+
+    q, k and v add to their parts of the site attn_in, the others to the site or bypass of their name.
+    """
+    visits, d, k = loop_schedule(cfg, cfg.eval_loop_depth).visits, cfg.model_dim, cfg.kv_dim
+    table = [("head", 1, cfg.vocab_size, True), ("k", visits, k, cfg.ttt_k_lora), ("mlp", visits, d, cfg.ttt_mlp_lora),
+             ("attn", visits, d, cfg.ttt_o_lora), ("q", visits, d, cfg.ttt_q_lora), ("v", visits, k, cfg.ttt_v_lora)]
+    return {name: (visits, out) for name, visits, out, enabled in table if enabled}
 
 
 def adapter_values(cfg: Config) -> int:
     """Values of one document's adapters."""
-    visits = loop_schedule(cfg, cfg.eval_loop_depth).visits
-    return sum(cfg.ttt_lora_rank * (i + o) * (1 if name == "head" else visits) for name, (_, i, o) in adapter_shapes(cfg).items())
+    return sum(visits * cfg.ttt_lora_rank * (cfg.model_dim + out) for visits, out in adapter_shapes(cfg).values())
 
 
 def chunk_seconds(cfg: Config, bounds: np.ndarray, live: np.ndarray) -> np.ndarray:
@@ -3678,22 +3680,21 @@ class Adapters:
     out, rank) starts at 0. A document that has ended is left out by taking fewer of the first axis.
     """
 
-    def __init__(self, run: Run, schedule: Schedule, documents: int) -> None:
-        cfg, self.documents, self.initial = run.cfg, documents, {}
-        self.shapes, self.parts = adapter_shapes(cfg), attn_in_parts(cfg)
+    def __init__(self, run: Run, documents: int) -> None:
+        cfg, device = run.cfg, run.device
+        self.cfg, self.documents, self.shapes, self.parts = cfg, documents, adapter_shapes(cfg), attn_in_parts(cfg)
         self.scale = cfg.ttt_lora_alpha / cfg.ttt_lora_rank if cfg.ttt_lora_alpha else 1.0
-        generator = torch.Generator().manual_seed(cfg.seed)
+        self.initial: dict[str, Tensor] = {}
         self.values: dict[str, Tensor] = {}
-        for name, (_, i, o) in self.shapes.items():
-            visits = 1 if name == "head" else schedule.visits
-            draw = torch.rand(visits, 1, cfg.ttt_lora_rank, i, generator=generator) * 2 - 1
-            self.initial[name] = (draw / math.sqrt(i)).transpose(0, 1).to(run.device)
-            self.values[f"a.{name}"] = torch.empty(documents, visits, cfg.ttt_lora_rank, i, device=run.device)
-            self.values[f"b.{name}"] = torch.empty(documents, visits, o, cfg.ttt_lora_rank, device=run.device)
+        generator = torch.Generator().manual_seed(cfg.seed)
+        for name, (visits, out) in self.shapes.items():
+            draw = torch.rand(visits, 1, cfg.ttt_lora_rank, cfg.model_dim, generator=generator) * 2 - 1
+            self.initial[name] = (draw / math.sqrt(cfg.model_dim)).transpose(0, 1).to(device)
+            self.values[f"a.{name}"] = torch.empty(documents, visits, cfg.ttt_lora_rank, cfg.model_dim, device=device)
+            self.values[f"b.{name}"] = torch.empty(documents, visits, out, cfg.ttt_lora_rank, device=device)
         self.first, self.second = ({name: torch.empty_like(t) for name, t in self.values.items()} for _ in range(2))
-        self.steps = {name: torch.zeros((), device=run.device) for name in self.values}
-        self.cfg, self.updates, self.lr = cfg, torch.zeros((), device=run.device), torch.tensor(cfg.ttt_lora_lr, device=run.device)
-        self.capturable = run.device.type == "cuda"
+        self.steps = {name: torch.zeros((), device=device) for name in self.values}  # all the same: AdamW counts for each
+        self.lr = torch.tensor(cfg.ttt_lora_lr, device=device)
 
     @torch.no_grad()
     def reset(self, warm: bool = False) -> None:
@@ -3702,7 +3703,7 @@ class Adapters:
             if not warm:
                 self.values[f"a.{name}"].copy_(initial.expand_as(self.values[f"a.{name}"]))
             self.values[f"b.{name}"].zero_()
-        for tensor in (*self.first.values(), *self.second.values(), *self.steps.values(), self.updates):
+        for tensor in (*self.first.values(), *self.second.values(), *self.steps.values()):
             tensor.zero_()
 
     def live(self, documents: int) -> dict[str, Tensor]:
@@ -3712,35 +3713,35 @@ class Adapters:
     def bind(self, live: dict[str, Tensor]) -> Linear:
         """`linear` for one forward: each visit's slice is taken here, once, so that its gradient is gathered once."""
         by_visit = {name: tensor.unbind(1) for name, tensor in live.items()}
-        names, parts, scale = {name: site for name, (site, _, _) in self.shapes.items()}, self.parts, self.scale
 
-        def delta(name: str, visit: int, x: Tensor) -> Tensor:
+        def adapted(name: str, visit: int, x: Tensor, y: Tensor | None) -> Tensor | None:
+            """y (..., out) with the adapter's term, if there is one of this name."""
+            if name not in self.shapes:
+                return y
             a, b = by_visit[f"a.{name}"][visit].to(x.dtype), by_visit[f"b.{name}"][visit].to(x.dtype)
             delta = (x.unflatten(0, (a.size(0), -1)) @ a.mT @ b.mT).flatten(0, 1)
-            return delta if scale == 1 else scale * delta
+            delta = delta if self.scale == 1 else self.scale * delta
+            return delta if y is None else y + delta
 
         def linear(site: Site, x: Tensor, w: Tensor | None) -> Tensor | None:
             y, (_, visit, place) = plain_linear(site, x, w), site
             if place == "attn_in":
-                cut = zip(parts, y.split(list(parts.values()), dim=-1))
-                return torch.cat([part + delta(name, visit, x) if name in names else part for name, part in cut], dim=-1)
-            here = [delta(name, visit, x) for name in names if names[name] == place]
-            return sum(here, start=y) if y is not None and here else here[0] if here else y
+                return torch.cat([adapted(name, visit, x, part) for name, part in zip(self.parts, y.split([*self.parts.values()], -1))], -1)
+            return adapted(place.removesuffix("_bypass"), visit, x, y)
 
         return linear
 
     @torch.no_grad()
     def learn(self, loss: Tensor, live: dict[str, Tensor]) -> None:
         """One AdamW step on `loss`. The gradients are never accumulated: a captured graph writes them anew each time."""
-        cfg, count = self.cfg, next(iter(live.values())).size(0)
+        cfg, count, steps = self.cfg, next(iter(live.values())).size(0), [self.steps[name] for name in live]
         grads = [grad.contiguous() for grad in torch.autograd.grad(loss, list(live.values()))]  # the compiler's may have other strides
         if cfg.ttt_lora_lr_power:
-            self.updates += 1
-            self.lr.copy_(cfg.ttt_lora_lr * self.updates**cfg.ttt_lora_lr_power)
+            self.lr.copy_(cfg.ttt_lora_lr * (steps[0] + 1) ** cfg.ttt_lora_lr_power)
         fused_adamw(
             [t.detach() for t in live.values()], grads, [self.first[n][:count] for n in live], [self.second[n][:count] for n in live], [],
-            [self.steps[n] for n in live], fused=True, capturable=self.capturable, amsgrad=False, maximize=False, beta1=cfg.ttt_beta1,
-            beta2=cfg.ttt_beta2, lr=self.lr if cfg.ttt_lora_lr_power else cfg.ttt_lora_lr, weight_decay=cfg.ttt_weight_decay, eps=1e-10)
+            steps, fused=True, capturable=self.lr.is_cuda, amsgrad=False, maximize=False, beta1=cfg.ttt_beta1, beta2=cfg.ttt_beta2,
+            lr=self.lr if cfg.ttt_lora_lr_power else cfg.ttt_lora_lr, weight_decay=cfg.ttt_weight_decay, eps=1e-10)
         if cfg.ttt_warm_start_a and count < self.documents:  # an A that will be taken over decays until its whole batch has ended
             torch._foreach_mul_([self.values[f"a.{name}"][count:] for name in self.shapes], 1 - self.lr * cfg.ttt_weight_decay)
 
@@ -3755,7 +3756,7 @@ class Documents:
         order = np.argsort(-(ends - starts), kind="stable")
         self.starts, self.lengths = starts[order], (ends - starts)[order]
         self.byte_sums = np.add.reduceat(np.append(val.byte_counts[1:], 0).astype(np.int64), starts)[order]
-        self.hints: tuple[np.ndarray, np.ndarray] | None = None  # (N,) by entry: a token, -1 where there is none, and its beta, then 0
+        self.hints: tuple[np.ndarray, np.ndarray] | None = None  # (N,) of the entry behind: a token, -1 for none, and its beta
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -3842,31 +3843,29 @@ class Chunk(NamedTuple):
 
     def tensors(self) -> list[Tensor]:
         """All that a captured step reads."""
-        return [t for t in (*self.batch[:5], self.rows, self.weights, self.hints, self.betas) if t is not None]
+        return [t for t in (*self.batch[:5], *self[1:]) if t is not None]
 
 
-def make_chunk(run: Run, documents: Documents, members: range, begin: int, end: int) -> Chunk:
-    """The chunk from position `begin` to `end` of `members`, which may run over the documents' number: those are empty."""
-    cfg, cached, count = run.cfg, run.cfg.ttt_context == "cache", len(members)
-    starts, lengths = np.zeros((2, count), np.int64)
-    known = members.stop - members.start - max(0, members.stop - len(documents))
-    starts[:known], lengths[:known] = (a[members.start: members.start + known] for a in (documents.starts, documents.lengths))
-    stops = np.minimum(end, lengths)
-    firsts = np.full(count, begin) if cached else np.maximum(0, stops - cfg.ttt_eval_seq_len)
-    width = end - begin if cached else max(int((stops - firsts).max()), end - begin if run.compile else 1)
-    place, chunk = firsts[:, None] + np.arange(width), begin + np.arange(end - begin)
-    at = np.where(place < stops[:, None], starts[:, None] + place, 0)
-    tokens, targets = (np.where(place < stops[:, None], documents.tokens[at + shift], 0).ravel() for shift in (0, 1))
-    before = documents.tokens[np.where(begin < lengths, starts + begin - 1, 0)].astype(np.int64) if cached and begin else None
-    batch = make_batch(tokens, targets, np.arange(count) * width, width, run.device, begin if cached else 0, before)
-    weights = ((chunk < stops[:, None]) & (end < lengths)[:, None]) / np.float32(end - begin)
-    rows = np.arange(count)[:, None] * width + np.clip(chunk - firsts[:, None], 0, width - 1)
-    hints = []
-    if documents.hints is not None:
-        entries = np.where(chunk < stops[:, None], starts[:, None] + 1 + chunk, 0).ravel()  # the first entry is nobody's target
-        hints = [to_device(values[entries], run.device) for values in documents.hints]
-    scored = None if cached else to_device(rows.ravel(), run.device)
-    return Chunk(batch, scored, to_device(weights.astype(np.float32).ravel(), run.device), *hints)
+def make_chunk(run: Run, documents: Documents, starts: np.ndarray, lengths: np.ndarray, begin: int, end: int) -> Chunk:
+    """The chunk from position `begin` to `end` of documents with these starts and lengths; a length of 0 makes an empty row."""
+    cfg, cached, size = run.cfg, run.cfg.ttt_context == "cache", end - begin
+    starts, stops = starts[:, None], np.minimum(end, lengths)[:, None]
+    firsts = np.full_like(stops, begin) if cached else np.maximum(0, stops - cfg.ttt_eval_seq_len)
+    width = size if cached else max(int((stops - firsts).max()), size if run.compile else 1)
+    chunk = np.arange(begin, end)
+
+    def entries(places: np.ndarray) -> np.ndarray:
+        """Where these places of every document are in the data; those behind its end are filled up with the first entry."""
+        return np.where(places < stops, starts + places, 0).ravel()
+
+    seen, scored = entries(firsts + np.arange(width)), entries(chunk)
+    before = documents.tokens[entries(np.array([begin - 1]))] if cached and begin else None
+    batch = make_batch(documents.tokens[seen], documents.tokens[seen + 1], np.arange(len(starts)) * width, width, run.device,
+                       begin if cached else 0, before)
+    rows = np.arange(len(starts))[:, None] * width + np.clip(chunk - firsts, 0, width - 1)
+    weights = np.repeat((end < lengths) / np.float32(size), size)
+    hints = [to_device(values[scored], run.device) for values in documents.hints or ()]
+    return Chunk(batch, None if cached else to_device(rows.ravel(), run.device), to_device(weights, run.device), *hints)
 
 
 class KVCache:
@@ -3876,13 +3875,12 @@ class KVCache:
     sees at most, itself included. Where the current chunk begins is a tensor, so that a captured graph can advance it.
     """
 
-    def __init__(self, run: Run, schedule: Schedule, documents: int, places: int) -> None:
-        cfg = run.cfg
-        assert all(places % size == 0 for size in cfg.chunk_sizes), "a chunk never runs across the end of the ring"
-        shape = (schedule.visits, documents, cfg.num_kv_heads, places, cfg.head_dim)
+    def __init__(self, run: Run, documents: int) -> None:
+        cfg, largest = run.cfg, run.cfg.chunk_sizes[-1]
+        self.places = -(-cfg.ttt_eval_seq_len // largest) * largest
+        shape = (loop_schedule(cfg, cfg.eval_loop_depth).visits, documents, cfg.num_kv_heads, self.places, cfg.head_dim)
         self.keys, self.values = (torch.zeros(shape, dtype=run.dtype, device=run.device) for _ in range(2))
         self.begin = torch.zeros((), dtype=torch.int64, device=run.device)
-        self.places = places
 
     def bind(self, documents: int, size: int, seen: int, made: list[tuple[Tensor, Tensor]]) -> Attend:
         """`attend` for one forward: a chunk of `size` tokens looks at the first `seen` places and at itself.
@@ -3925,20 +3923,24 @@ class TTTScorer:
     """
 
     def __init__(self, run: Run, model: GPT) -> None:
-        self.run, self.schedule = run, loop_schedule(run.cfg, run.cfg.eval_loop_depth)
-        self.adapters: Adapters | None = None
-        self.cache: KVCache | None = None
+        schedule, documents = loop_schedule(run.cfg, run.cfg.eval_loop_depth), max(run.cfg.ttt_batch_size, 2)
+        self.run, self.adapters = run, Adapters(run, documents)
+        self.cache = KVCache(run, documents) if run.cfg.ttt_context == "cache" else None
+        self.captures = run.device.type == "cuda" and self.cache is not None
         self.captured: dict[tuple[int, int, int], tuple[torch.cuda.CUDAGraph, Chunk, Tensor]] = {}
-        self.captures = run.device.type == "cuda" and run.cfg.ttt_context == "cache"
+        # A step has the next of these numbers of documents (one alone the compiler would take for a constant) and of places in sight.
+        self.live_sizes: range | list[int] = range(2 if run.compile else 1, documents + 1)
+        self.seen_sizes: range | list[int] = range(self.cache.places + 1 if self.cache else 1)
+        if self.captures:
+            self.live_sizes = sorted({max(2, -(-documents // share)) for share in (1, 2, 4, 8)})
+            self.seen_sizes = sorted({min(256 << i, self.cache.places) for i in range(self.cache.places.bit_length())})
         self.steps = self.forwarded = 0  # steps, and tokens that went through the model
-        schedule = self.schedule
 
-        def losses_of(batch: Batch, adapters: Adapters, live: dict[str, Tensor], rows: Tensor | None, also: Tensor | None,
-                      cache: KVCache | None, seen: int) -> tuple[Tensor, list]:
+        def losses_of(batch: Batch, live: dict[str, Tensor], rows: Tensor | None, also: Tensor | None, seen: int) -> tuple[Tensor, list]:
             made: list[tuple[Tensor, Tensor]] = []
             documents = next(iter(live.values())).size(0)
-            attend = None if cache is None else cache.bind(documents, batch.max_seqlen, seen, made)
-            return model(batch, schedule, adapters.bind(live), attend, rows, also), made
+            attend = None if self.cache is None else self.cache.bind(documents, batch.max_seqlen, seen, made)
+            return model(batch, schedule, self.adapters.bind(live), attend, rows, also), made
 
         self.losses_of = compiled(run, losses_of, dynamic=True)
 
@@ -3947,49 +3949,24 @@ class TTTScorer:
 
         warm: A begins where the batch before, one of the same size, left it.
         """
-        lengths = documents.lengths[members.start: members.stop]
+        own, spare = slice(members.start, members.stop), self.adapters.documents - len(members)
+        starts, lengths = (np.pad(values[own], (0, spare)) for values in (documents.starts, documents.lengths))
         longest = int(lengths[0])
         bounds = chunk_bounds(self.run.cfg, longest)
-        self._make_room(len(members), longest)
         self.adapters.reset(warm)
         if self.cache is not None:
             self.cache.begin.zero_()
-        result = torch.zeros(self.adapters.documents, bounds[-1], device=self.run.device)
-        for begin, end in zip(bounds, bounds[1:]):
-            live = self._rounded(int((lengths > begin).sum()))
-            chunk = make_chunk(self.run, documents, range(members.start, members.start + live), begin, end)
+        result = torch.zeros(len(lengths), bounds[-1], device=self.run.device)
+        for begin, end in itertools.pairwise(bounds):
+            live = self.live_sizes[bisect.bisect_left(self.live_sizes, int((lengths > begin).sum()))]
+            chunk = make_chunk(self.run, documents, starts[:live], lengths[:live], begin, end)
             result[:live, begin:end] = self._step(chunk, live, begin, trains=end < longest).view(live, -1)
             self.steps, self.forwarded = self.steps + 1, self.forwarded + len(chunk.batch.tokens)
-        return [losses[:length] for length, losses in zip(lengths, result.cpu().numpy())]
-
-    def _make_room(self, count: int, longest: int) -> None:
-        """Adapters and cache for `count` documents, kept from batch to batch; on CUDA for TTT_BATCH_SIZE, once."""
-        cfg, cuda = self.run.cfg, self.run.device.type == "cuda"
-        count = max(cfg.ttt_batch_size, 2) if cuda else max(count, 2)
-        if self.adapters is None or self.adapters.documents < count:
-            self.adapters, self.cache = Adapters(self.run, self.schedule, count), None
-        if cfg.ttt_context == "cache":
-            largest, limit = cfg.chunk_sizes[-1], cfg.ttt_eval_seq_len
-            places = -(-(limit if cuda else min(longest, limit)) // largest) * largest
-            if self.cache is None or self.cache.places != places:
-                self.cache = KVCache(self.run, self.schedule, self.adapters.documents, places)
-
-    def _rounded(self, live: int) -> int:
-        """Documents in a step: those that have not ended; one more for a lone one where the compiler would take 1 for a constant;
-        where steps are captured, one of a few numbers."""
-        if self.captures:
-            sizes = [-(-self.adapters.documents // share) for share in (1, 2, 4, 8)]
-            return max(2, min(size for size in sizes if size >= live))
-        return max(live, 2) if self.run.compile else live
+        return [losses[:length] for length, losses in zip(lengths[: len(members)], result.cpu().numpy())]
 
     def _places_in_sight(self, begin: int) -> int:
-        """Places that a chunk from position `begin` on looks at: the filled ones, where captured rounded up to one of a few numbers."""
-        if self.cache is None:
-            return 0
-        filled = min(begin, self.cache.places)
-        if self.captures:
-            filled = 2 ** max(8, math.ceil(math.log2(max(filled, 1))))
-        return min(filled, self.cache.places)
+        """Places of the cache that a chunk from position `begin` on looks at: those that are filled, or a few more."""
+        return self.seen_sizes[bisect.bisect_left(self.seen_sizes, min(begin, self.seen_sizes[-1]))]
 
     def _step(self, chunk: Chunk, live: int, begin: int, trains: bool) -> Tensor:
         """The losses of a chunk, computed before the step on them; where captured they are overwritten by the next such step."""
@@ -4007,7 +3984,7 @@ class TTTScorer:
         leaves, hints = self.adapters.live(live), chunk.hints
         also = None if hints is None else hints.clamp_min(0)
         with torch.set_grad_enabled(trains):
-            forward = partial(self.losses_of, chunk.batch, self.adapters, leaves, chunk.rows, also, self.cache, seen)
+            forward = partial(self.losses_of, chunk.batch, leaves, chunk.rows, also, seen)
             losses, made = forward()
             scored = losses.detach().clone()
             for again in range(self.run.cfg.ttt_grad_steps if trains else 0):
@@ -4024,21 +4001,23 @@ class TTTScorer:
         """Compile and run everything on random tokens, and capture what will be replayed, before the clock."""
         if not self.run.compile:
             return
-        cfg, largest = self.run.cfg, self.run.cfg.chunk_sizes[-1]
-        longest = min(cfg.ttt_eval_seq_len, 640) + 3
-        documents = self._random_documents(np.linspace(longest, largest + 1, max(2, cfg.ttt_batch_size)).astype(int))
+        cfg, largest, count = self.run.cfg, self.run.cfg.chunk_sizes[-1], self.adapters.documents
+        self.adapters.reset()
         if self.run.device.type == "cuda" and not self.captures:
-            self._run_widest_step()
-        if self.captures:
-            self._make_room(cfg.ttt_batch_size, longest)
-            pool = torch.cuda.graph_pool_handle()
-            for live in sorted({self._rounded(n) for n in range(1, cfg.ttt_batch_size + 1)}):
-                for size in cfg.chunk_sizes:
-                    chunk = make_chunk(self.run, documents, range(live), 0, size)
-                    for seen in sorted({self._places_in_sight(begin) for begin in range(0, self.cache.places + 1, size)}):
-                        self.captured[live, size, seen] = self._capture(chunk, live, seen, pool)
+            # A full batch with whole windows comes before all others, which then take their memory out of its blocks. Windows grow from
+            # chunk to chunk: without this no block that the allocator kept would fit the next, and it would keep all.
+            begin, end = chunk_bounds(cfg, cfg.ttt_eval_seq_len)[-2:]
+            documents = self._random_documents(np.full(count, end + 1))
+            for _ in range(2):
+                self._step(make_chunk(self.run, documents, documents.starts, documents.lengths, begin, end), count, begin, trains=True)
+        documents = self._random_documents(np.linspace(min(cfg.ttt_eval_seq_len, 640) + 3, largest + 1, count).astype(int))
+        pool = torch.cuda.graph_pool_handle() if self.captures else None
+        for live, size in itertools.product(self.live_sizes, cfg.chunk_sizes) if self.captures else ():
+            chunk = make_chunk(self.run, documents, documents.starts[:live], documents.lengths[:live], 0, size)
+            for seen in sorted({self._places_in_sight(begin) for begin in range(0, self.cache.places + 1, size)}):
+                self.captured[live, size, seen] = self._capture(chunk, live, seen, pool)
         for _ in range(2):
-            self.score(documents, range(len(documents)))
+            self.score(documents, range(count))
         self.steps = self.forwarded = 0
 
     def _random_documents(self, lengths: np.ndarray) -> Documents:
@@ -4049,19 +4028,6 @@ class TTTScorer:
         documents = Documents(ValData(tokens, np.ones_like(tokens), len(lengths)))
         documents.hints = (tokens.astype(np.int64), np.ones(len(tokens), np.float32)) if cfg.ngram_tilt_enabled else None
         return documents
-
-    def _run_widest_step(self) -> None:
-        """A full batch with whole windows, before all others: they then take their memory out of its blocks.
-
-        Windows grow from chunk to chunk; without this no block that the allocator kept would fit the next, and it would keep all.
-        """
-        cfg, count = self.run.cfg, max(2, self.run.cfg.ttt_batch_size)
-        begin, end = chunk_bounds(cfg, cfg.ttt_eval_seq_len)[-2:]
-        documents = self._random_documents(np.full(count, end + 1))
-        self._make_room(count, end + 1)
-        self.adapters.reset()
-        for _ in range(2):
-            self._step(make_chunk(self.run, documents, range(count), begin, end), count, begin, trains=True)
 
     def _capture(self, chunk: Chunk, live: int, seen: int, pool: tuple[int, int]) -> tuple[torch.cuda.CUDAGraph, Chunk, Tensor]:
         """Record a step. What adapters and cache hold is lost: a reset comes next."""
@@ -4213,7 +4179,7 @@ def take_hints(run: Run, documents: Documents) -> None:
         found = [values[betas > 0] for values in (hints.at, hints.top, betas)]
     at, top, betas = run.ranks.agree(found)
     documents.hints = np.full(len(documents.tokens), -1), np.zeros(len(documents.tokens), np.float32)
-    documents.hints[0][at], documents.hints[1][at] = top, betas
+    documents.hints[0][at - 1], documents.hints[1][at - 1] = top, betas
     run.log.record("tilt", hints=len(at), targets=int(documents.lengths.sum()), time_ms=int(since_ms(began)))
 
 
