@@ -3540,7 +3540,7 @@ class PhasePlan(NamedTuple):
     batches: tuple[range, ...]  # neighbours in the scoring order, at most TTT_BATCH_SIZE
     ranks: tuple[tuple[int, ...], ...]  # for each rank, its batches in the order it runs them
     seconds: tuple[float, ...]  # reckoned, for each rank, with the constants above
-    learns: range  # whose text the global SGD learns from then, shortest first; empty after the last part
+    learns: range = range(0)  # whose text the global SGD learns from then, shortest first; empty after the last part
     warm: frozenset[int] = frozenset()  # batches that take over A from the one that their rank ran before
 
 
@@ -3578,40 +3578,37 @@ def chunk_seconds(cfg: Config, bounds: np.ndarray, live: np.ndarray) -> np.ndarr
     return cfg.ttt_grad_steps * (tokens / TTT_TOKENS_PER_SECOND + beside)
 
 
-def deal(costs: np.ndarray, hands: int) -> list[list[int]]:
-    """Indices of `costs` dealt to `hands`, the dearest first, each to whom has least; every hand in ascending order."""
-    held, sums = [[] for _ in range(hands)], np.zeros(hands)
+def batch_seconds(cfg: Config, lengths: np.ndarray) -> float:
+    """Reckoned seconds of a batch of documents of `lengths`, descending."""
+    bounds = np.array(chunk_bounds(cfg, int(lengths[0])))
+    return chunk_seconds(cfg, bounds, (lengths[:, None] > bounds[:-1]).sum(0)).sum()
+
+
+def deal(costs: np.ndarray, hands: int) -> np.ndarray:
+    """The hand that each of `costs` goes to, (n,): they are dealt the dearest first, each to whom has least."""
+    hand_of, sums = np.zeros(len(costs), np.int64), np.zeros(hands)
     for index in np.argsort(-costs, kind="stable"):
-        hand = int(sums.argmin())
-        held[hand].append(int(index))
-        sums[hand] += costs[index]
-    return [sorted(indices) for indices in held]
+        hand_of[index] = sums.argmin()
+        sums[hand_of[index]] += costs[index]
+    return hand_of
 
 
 def phase_ends(cfg: Config, count: int) -> list[tuple[int, int]]:
-    """(documents scored, documents learned from) at each pause for global SGD.
+    """(documents scored, documents learned from then) at each pause for global SGD, and at the end, where there is none.
 
     A pause comes with the first whole batch, cut from the short end, at which as many are scored as are learned from and left out.
     """
-    prefix, size = min(cfg.phased_ttt_prefix_docs, count) if cfg.phased_ttt_enabled else 0, cfg.ttt_batch_size
-    ends: dict[int, int] = {}
-    for phase in range(1, cfg.phased_ttt_num_phases + 1):
-        learned = prefix * phase // cfg.phased_ttt_num_phases
-        end = count - (count - learned - cfg.phased_ttt_leave_out) // size * size
-        if learned and 0 < end < count:
-            ends[end] = learned
-    return sorted(ends.items())
+    prefix, size, phases = min(cfg.phased_ttt_prefix_docs, count), cfg.ttt_batch_size, range(1, cfg.phased_ttt_num_phases + 1)
+    learned = [prefix * phase // len(phases) for phase in phases] if cfg.phased_ttt_enabled else []
+    ends = {count - (count - n - cfg.phased_ttt_leave_out) // size * size: n for n in learned if n}
+    return [*((end, n) for end, n in sorted(ends.items()) if end < count), (count, 0)]
 
 
 def plan_ttt(cfg: Config, lengths: np.ndarray, world: int) -> list[PhasePlan]:
     """The plan of test-time training for documents of `lengths`, descending, on `world` ranks: the same on every rank."""
-    ends, plans, begin = [*phase_ends(cfg, len(lengths)), (len(lengths), 0)], [], 0
-    if cfg.ttt_warm_start_a or cfg.ttt_short_chunks:
-        plan_part = partial(plan_lanes, cfg, lengths=lengths, world=world)
-    else:
-        plan_part = partial(plan_phase, cfg, **document_costs(cfg, lengths), world=world)
-    for end, learned in ends:
-        plans.append(plan_part(range(begin, end))._replace(learns=range(end - 1, end - 1 - learned, -1)))
+    plans, begin, plan_part = [], 0, plan_lanes if cfg.ttt_warm_start_a or cfg.ttt_short_chunks else plan_phase
+    for end, learned in phase_ends(cfg, len(lengths)):
+        plans.append(plan_part(cfg, range(begin, end), lengths, world)._replace(learns=range(end - 1, end - 1 - learned, -1)))
         begin = end
     return plans
 
@@ -3620,32 +3617,22 @@ def plan_lanes(cfg: Config, part: range, lengths: np.ndarray, world: int) -> Pha
     """Whole batches, cut from the short end, dealt to TTT_LANES lanes, and the lanes to the ranks."""
     cuts = [part.start, *range(part.stop, part.start, -cfg.ttt_batch_size)[::-1]]
     batches = [range(a, b) for a, b in itertools.pairwise(cuts)]
-    costs = []
-    for batch in batches:
-        bounds, members = np.array(chunk_bounds(cfg, int(lengths[batch.start]))), lengths[batch.start: batch.stop]
-        costs.append(chunk_seconds(cfg, bounds, (members[:, None] > bounds[:-1]).sum(0)).sum())
-    lanes = deal(np.array(costs), TTT_LANES)
-    ranks = deal(np.array([sum(costs[i] for i in lane) for lane in lanes]), world)
-    warm = [b for lane in lanes for a, b in itertools.pairwise(lane) if len(batches[a]) == len(batches[b])]
-    dealt = [[i for lane in hand for i in lanes[lane]] for hand in ranks]
-    return PhasePlan(part, tuple(batches), tuple(map(tuple, dealt)), tuple(float(sum(costs[i] for i in hand)) for hand in dealt),
-                     range(0), frozenset(warm if cfg.ttt_warm_start_a else ()))
+    costs = np.array([batch_seconds(cfg, lengths[batch]) for batch in batches])
+    lane_of = deal(costs, TTT_LANES)
+    rank_of = deal(np.bincount(lane_of, costs, TTT_LANES), world)[lane_of]
+    order = np.argsort(lane_of, kind="stable")
+    warm = [b for a, b in itertools.pairwise(order) if lane_of[a] == lane_of[b] and len(batches[a]) == len(batches[b])]
+    return PhasePlan(part, tuple(batches), tuple(tuple(order[rank_of[order] == rank].tolist()) for rank in range(world)),
+                     tuple(np.bincount(rank_of, costs, world).tolist()), warm=frozenset(warm if cfg.ttt_warm_start_a else ()))
 
 
-def document_costs(cfg: Config, lengths: np.ndarray) -> dict[str, list[float]]:
-    """What plan_phase needs of documents of `lengths`, descending."""
+def plan_phase(cfg: Config, part: range, lengths: np.ndarray, world: int) -> PhasePlan:
+    """The soonest end of several ways to cut: few batches share the steps' fixed costs, many take the longest documents apart."""
     bounds = np.array(chunk_bounds(cfg, int(lengths[0])))
-    alone = np.cumsum(chunk_seconds(cfg, bounds, np.ones(len(bounds) - 1)))
-    beside = np.cumsum(chunk_seconds(cfg, bounds, np.zeros(len(bounds) - 1)))
+    alone, none = (np.cumsum(chunk_seconds(cfg, bounds, np.full(len(bounds) - 1, live))) for live in (1, 0))
     last_chunk = np.searchsorted(bounds, lengths) - 1
-    return {"work": np.append(0.0, np.cumsum((alone - beside)[last_chunk])).tolist(), "beside": beside[last_chunk].tolist()}
-
-
-def plan_phase(cfg: Config, part: range, work: list[float], beside: list[float], world: int) -> PhasePlan:
-    """The soonest end of several ways to cut: few batches share the steps' fixed costs, many take the longest documents apart.
-
-    work[i] is what the documents before place i cost by their tokens, beside[i] what the steps of a batch cost whose longest is i.
-    """
+    work = np.append(0.0, np.cumsum((alone - none)[last_chunk])).tolist()  # what the tokens of all documents before one cost
+    beside = none[last_chunk].tolist()  # what else the steps of a batch cost whose longest document it is
 
     def fill(end: float, pieces: int) -> PhasePlan | None:
         """Batches of at most a piece of the time until `end`, each to the rank that is free first, the last ones cut to the room left."""
@@ -3653,15 +3640,15 @@ def plan_phase(cfg: Config, part: range, work: list[float], beside: list[float],
         while first < part.stop:
             rank = seconds.index(min(seconds))
             room = end - seconds[rank]
-            last = max(bisect.bisect_right(work, work[first] + min(room, end / pieces) - beside[first]) - 1, first + 1)
-            last = min(last, first + cfg.ttt_batch_size, part.stop)
+            fitting = bisect.bisect_right(work, work[first] + min(room, end / pieces) - beside[first]) - 1
+            last = min(max(fitting, first + 1), first + cfg.ttt_batch_size, part.stop)
             cost = work[last] - work[first] + beside[first]
             if cost > room:
                 return None
             held[rank].append(len(batches))
             batches.append(range(first, last))
             seconds[rank], first = seconds[rank] + cost, last
-        return PhasePlan(part, tuple(batches), tuple(map(tuple, held)), tuple(seconds), range(0))
+        return PhasePlan(part, tuple(batches), tuple(map(tuple, held)), tuple(seconds))
 
     best = fill(math.inf, 1)
     for pieces in (1, 2, 3, 4, 6, 8, 12, 16):
@@ -3790,8 +3777,8 @@ def ngram_hints(documents: Documents, order: int) -> NgramHints:
     that occur once, nearly all, are told by their hashes; the others are compared token by token.
     """
     width, tokens, by_start = order - 1, documents.tokens, np.argsort(documents.starts)
-    rng, keys = np.random.default_rng(0), np.zeros(len(tokens), np.uint64)  # a target's entry: hash of the tokens before it
-    factors = rng.integers(2**63, size=width, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
+    keys = np.zeros(len(tokens), np.uint64)  # by the entry of a target: hash of the tokens before it
+    factors = np.random.default_rng(0).integers(2**63, size=width, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
     for begin in range(width, len(tokens), 1 << 18):  # what a processor's cache holds
         part = keys[begin: begin + (1 << 18)]
         for back, factor in enumerate(factors, 1):
@@ -3800,11 +3787,10 @@ def ngram_hints(documents: Documents, order: int) -> NgramHints:
         part *= np.uint64(0x9E3779B97F4A7C15)
     seen, repeats = np.sort(keys), np.zeros(1 << 24, bool)
     repeats[seen[1:][seen[1:] == seen[:-1]] >> np.uint64(40)] = True
-    crosses = (documents.starts[:, None] + np.arange(1, width)).ravel()  # contexts that begin before their document
-    whole = repeats[keys >> np.uint64(40)]
-    whole[:width], whole[crosses[crosses < len(tokens)]] = False, False
-    at = np.flatnonzero(whole)
+    at = np.flatnonzero(repeats[keys >> np.uint64(40)])
     document = by_start[np.searchsorted(documents.starts[by_start], at) - 1]
+    inside = at - documents.starts[document] >= width
+    at, document = at[inside], document[inside]
     at = at[np.lexsort((at, document, keys[at]))]  # occurrences of one context side by side, in scoring order
     return count_followers(at, keys[at], tokens[at[:, None] + np.arange(-width, 0)], tokens[at].astype(np.int64))
 
@@ -4058,7 +4044,7 @@ def sgd_batches(run: Run, entries: np.ndarray) -> Iterator[tuple[Batch, int]]:
     cfg, count = run.cfg, len(entries) - 1
     starts = segment_starts(entries[:-1], count, cfg.eval_seq_len)
     lengths = np.diff(starts, append=count)
-    own = np.array(deal(lengths, run.ranks.world)[run.ranks.rank], dtype=np.int64)
+    own = np.flatnonzero(deal(lengths, run.ranks.world) == run.ranks.rank)
     for part in pack_segments(lengths[own], cfg.global_ttt_batch_seqs * cfg.eval_seq_len):
         count = int(lengths[own[part]].sum())
         yield segment_batch(run, entries, starts[own[part]], lengths[own[part]], count + 256 - count % 256), count
@@ -4085,26 +4071,23 @@ class GlobalSGD:
 
         A collective.
         """
-        cfg, began, size = self.run.cfg, time.perf_counter(), self.run.cfg.global_ttt_chunk_tokens
-        chunks, progress = -(-(len(text) - 1) // size), Progress(self.run.log)
+        cfg, began, size, progress = self.run.cfg, time.perf_counter(), self.run.cfg.global_ttt_chunk_tokens, Progress(self.run.log)
+        chunks = max((len(text) - 2) // size, 0)
         sgd = torch.optim.SGD(self.params, lr=cfg.global_ttt_lr, momentum=cfg.global_ttt_momentum)
-        total = torch.zeros((), device=self.run.device)
-        for i in range(chunks - 1):
-            for group in sgd.param_groups:
-                group["lr"] = cfg.global_ttt_lr * 0.5 * (1 + math.cos(math.pi * i / (chunks - 1)))
-            loss = torch.zeros((), device=self.run.device)
+        loss = total = torch.zeros((), device=self.run.device)
+        for i in range(chunks):
+            sgd.param_groups[0]["lr"] = cfg.global_ttt_lr * 0.5 * (1 + math.cos(math.pi * i / chunks))
             for _ in range(cfg.global_ttt_epochs):
                 loss = self._gradients(text[i * size: (i + 1) * size + 1])
                 if cfg.global_ttt_grad_clip > 0:
                     torch.nn.utils.clip_grad_norm_(self.params, cfg.global_ttt_grad_clip)
                 sgd.step()
-            total += loss
-            progress(f"ttt_sgd_{phase}", i + 1, chunks - 1)
+            total = total + loss
+            progress(f"ttt_sgd_{phase}", i + 1, chunks)
         self._release()
-        loss = total.item() / max(chunks - 1, 1)
-        self.run.log.record("ttt_sgd", phase=phase, tokens=len(text), chunks=max(chunks - 1, 0), loss=f"{loss:.4f}",
-                            time_ms=int(since_ms(began)))
-        return since_ms(began)
+        loss, time_ms = total.item() / max(chunks, 1), since_ms(began)
+        self.run.log.record("ttt_sgd", phase=phase, tokens=len(text), chunks=chunks, loss=f"{loss:.4f}", time_ms=int(time_ms))
+        return time_ms
 
     def _gradients(self, entries: np.ndarray) -> Tensor:
         """Gradients of the mean loss of a chunk over all ranks, into the parameters' .grad; the loss."""
@@ -4133,11 +4116,11 @@ class TTTProgress:
 
     def __init__(self, run: Run, plans: list[PhasePlan], documents: Documents) -> None:
         self.run, self.documents, self.plans = run, documents, plans
-        self.began, self.sgd_ms, self.warned = time.perf_counter(), 0.0, False
+        self.began, self.sgd_ms, self.warned, self.done = time.perf_counter(), 0.0, False, 0
+        self.scored = np.zeros(4)  # of this rank: documents, nats, bytes, and its share in the time of the plan
         self.reckoned = sum(max(plan.seconds) for plan in plans)
         self.sgd_tokens = [sum(int(documents.lengths[d]) + 1 for d in plan.learns) for plan in plans]
-        self.batches, self.done = sum(len(plan.ranks[run.ranks.rank]) for plan in plans), 0
-        self.docs, self.nats, self.bytes, self.share = 0, 0.0, 0, 0.0
+        self.batches = sum(len(plan.ranks[run.ranks.rank]) for plan in plans)
         imbalance = max(max(plan.seconds) / max(sum(plan.seconds) / len(plan.seconds), 1e-9) for plan in plans) - 1
         run.log.record("ttt_plan", h100_ms=int(1e3 * self.reckoned), batches=sum(len(plan.batches) for plan in plans), phases=len(plans),
                        imbalance=f"{imbalance:.4f}", sgd_docs=",".join(str(len(plan.learns)) for plan in plans[:-1]) or 0)
@@ -4145,24 +4128,19 @@ class TTTProgress:
     def add(self, phase: int, members: range, nats: float) -> None:
         """A batch of this rank in `phase`, counted from 0, is scored."""
         ranks, plan, self.done = self.run.ranks, self.plans[phase], self.done + 1
-        self.docs, self.nats = self.docs + len(members), self.nats + nats
-        self.bytes += int(self.documents.byte_sums[members.start: members.stop].sum())
-        self.share += plan.seconds[ranks.rank] / len(plan.ranks[ranks.rank]) / sum(plan.seconds) * max(plan.seconds) / self.reckoned
-        ranks.post("ttt", json.dumps([self.docs, self.nats, self.bytes, self.share]))
+        share = plan.seconds[ranks.rank] / len(plan.ranks[ranks.rank]) / sum(plan.seconds) * max(plan.seconds) / self.reckoned
+        self.scored += len(members), nats, self.documents.byte_sums[members.start: members.stop].sum(), share
+        ranks.post("ttt", json.dumps(self.scored.tolist()))
         if ranks.rank == 0 and (self.done % max(1, self.batches // 20) == 0 or self.done in (1, self.batches)):
             self._report(phase)
 
-    def learned(self, time_ms: float) -> None:
-        """A pass of the global SGD took so long."""
-        self.sgd_ms += time_ms
-
     def _report(self, phase: int) -> None:
-        docs, nats, num_bytes, share = map(sum, zip(*map(json.loads, self.run.ranks.posted("ttt").values())))
+        docs, nats, num_bytes, share = np.sum([json.loads(note) for note in self.run.ranks.posted("ttt").values()], axis=0)
         elapsed, budget = since_ms(self.began), 1e3 * self.run.cfg.eval_budget_seconds
         sgd_ms = self.sgd_ms * sum(self.sgd_tokens) / max(sum(self.sgd_tokens[:phase]), 1)
         whole = (elapsed - self.sgd_ms) / max(share, 1e-9) + sgd_ms
-        self.run.log.record("ttt", docs=f"{docs}/{len(self.documents)}", phase=f"{phase + 1}/{len(self.plans)}",
-                            val_bpb=f"{nats / math.log(2) / max(num_bytes, 1):.5f}", bytes=num_bytes, time_ms=int(elapsed),
+        self.run.log.record("ttt", docs=f"{docs:.0f}/{len(self.documents)}", phase=f"{phase + 1}/{len(self.plans)}",
+                            val_bpb=f"{nats / math.log(2) / max(num_bytes, 1):.5f}", bytes=int(num_bytes), time_ms=int(elapsed),
                             left_ms=int(max(0.0, whole - elapsed)))
         if budget and whole > budget and not self.warned:
             self.warned = True
@@ -4211,7 +4189,7 @@ def score_with_ttt(run: Run, model: GPT, val: ValData) -> Score:
             progress.add(phase, members, float(nats[members.start: members.stop].sum()))
         if plan.learns:
             text = np.concatenate([documents.text(d) for d in plan.learns])
-            progress.learned(sgd.learn(text, f"{phase + 1}/{len(plans) - 1}"))
+            progress.sgd_ms += sgd.learn(text, f"{phase + 1}/{len(plans) - 1}")
     score = Score.of_ranks(run, val, began, losses, nats, scored)
     scorer.report_work(len(losses))
     return score.report(run.log, "quantized_ttt")

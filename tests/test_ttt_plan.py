@@ -120,8 +120,8 @@ def test_a_pause_comes_with_the_first_whole_batch_at_which_enough_is_scored(
         leave_out: int, count: int, expected: list[tuple[int, int]]) -> None:
     cfg = make_run(phased_ttt_enabled=1, phased_ttt_prefix_docs=20, phased_ttt_num_phases=3, phased_ttt_leave_out=leave_out,
                    ttt_batch_size=4).cfg
-    assert g.phase_ends(cfg, count) == expected
-    assert g.phase_ends(g.replace(cfg, phased_ttt_enabled=False), count) == []
+    assert g.phase_ends(cfg, count) == [*expected, (count, 0)]
+    assert g.phase_ends(g.replace(cfg, phased_ttt_enabled=False), count) == [(count, 0)]
 
 
 def test_the_global_sgd_is_given_those_documents_with_the_bos_behind_each(monkeypatch: pytest.MonkeyPatch) -> None:
