@@ -3431,16 +3431,6 @@ class Score(NamedTuple):
     time_ms: float
     losses: np.ndarray  # (targets of the validation set,) float32; NaN where another rank scored
 
-    @classmethod
-    def of_ranks(cls, run: Run, val: ValData, began: float, losses: np.ndarray, sums: np.ndarray, scored: int) -> Score:
-        """Of what all ranks have scored since `began`, this one `scored` targets. A collective.
-
-        `sums` (batches or documents,) float64 are those of `losses`, 0 where another rank scored: so ranks do not change the total.
-        """
-        by_rank, counts = zip(*run.ranks.gather((sums, scored)))
-        assert sum(counts) == len(losses), "every target is scored exactly once"
-        return cls(float(np.sum(by_rank, axis=0).sum()), val.num_bytes, since_ms(began), losses)
-
     @property
     def val_loss(self) -> float:
         """Nats a token."""
@@ -3451,14 +3441,22 @@ class Score(NamedTuple):
         """Bits per byte of original text."""
         return self.nats / math.log(2) / max(self.num_bytes, 1)
 
-    def report(self, log: Log, name: str) -> Score:
-        """One line; ValueError if the score is no number."""
-        log.record("eval", name=name, val_loss=f"{self.val_loss:.8f}", val_bpb=f"{self.val_bpb:.8f}", tokens=len(self.losses),
-                   bytes=self.num_bytes, time_ms=int(self.time_ms))
-        if not math.isfinite(self.nats):
-            raise ValueError(f"the score {name} is not finite: the weights or their adaptation diverged; lower the learning rates "
-                             "(TTT_LORA_LR and GLOBAL_TTT_LR if it is only the one with test-time training)")
-        return self
+
+def joint_score(run: Run, val: ValData, name: str, began: float, losses: np.ndarray, sums: np.ndarray, scored: int) -> Score:
+    """Of what all ranks have scored since `began`, this one `scored` targets: logged under `name`. A collective.
+
+    `sums` (batches or documents,) float64 are those of `losses`, 0 where another rank scored: so ranks do not change the total.
+    ValueError if it is no number.
+    """
+    by_rank, counts = zip(*run.ranks.gather((sums, scored)))
+    assert sum(counts) == len(losses), "every target is scored exactly once"
+    score = Score(float(np.sum(by_rank, axis=0).sum()), val.num_bytes, since_ms(began), losses)
+    run.log.record("eval", name=name, val_loss=f"{score.val_loss:.8f}", val_bpb=f"{score.val_bpb:.8f}", tokens=len(losses),
+                   bytes=val.num_bytes, time_ms=int(score.time_ms))
+    if not math.isfinite(score.nats):
+        raise ValueError(f"the score {name} is not finite: the weights or their adaptation diverged; lower the learning rates "
+                         "(TTT_LORA_LR and GLOBAL_TTT_LR if it is only the one with test-time training)")
+    return score
 
 
 def pack_segments(lengths: np.ndarray, limit: int) -> list[range]:
@@ -3505,7 +3503,7 @@ def evaluate(run: Run, model: GPT, val: ValData, name: str, depth: int) -> Score
         sums[i] = part.sum(dtype=np.float64)
         scored += tokens
         progress(f"eval_{name}", i + 1, len(batches))
-    return Score.of_ranks(run, val, began, losses, sums, scored).report(run.log, name)
+    return joint_score(run, val, name, began, losses, sums, scored)
 
 
 # ======================================================================================================================
@@ -3950,13 +3948,9 @@ class TTTScorer:
             self.steps, self.forwarded = self.steps + 1, self.forwarded + len(chunk.batch.tokens)
         return [losses[:length] for length, losses in zip(lengths[: len(members)], result.cpu().numpy())]
 
-    def _places_in_sight(self, begin: int) -> int:
-        """Places of the cache that a chunk from position `begin` on looks at: those that are filled, or a few more."""
-        return self.seen_sizes[bisect.bisect_left(self.seen_sizes, min(begin, self.seen_sizes[-1]))]
-
     def _step(self, chunk: Chunk, live: int, begin: int, trains: bool) -> Tensor:
         """The losses of a chunk, computed before the step on them; where captured they are overwritten by the next such step."""
-        seen = self._places_in_sight(begin)
+        seen = self.seen_sizes[bisect.bisect_left(self.seen_sizes, min(begin, self.seen_sizes[-1]))]
         if (key := (live, chunk.batch.max_seqlen, seen)) not in self.captured:
             return self._losses_and_learn(chunk, live, seen, trains)
         graph, kept, losses = self.captured[key]
@@ -3998,10 +3992,9 @@ class TTTScorer:
                 self._step(make_chunk(self.run, documents, documents.starts, documents.lengths, begin, end), count, begin, trains=True)
         documents = self._random_documents(np.linspace(min(cfg.ttt_eval_seq_len, 640) + 3, largest + 1, count).astype(int))
         pool = torch.cuda.graph_pool_handle() if self.captures else None
-        for live, size in itertools.product(self.live_sizes, cfg.chunk_sizes) if self.captures else ():
+        for live, size, seen in itertools.product(self.live_sizes, cfg.chunk_sizes, self.seen_sizes) if self.captures else ():
             chunk = make_chunk(self.run, documents, documents.starts[:live], documents.lengths[:live], 0, size)
-            for seen in sorted({self._places_in_sight(begin) for begin in range(0, self.cache.places + 1, size)}):
-                self.captured[live, size, seen] = self._capture(chunk, live, seen, pool)
+            self.captured[live, size, seen] = self._capture(chunk, live, seen, pool)
         for _ in range(2):
             self.score(documents, range(count))
         self.steps = self.forwarded = 0
@@ -4027,27 +4020,6 @@ class TTTScorer:
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             losses.copy_(self._losses_and_learn(chunk, live, seen, trains=True))
         return graph, chunk, losses
-
-    def report_work(self, targets: int) -> None:
-        """One line: steps of the rank that had most, forwards of a token on average over all ranks, memory at its peak."""
-        steps, forwarded = zip(*self.run.ranks.gather((self.steps, self.forwarded)))
-        memory = {"peak_mb": torch.cuda.max_memory_allocated() >> 20} if self.run.device.type == "cuda" else {}
-        self.run.log.record("ttt_work", context=self.run.cfg.ttt_context, chunk=self.run.cfg.ttt_chunk_size, steps=max(steps),
-                            forwards_per_target=f"{sum(forwarded) / targets:.3f}", **memory)
-
-
-def sgd_batches(run: Run, entries: np.ndarray) -> Iterator[tuple[Batch, int]]:
-    """This rank's share of a chunk of text, `entries` with one token more than the chunk: batches, and how many of their tokens count.
-
-    Sequences start at documents and every EVAL_SEQ_LEN tokens within one.
-    """
-    cfg, count = run.cfg, len(entries) - 1
-    starts = segment_starts(entries[:-1], count, cfg.eval_seq_len)
-    lengths = np.diff(starts, append=count)
-    own = np.flatnonzero(deal(lengths, run.ranks.world) == run.ranks.rank)
-    for part in pack_segments(lengths[own], cfg.global_ttt_batch_seqs * cfg.eval_seq_len):
-        count = int(lengths[own[part]].sum())
-        yield segment_batch(run, entries, starts[own[part]], lengths[own[part]], count + 256 - count % 256), count
 
 
 class GlobalSGD:
@@ -4090,17 +4062,26 @@ class GlobalSGD:
         return time_ms
 
     def _gradients(self, entries: np.ndarray) -> Tensor:
-        """Gradients of the mean loss of a chunk over all ranks, into the parameters' .grad; the loss."""
-        loss = torch.zeros((), device=self.run.device)
+        """Gradients of the mean loss of a chunk over all ranks, into the parameters' .grad; the loss.
+
+        `entries` are one more than the chunk has. Its sequences, which start at documents and every EVAL_SEQ_LEN tokens within one, are
+        dealt to the ranks.
+        """
+        run, count, loss = self.run, len(entries) - 1, torch.zeros((), device=self.run.device)
         for param in self.params:
             param.requires_grad_(True).grad = torch.zeros_like(param)
-        for batch, count in sgd_batches(self.run, entries):
-            part = self.forward(batch)[:count].sum() / (len(entries) - 1)
-            part.backward()
-            loss += part.detach()
+        starts = segment_starts(entries[:-1], count, run.cfg.eval_seq_len)
+        lengths = np.diff(starts, append=count)
+        own = np.flatnonzero(deal(lengths, run.ranks.world) == run.ranks.rank)
+        for part in pack_segments(lengths[own], run.cfg.global_ttt_batch_seqs * run.cfg.eval_seq_len):
+            tokens = int(lengths[own[part]].sum())
+            batch = segment_batch(run, entries, starts[own[part]], lengths[own[part]], tokens + 256 - tokens % 256)
+            share = self.forward(batch)[:tokens].sum() / count
+            share.backward()
+            loss += share.detach()
         for param in self.params:
-            self.run.ranks.sum(param.grad)
-        return self.run.ranks.sum(loss)
+            run.ranks.sum(param.grad)
+        return run.ranks.sum(loss)
 
     def _release(self) -> None:
         for param in self.params:
@@ -4190,9 +4171,11 @@ def score_with_ttt(run: Run, model: GPT, val: ValData) -> Score:
         if plan.learns:
             text = np.concatenate([documents.text(d) for d in plan.learns])
             progress.sgd_ms += sgd.learn(text, f"{phase + 1}/{len(plans) - 1}")
-    score = Score.of_ranks(run, val, began, losses, nats, scored)
-    scorer.report_work(len(losses))
-    return score.report(run.log, "quantized_ttt")
+    steps, forwarded = zip(*ranks.gather((scorer.steps, scorer.forwarded)))
+    memory = {"peak_mb": torch.cuda.max_memory_allocated() >> 20} if run.device.type == "cuda" else {}
+    run.log.record("ttt_work", context=run.cfg.ttt_context, chunk=run.cfg.ttt_chunk_size, steps=max(steps),
+                   forwards_per_target=f"{sum(forwarded) / len(losses):.3f}", **memory)
+    return joint_score(run, val, "quantized_ttt", began, losses, nats, scored)
 
 
 # ======================================================================================================================
