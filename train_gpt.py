@@ -3534,7 +3534,6 @@ TTT_LANES = 8
 class PhasePlan(NamedTuple):
     """A part of the scoring order (longest documents first), how it is dealt to the ranks, and what is learned after it."""
 
-    documents: range
     batches: tuple[range, ...]  # neighbours in the scoring order, at most TTT_BATCH_SIZE
     ranks: tuple[tuple[int, ...], ...]  # for each rank, its batches in the order it runs them
     seconds: tuple[float, ...]  # reckoned, for each rank, with the constants above
@@ -3591,22 +3590,18 @@ def deal(costs: np.ndarray, hands: int) -> np.ndarray:
     return hand_of
 
 
-def phase_ends(cfg: Config, count: int) -> list[tuple[int, int]]:
-    """(documents scored, documents learned from then) at each pause for global SGD, and at the end, where there is none.
-
-    A pause comes with the first whole batch, cut from the short end, at which as many are scored as are learned from and left out.
-    """
-    prefix, size, phases = min(cfg.phased_ttt_prefix_docs, count), cfg.ttt_batch_size, range(1, cfg.phased_ttt_num_phases + 1)
-    learned = [prefix * phase // len(phases) for phase in phases] if cfg.phased_ttt_enabled else []
-    ends = {count - (count - n - cfg.phased_ttt_leave_out) // size * size: n for n in learned if n}
-    return [*((end, n) for end, n in sorted(ends.items()) if end < count), (count, 0)]
-
-
 def plan_ttt(cfg: Config, lengths: np.ndarray, world: int) -> list[PhasePlan]:
-    """The plan of test-time training for documents of `lengths`, descending, on `world` ranks: the same on every rank."""
+    """The plan of test-time training for documents of `lengths`, descending, on `world` ranks: the same on every rank.
+
+    A pause for global SGD comes with the first whole batch, cut from the short end, at which as many are scored as are learned from
+    and left out.
+    """
+    count, size, phases = len(lengths), cfg.ttt_batch_size, cfg.phased_ttt_num_phases if cfg.phased_ttt_enabled else 0
+    learned = [min(cfg.phased_ttt_prefix_docs, count) * phase // phases for phase in range(1, phases + 1)]
+    pauses = {count - (count - n - cfg.phased_ttt_leave_out) // size * size: n for n in learned if n}
     plans, begin, plan_part = [], 0, plan_lanes if cfg.ttt_warm_start_a or cfg.ttt_short_chunks else plan_phase
-    for end, learned in phase_ends(cfg, len(lengths)):
-        plans.append(plan_part(cfg, range(begin, end), lengths, world)._replace(learns=range(end - 1, end - 1 - learned, -1)))
+    for end, n in [*((end, n) for end, n in sorted(pauses.items()) if end < count), (count, 0)]:
+        plans.append(plan_part(cfg, range(begin, end), lengths, world)._replace(learns=range(end - 1, end - 1 - n, -1)))
         begin = end
     return plans
 
@@ -3620,7 +3615,7 @@ def plan_lanes(cfg: Config, part: range, lengths: np.ndarray, world: int) -> Pha
     rank_of = deal(np.bincount(lane_of, costs, TTT_LANES), world)[lane_of]
     order = np.argsort(lane_of, kind="stable")
     warm = [b for a, b in itertools.pairwise(order) if lane_of[a] == lane_of[b] and len(batches[a]) == len(batches[b])]
-    return PhasePlan(part, tuple(batches), tuple(tuple(order[rank_of[order] == rank].tolist()) for rank in range(world)),
+    return PhasePlan(tuple(batches), tuple(tuple(order[rank_of[order] == rank].tolist()) for rank in range(world)),
                      tuple(np.bincount(rank_of, costs, world).tolist()), warm=frozenset(warm if cfg.ttt_warm_start_a else ()))
 
 
@@ -3646,7 +3641,7 @@ def plan_phase(cfg: Config, part: range, lengths: np.ndarray, world: int) -> Pha
             held[rank].append(len(batches))
             batches.append(range(first, last))
             seconds[rank], first = seconds[rank] + cost, last
-        return PhasePlan(part, tuple(batches), tuple(map(tuple, held)), tuple(seconds))
+        return PhasePlan(tuple(batches), tuple(map(tuple, held)), tuple(seconds))
 
     best = fill(math.inf, 1)
     for pieces in (1, 2, 3, 4, 6, 8, 12, 16):
@@ -3669,9 +3664,7 @@ class Adapters:
         cfg, device = run.cfg, run.device
         self.cfg, self.documents, self.shapes, self.parts = cfg, documents, adapter_shapes(cfg), attn_in_parts(cfg)
         self.scale = cfg.ttt_lora_alpha / cfg.ttt_lora_rank if cfg.ttt_lora_alpha else 1.0
-        self.initial: dict[str, Tensor] = {}
-        self.values: dict[str, Tensor] = {}
-        generator = torch.Generator().manual_seed(cfg.seed)
+        self.initial, self.values, generator = {}, {}, torch.Generator().manual_seed(cfg.seed)
         for name, (visits, out) in self.shapes.items():
             draw = torch.rand(visits, 1, cfg.ttt_lora_rank, cfg.model_dim, generator=generator) * 2 - 1
             self.initial[name] = (draw / math.sqrt(cfg.model_dim)).transpose(0, 1).to(device)
@@ -4107,16 +4100,14 @@ class TTTProgress:
                        imbalance=f"{imbalance:.4f}", sgd_docs=",".join(str(len(plan.learns)) for plan in plans[:-1]) or 0)
 
     def add(self, phase: int, members: range, nats: float) -> None:
-        """A batch of this rank in `phase`, counted from 0, is scored."""
+        """A batch of this rank in `phase`, counted from 0, is scored. Rank 0 speaks now and then, for all."""
         ranks, plan, self.done = self.run.ranks, self.plans[phase], self.done + 1
         share = plan.seconds[ranks.rank] / len(plan.ranks[ranks.rank]) / sum(plan.seconds) * max(plan.seconds) / self.reckoned
         self.scored += len(members), nats, self.documents.byte_sums[members.start: members.stop].sum(), share
         ranks.post("ttt", json.dumps(self.scored.tolist()))
-        if ranks.rank == 0 and (self.done % max(1, self.batches // 20) == 0 or self.done in (1, self.batches)):
-            self._report(phase)
-
-    def _report(self, phase: int) -> None:
-        docs, nats, num_bytes, share = np.sum([json.loads(note) for note in self.run.ranks.posted("ttt").values()], axis=0)
+        if ranks.rank or self.done % max(1, self.batches // 20) and self.done not in (1, self.batches):
+            return
+        docs, nats, num_bytes, share = np.sum([json.loads(note) for note in ranks.posted("ttt").values()], axis=0)
         elapsed, budget = since_ms(self.began), 1e3 * self.run.cfg.eval_budget_seconds
         sgd_ms = self.sgd_ms * sum(self.sgd_tokens) / max(sum(self.sgd_tokens[:phase]), 1)
         whole = (elapsed - self.sgd_ms) / max(share, 1e-9) + sgd_ms
