@@ -2655,8 +2655,8 @@ def pack_artifact(tensors: Tensors, cfg: Config, tick: Callable[[float, float], 
 
     `tick` hears now and then how many bytes of how many are compressed.
     """
-    header = {"compressor": cfg.compressor, "settings": stored_settings(cfg)}
-    plain = {"settings": torch.frombuffer(bytearray(json.dumps(header, allow_nan=False).encode()), dtype=torch.uint8)}
+    header = {"compressor": cfg.compressor, "settings": {f.name: getattr(cfg, f.name) for f in STORED_SETTINGS}}
+    plain = {"settings": as_tensor(json.dumps(header, allow_nan=False).encode())}
     banks = []
     for row in parameter_table(cfg):
         tensor = tensors[row.name]
@@ -3246,7 +3246,6 @@ class Score(NamedTuple):
     """What scoring some targets gave, and how long it took."""
 
     nats: float
-    tokens: int
     num_bytes: int
     time_ms: float
     losses: np.ndarray  # (targets of the validation set,) float32; NaN where another rank scored
@@ -3254,76 +3253,76 @@ class Score(NamedTuple):
     @property
     def val_loss(self) -> float:
         """Nats a token."""
-        return self.nats / max(self.tokens, 1)
+        return self.nats / max(len(self.losses), 1)
 
     @property
     def val_bpb(self) -> float:
         """Bits per byte of original text."""
         return self.nats / math.log(2) / max(self.num_bytes, 1)
 
-    def report(self, log: Log, name: str) -> Score:
-        """One line; ValueError if the score is no number."""
-        log.record("eval", name=name, val_loss=f"{self.val_loss:.8f}", val_bpb=f"{self.val_bpb:.8f}", tokens=self.tokens,
-                   bytes=self.num_bytes, time_ms=int(self.time_ms))
-        if not math.isfinite(self.nats):
-            raise ValueError(f"the score {name} is not finite: the weights or their adaptation diverged; lower the learning rates "
-                             "(TTT_LORA_LR and GLOBAL_TTT_LR if it is only the one with test-time training)")
-        return self
 
+def joint_score(run: Run, val: ValData, name: str, began: float, losses: np.ndarray, sums: np.ndarray, scored: int) -> Score:
+    """Of what all ranks have scored since `began`, this one `scored` targets: logged under `name`. A collective.
 
-def pack_segments(starts: np.ndarray, total: int, limit: int) -> list[tuple[int, int]]:
-    """Runs [first, last) of consecutive segments, each of up to `limit` tokens in sum; no segment is longer than that."""
-    ends = np.append(starts[1:], total)
-    runs, first = [], 0
-    while first < len(starts):
-        last = int(np.searchsorted(ends, starts[first] + limit, side="right"))
-        assert last > first, "a segment fits a batch"
-        runs.append((first, last))
-        first = last
-    return runs
-
-
-def evaluation_batch(run: Run, val: ValData, starts: np.ndarray) -> Batch:
-    """The batch of the consecutive segments that begin at `starts` (its last entry is where they end).
-
-    Under torch.compile it is filled up to the fixed size with segments that nobody scores, so that one graph serves all.
+    `sums` (batches or documents,) float64 are those of `losses`, 0 where another rank scored: so ranks do not change the total.
+    ValueError if it is no number.
     """
-    cfg, begin, end = run.cfg, int(starts[0]), int(starts[-1])
-    tokens, targets, local = val.tokens[begin:end], val.tokens[begin + 1: end + 1], starts[:-1] - begin
+    by_rank, counts = zip(*run.ranks.gather((sums, scored)))
+    assert sum(counts) == len(losses), "every target is scored exactly once"
+    score = Score(float(np.sum(by_rank, axis=0).sum()), val.num_bytes, since_ms(began), losses)
+    run.log.record("eval", name=name, val_loss=f"{score.val_loss:.8f}", val_bpb=f"{score.val_bpb:.8f}", tokens=len(losses),
+                   bytes=val.num_bytes, time_ms=int(score.time_ms))
+    if not math.isfinite(score.nats):
+        raise ValueError(f"the score {name} is not finite: the weights or their adaptation diverged; lower the learning rates "
+                         "(TTT_LORA_LR and GLOBAL_TTT_LR if it is only the one with test-time training)")
+    return score
+
+
+def pack_segments(lengths: np.ndarray, limit: int) -> list[range]:
+    """Consecutive segments of these lengths in batches of up to `limit` tokens; no segment is longer than that."""
+    bounds, cuts = np.append(0, np.cumsum(lengths)), [0]
+    while cuts[-1] < len(lengths):
+        cuts.append(int(np.searchsorted(bounds, bounds[cuts[-1]] + limit, side="right")) - 1)
+        assert cuts[-1] > cuts[-2], "a segment fits a batch"
+    return [range(first, last) for first, last in itertools.pairwise(cuts)]
+
+
+def segment_batch(run: Run, entries: np.ndarray, starts: np.ndarray, lengths: np.ndarray, size: int) -> Batch:
+    """The batch of the segments of `entries` (N,) at `starts`, in that order; each target is the entry behind its token.
+
+    Under torch.compile it is filled up to `size` tokens with segments that nobody scores, so that few graphs serve all.
+    """
+    local, count = np.cumsum(lengths) - lengths, int(lengths.sum())
+    at = np.arange(count) + np.repeat(starts - local, lengths)
+    tokens, targets = entries[at], entries[at + 1]
     if run.compile:
-        size = cfg.val_batch_tokens // 8
-        local = np.append(local, np.arange(end - begin, size, cfg.eval_seq_len))
-        tokens, targets = (np.pad(a, (0, size - len(a))) for a in (tokens, targets))
-    return make_batch(tokens, targets, local, cfg.eval_seq_len, run.device)
+        local = np.append(local, np.arange(count, size, run.cfg.eval_seq_len))
+        tokens, targets = (np.pad(a, (0, size - count)) for a in (tokens, targets))
+    return make_batch(tokens, targets, local, run.cfg.eval_seq_len, run.device)
 
 
 @torch.no_grad()
 def evaluate(run: Run, model: GPT, val: ValData, name: str, depth: int) -> Score:
     """Score every target of the validation set once at `depth` and log it under `name`."""
-    cfg, ranks, began = run.cfg, run.ranks, time.perf_counter()
+    cfg, ranks, began, count = run.cfg, run.ranks, time.perf_counter(), len(val.tokens) - 1
     forward, schedule, progress = compiled(run, model), loop_schedule(cfg, depth), Progress(run.log)
-    count = len(val.tokens) - 1
     starts = segment_starts(val.tokens[:-1], count, cfg.eval_seq_len)
-    runs = pack_segments(starts, count, cfg.val_batch_tokens // 8)
-    bounds = np.append(starts, count)
-    losses = np.full(count, np.nan, dtype=np.float32)
-    sums = np.zeros(len(runs))
-    scored = 0
-    for first_of_round in range(0, len(runs), ranks.world):
-        run.ranks.check_stop()
+    lengths, size = np.diff(starts, append=count), cfg.val_batch_tokens // 8
+    batches = pack_segments(lengths, size)
+    losses, sums, scored = np.full(count, np.nan, dtype=np.float32), np.zeros(len(batches)), 0
+    for first_of_round in range(0, len(batches), ranks.world):
+        ranks.check_stop()
         i = first_of_round + ranks.rank
-        if i >= len(runs):
+        if i >= len(batches):
             continue
-        first, last = runs[i]
-        begin, end = int(bounds[first]), int(bounds[last])
-        part = forward(evaluation_batch(run, val, bounds[first: last + 1]), schedule)[: end - begin].float().cpu().numpy()
-        losses[begin:end] = part
+        begin, tokens = int(starts[batches[i].start]), int(lengths[batches[i]].sum())
+        batch = segment_batch(run, val.tokens, starts[batches[i]], lengths[batches[i]], size)
+        part = forward(batch, schedule)[:tokens].float().cpu().numpy()
+        losses[begin: begin + tokens] = part
         sums[i] = part.sum(dtype=np.float64)
-        scored += end - begin
-        progress(f"eval_{name}", i + 1, len(runs))
-    gathered = ranks.gather((sums, scored))
-    assert sum(n for _, n in gathered) == count, "every target is scored exactly once"
-    return Score(float(sum(s for s, _ in gathered).sum()), count, val.num_bytes, since_ms(began), losses).report(run.log, name)
+        scored += tokens
+        progress(f"eval_{name}", i + 1, len(batches))
+    return joint_score(run, val, name, began, losses, sums, scored)
 
 
 # ======================================================================================================================
@@ -3354,11 +3353,10 @@ TTT_LANES = 8
 class PhasePlan(NamedTuple):
     """A part of the scoring order (longest documents first), how it is dealt to the ranks, and what is learned after it."""
 
-    documents: range
     batches: tuple[range, ...]  # neighbours in the scoring order, at most TTT_BATCH_SIZE
     ranks: tuple[tuple[int, ...], ...]  # for each rank, its batches in the order it runs them
     seconds: tuple[float, ...]  # reckoned, for each rank, with the constants above
-    learns: range  # whose text the global SGD learns from then, shortest first; empty after the last part
+    learns: range = range(0)  # whose text the global SGD learns from then, shortest first; empty after the last part
     warm: frozenset[int] = frozenset()  # batches that take over A from the one that their rank ran before
 
 
@@ -3371,19 +3369,20 @@ def chunk_bounds(cfg: Config, length: int) -> list[int]:
     return bounds
 
 
-def adapter_shapes(cfg: Config) -> dict[str, tuple[str, int, int]]:
-    """Adapters by name: the site that they add to, the width in and the width out."""
-    d, k = cfg.model_dim, cfg.kv_dim
-    shapes = {"head": ("head", d, cfg.vocab_size), "k": ("attn_in", d, k), "mlp": ("mlp_bypass", d, d), "attn": ("attn_bypass", d, d),
-              "q": ("attn_in", d, d), "v": ("attn_in", d, k)}
-    enabled = {"k": cfg.ttt_k_lora, "mlp": cfg.ttt_mlp_lora, "attn": cfg.ttt_o_lora, "q": cfg.ttt_q_lora, "v": cfg.ttt_v_lora}
-    return {name: shape for name, shape in shapes.items() if enabled.get(name, True)}
+def adapter_shapes(cfg: Config) -> dict[str, tuple[int, int]]:
+    """Adapters by name, in the order in which they are drawn: their visits and the width out; the width in is MODEL_DIM.
+
+    q, k and v add to their parts of the site attn_in, the others to the site or bypass of their name.
+    """
+    visits, d, k = loop_schedule(cfg, cfg.eval_loop_depth).visits, cfg.model_dim, cfg.kv_dim
+    table = [("head", 1, cfg.vocab_size, True), ("k", visits, k, cfg.ttt_k_lora), ("mlp", visits, d, cfg.ttt_mlp_lora),
+             ("attn", visits, d, cfg.ttt_o_lora), ("q", visits, d, cfg.ttt_q_lora), ("v", visits, k, cfg.ttt_v_lora)]
+    return {name: (visits, out) for name, visits, out, enabled in table if enabled}
 
 
 def adapter_values(cfg: Config) -> int:
     """Values of one document's adapters."""
-    visits = loop_schedule(cfg, cfg.eval_loop_depth).visits
-    return sum(cfg.ttt_lora_rank * (i + o) * (1 if name == "head" else visits) for name, (_, i, o) in adapter_shapes(cfg).items())
+    return sum(visits * cfg.ttt_lora_rank * (cfg.model_dim + out) for visits, out in adapter_shapes(cfg).values())
 
 
 def chunk_seconds(cfg: Config, bounds: np.ndarray, live: np.ndarray) -> np.ndarray:
@@ -3395,40 +3394,33 @@ def chunk_seconds(cfg: Config, bounds: np.ndarray, live: np.ndarray) -> np.ndarr
     return cfg.ttt_grad_steps * (tokens / TTT_TOKENS_PER_SECOND + beside)
 
 
-def deal(costs: np.ndarray, hands: int) -> list[list[int]]:
-    """Indices of `costs` dealt to `hands`, the dearest first, each to whom has least; every hand in ascending order."""
-    held, sums = [[] for _ in range(hands)], np.zeros(hands)
+def batch_seconds(cfg: Config, lengths: np.ndarray) -> float:
+    """Reckoned seconds of a batch of documents of `lengths`, descending."""
+    bounds = np.array(chunk_bounds(cfg, int(lengths[0])))
+    return chunk_seconds(cfg, bounds, (lengths[:, None] > bounds[:-1]).sum(0)).sum()
+
+
+def deal(costs: np.ndarray, hands: int) -> np.ndarray:
+    """The hand that each of `costs` goes to, (n,): they are dealt the dearest first, each to whom has least."""
+    hand_of, sums = np.zeros(len(costs), np.int64), np.zeros(hands)
     for index in np.argsort(-costs, kind="stable"):
-        hand = int(sums.argmin())
-        held[hand].append(int(index))
-        sums[hand] += costs[index]
-    return [sorted(indices) for indices in held]
-
-
-def phase_ends(cfg: Config, count: int) -> list[tuple[int, int]]:
-    """(documents scored, documents learned from) at each pause for global SGD.
-
-    A pause comes with the first whole batch, cut from the short end, at which as many are scored as are learned from and left out.
-    """
-    prefix, size = min(cfg.phased_ttt_prefix_docs, count) if cfg.phased_ttt_enabled else 0, cfg.ttt_batch_size
-    ends: dict[int, int] = {}
-    for phase in range(1, cfg.phased_ttt_num_phases + 1):
-        learned = prefix * phase // cfg.phased_ttt_num_phases
-        end = count - (count - learned - cfg.phased_ttt_leave_out) // size * size
-        if learned and 0 < end < count:
-            ends[end] = learned
-    return sorted(ends.items())
+        hand_of[index] = sums.argmin()
+        sums[hand_of[index]] += costs[index]
+    return hand_of
 
 
 def plan_ttt(cfg: Config, lengths: np.ndarray, world: int) -> list[PhasePlan]:
-    """The plan of test-time training for documents of `lengths`, descending, on `world` ranks: the same on every rank."""
-    ends, plans, begin = [*phase_ends(cfg, len(lengths)), (len(lengths), 0)], [], 0
-    if cfg.ttt_warm_start_a or cfg.ttt_short_chunks:
-        plan_part = partial(plan_lanes, cfg, lengths=lengths, world=world)
-    else:
-        plan_part = partial(plan_phase, cfg, **document_costs(cfg, lengths), world=world)
-    for end, learned in ends:
-        plans.append(plan_part(range(begin, end))._replace(learns=range(end - 1, end - 1 - learned, -1)))
+    """The plan of test-time training for documents of `lengths`, descending, on `world` ranks: the same on every rank.
+
+    A pause for global SGD comes with the first whole batch, cut from the short end, at which as many are scored as are learned from
+    and left out.
+    """
+    count, size, phases = len(lengths), cfg.ttt_batch_size, cfg.phased_ttt_num_phases if cfg.phased_ttt_enabled else 0
+    learned = [min(cfg.phased_ttt_prefix_docs, count) * phase // phases for phase in range(1, phases + 1)]
+    pauses = {count - (count - n - cfg.phased_ttt_leave_out) // size * size: n for n in learned if n}
+    plans, begin, plan_part = [], 0, plan_lanes if cfg.ttt_warm_start_a or cfg.ttt_short_chunks else plan_phase
+    for end, n in [*((end, n) for end, n in sorted(pauses.items()) if end < count), (count, 0)]:
+        plans.append(plan_part(cfg, range(begin, end), lengths, world)._replace(learns=range(end - 1, end - 1 - n, -1)))
         begin = end
     return plans
 
@@ -3437,32 +3429,22 @@ def plan_lanes(cfg: Config, part: range, lengths: np.ndarray, world: int) -> Pha
     """Whole batches, cut from the short end, dealt to TTT_LANES lanes, and the lanes to the ranks."""
     cuts = [part.start, *range(part.stop, part.start, -cfg.ttt_batch_size)[::-1]]
     batches = [range(a, b) for a, b in itertools.pairwise(cuts)]
-    costs = []
-    for batch in batches:
-        bounds, members = np.array(chunk_bounds(cfg, int(lengths[batch.start]))), lengths[batch.start: batch.stop]
-        costs.append(chunk_seconds(cfg, bounds, (members[:, None] > bounds[:-1]).sum(0)).sum())
-    lanes = deal(np.array(costs), TTT_LANES)
-    ranks = deal(np.array([sum(costs[i] for i in lane) for lane in lanes]), world)
-    warm = [b for lane in lanes for a, b in itertools.pairwise(lane) if len(batches[a]) == len(batches[b])]
-    dealt = [[i for lane in hand for i in lanes[lane]] for hand in ranks]
-    return PhasePlan(part, tuple(batches), tuple(map(tuple, dealt)), tuple(float(sum(costs[i] for i in hand)) for hand in dealt),
-                     range(0), frozenset(warm if cfg.ttt_warm_start_a else ()))
+    costs = np.array([batch_seconds(cfg, lengths[batch]) for batch in batches])
+    lane_of = deal(costs, TTT_LANES)
+    rank_of = deal(np.bincount(lane_of, costs, TTT_LANES), world)[lane_of]
+    order = np.argsort(lane_of, kind="stable")
+    warm = [b for a, b in itertools.pairwise(order) if lane_of[a] == lane_of[b] and len(batches[a]) == len(batches[b])]
+    return PhasePlan(tuple(batches), tuple(tuple(order[rank_of[order] == rank].tolist()) for rank in range(world)),
+                     tuple(np.bincount(rank_of, costs, world).tolist()), warm=frozenset(warm if cfg.ttt_warm_start_a else ()))
 
 
-def document_costs(cfg: Config, lengths: np.ndarray) -> dict[str, list[float]]:
-    """What plan_phase needs of documents of `lengths`, descending."""
+def plan_phase(cfg: Config, part: range, lengths: np.ndarray, world: int) -> PhasePlan:
+    """The soonest end of several ways to cut: few batches share the steps' fixed costs, many take the longest documents apart."""
     bounds = np.array(chunk_bounds(cfg, int(lengths[0])))
-    alone = np.cumsum(chunk_seconds(cfg, bounds, np.ones(len(bounds) - 1)))
-    beside = np.cumsum(chunk_seconds(cfg, bounds, np.zeros(len(bounds) - 1)))
+    alone, none = (np.cumsum(chunk_seconds(cfg, bounds, np.full(len(bounds) - 1, live))) for live in (1, 0))
     last_chunk = np.searchsorted(bounds, lengths) - 1
-    return {"work": np.append(0.0, np.cumsum((alone - beside)[last_chunk])).tolist(), "beside": beside[last_chunk].tolist()}
-
-
-def plan_phase(cfg: Config, part: range, work: list[float], beside: list[float], world: int) -> PhasePlan:
-    """The soonest end of several ways to cut: few batches share the steps' fixed costs, many take the longest documents apart.
-
-    work[i] is what the documents before place i cost by their tokens, beside[i] what the steps of a batch cost whose longest is i.
-    """
+    work = np.append(0.0, np.cumsum((alone - none)[last_chunk])).tolist()  # what the tokens of all documents before one cost
+    beside = none[last_chunk].tolist()  # what else the steps of a batch cost whose longest document it is
 
     def fill(end: float, pieces: int) -> PhasePlan | None:
         """Batches of at most a piece of the time until `end`, each to the rank that is free first, the last ones cut to the room left."""
@@ -3470,15 +3452,15 @@ def plan_phase(cfg: Config, part: range, work: list[float], beside: list[float],
         while first < part.stop:
             rank = seconds.index(min(seconds))
             room = end - seconds[rank]
-            last = max(bisect.bisect_right(work, work[first] + min(room, end / pieces) - beside[first]) - 1, first + 1)
-            last = min(last, first + cfg.ttt_batch_size, part.stop)
+            fitting = bisect.bisect_right(work, work[first] + min(room, end / pieces) - beside[first]) - 1
+            last = min(max(fitting, first + 1), first + cfg.ttt_batch_size, part.stop)
             cost = work[last] - work[first] + beside[first]
             if cost > room:
                 return None
             held[rank].append(len(batches))
             batches.append(range(first, last))
             seconds[rank], first = seconds[rank] + cost, last
-        return PhasePlan(part, tuple(batches), tuple(map(tuple, held)), tuple(seconds), range(0))
+        return PhasePlan(tuple(batches), tuple(map(tuple, held)), tuple(seconds))
 
     best = fill(math.inf, 1)
     for pieces in (1, 2, 3, 4, 6, 8, 12, 16):
@@ -3497,22 +3479,19 @@ class Adapters:
     out, rank) starts at 0. A document that has ended is left out by taking fewer of the first axis.
     """
 
-    def __init__(self, run: Run, schedule: Schedule, documents: int) -> None:
-        cfg, self.documents, self.initial = run.cfg, documents, {}
-        self.shapes, self.parts = adapter_shapes(cfg), attn_in_parts(cfg)
+    def __init__(self, run: Run, documents: int) -> None:
+        cfg, device = run.cfg, run.device
+        self.cfg, self.documents, self.shapes, self.parts = cfg, documents, adapter_shapes(cfg), attn_in_parts(cfg)
         self.scale = cfg.ttt_lora_alpha / cfg.ttt_lora_rank if cfg.ttt_lora_alpha else 1.0
-        generator = torch.Generator().manual_seed(cfg.seed)
-        self.values: dict[str, Tensor] = {}
-        for name, (_, i, o) in self.shapes.items():
-            visits = 1 if name == "head" else schedule.visits
-            draw = torch.rand(visits, 1, cfg.ttt_lora_rank, i, generator=generator) * 2 - 1
-            self.initial[name] = (draw / math.sqrt(i)).transpose(0, 1).to(run.device)
-            self.values[f"a.{name}"] = torch.empty(documents, visits, cfg.ttt_lora_rank, i, device=run.device)
-            self.values[f"b.{name}"] = torch.empty(documents, visits, o, cfg.ttt_lora_rank, device=run.device)
+        self.initial, self.values, generator = {}, {}, torch.Generator().manual_seed(cfg.seed)
+        for name, (visits, out) in self.shapes.items():
+            draw = torch.rand(visits, 1, cfg.ttt_lora_rank, cfg.model_dim, generator=generator) * 2 - 1
+            self.initial[name] = (draw / math.sqrt(cfg.model_dim)).transpose(0, 1).to(device)
+            self.values[f"a.{name}"] = torch.empty(documents, visits, cfg.ttt_lora_rank, cfg.model_dim, device=device)
+            self.values[f"b.{name}"] = torch.empty(documents, visits, out, cfg.ttt_lora_rank, device=device)
         self.first, self.second = ({name: torch.empty_like(t) for name, t in self.values.items()} for _ in range(2))
-        self.steps = {name: torch.zeros((), device=run.device) for name in self.values}
-        self.cfg, self.updates, self.lr = cfg, torch.zeros((), device=run.device), torch.tensor(cfg.ttt_lora_lr, device=run.device)
-        self.capturable = run.device.type == "cuda"
+        self.steps = {name: torch.zeros((), device=device) for name in self.values}  # all the same: AdamW counts for each
+        self.lr = torch.tensor(cfg.ttt_lora_lr, device=device)
 
     @torch.no_grad()
     def reset(self, warm: bool = False) -> None:
@@ -3521,7 +3500,7 @@ class Adapters:
             if not warm:
                 self.values[f"a.{name}"].copy_(initial.expand_as(self.values[f"a.{name}"]))
             self.values[f"b.{name}"].zero_()
-        for tensor in (*self.first.values(), *self.second.values(), *self.steps.values(), self.updates):
+        for tensor in (*self.first.values(), *self.second.values(), *self.steps.values()):
             tensor.zero_()
 
     def live(self, documents: int) -> dict[str, Tensor]:
@@ -3531,35 +3510,35 @@ class Adapters:
     def bind(self, live: dict[str, Tensor]) -> Linear:
         """`linear` for one forward: each visit's slice is taken here, once, so that its gradient is gathered once."""
         by_visit = {name: tensor.unbind(1) for name, tensor in live.items()}
-        names, parts, scale = {name: site for name, (site, _, _) in self.shapes.items()}, self.parts, self.scale
 
-        def delta(name: str, visit: int, x: Tensor) -> Tensor:
+        def adapted(name: str, visit: int, x: Tensor, y: Tensor | None) -> Tensor | None:
+            """y (..., out) with the adapter's term, if there is one of this name."""
+            if name not in self.shapes:
+                return y
             a, b = by_visit[f"a.{name}"][visit].to(x.dtype), by_visit[f"b.{name}"][visit].to(x.dtype)
             delta = (x.unflatten(0, (a.size(0), -1)) @ a.mT @ b.mT).flatten(0, 1)
-            return delta if scale == 1 else scale * delta
+            delta = delta if self.scale == 1 else self.scale * delta
+            return delta if y is None else y + delta
 
         def linear(site: Site, x: Tensor, w: Tensor | None) -> Tensor | None:
             y, (_, visit, place) = plain_linear(site, x, w), site
             if place == "attn_in":
-                cut = zip(parts, y.split(list(parts.values()), dim=-1))
-                return torch.cat([part + delta(name, visit, x) if name in names else part for name, part in cut], dim=-1)
-            here = [delta(name, visit, x) for name in names if names[name] == place]
-            return sum(here, start=y) if y is not None and here else here[0] if here else y
+                return torch.cat([adapted(name, visit, x, part) for name, part in zip(self.parts, y.split([*self.parts.values()], -1))], -1)
+            return adapted(place.removesuffix("_bypass"), visit, x, y)
 
         return linear
 
     @torch.no_grad()
     def learn(self, loss: Tensor, live: dict[str, Tensor]) -> None:
         """One AdamW step on `loss`. The gradients are never accumulated: a captured graph writes them anew each time."""
-        cfg, count = self.cfg, next(iter(live.values())).size(0)
+        cfg, count, steps = self.cfg, next(iter(live.values())).size(0), [self.steps[name] for name in live]
         grads = [grad.contiguous() for grad in torch.autograd.grad(loss, list(live.values()))]  # the compiler's may have other strides
         if cfg.ttt_lora_lr_power:
-            self.updates += 1
-            self.lr.copy_(cfg.ttt_lora_lr * self.updates**cfg.ttt_lora_lr_power)
+            self.lr.copy_(cfg.ttt_lora_lr * (steps[0] + 1) ** cfg.ttt_lora_lr_power)
         fused_adamw(
             [t.detach() for t in live.values()], grads, [self.first[n][:count] for n in live], [self.second[n][:count] for n in live], [],
-            [self.steps[n] for n in live], fused=True, capturable=self.capturable, amsgrad=False, maximize=False, beta1=cfg.ttt_beta1,
-            beta2=cfg.ttt_beta2, lr=self.lr if cfg.ttt_lora_lr_power else cfg.ttt_lora_lr, weight_decay=cfg.ttt_weight_decay, eps=1e-10)
+            steps, fused=True, capturable=self.lr.is_cuda, amsgrad=False, maximize=False, beta1=cfg.ttt_beta1, beta2=cfg.ttt_beta2,
+            lr=self.lr if cfg.ttt_lora_lr_power else cfg.ttt_lora_lr, weight_decay=cfg.ttt_weight_decay, eps=1e-10)
         if cfg.ttt_warm_start_a and count < self.documents:  # an A that will be taken over decays until its whole batch has ended
             torch._foreach_mul_([self.values[f"a.{name}"][count:] for name in self.shapes], 1 - self.lr * cfg.ttt_weight_decay)
 
@@ -3574,7 +3553,7 @@ class Documents:
         order = np.argsort(-(ends - starts), kind="stable")
         self.starts, self.lengths = starts[order], (ends - starts)[order]
         self.byte_sums = np.add.reduceat(np.append(val.byte_counts[1:], 0).astype(np.int64), starts)[order]
-        self.hints: tuple[np.ndarray, np.ndarray] | None = None  # (N,) by entry: a token, -1 where there is none, and its beta, then 0
+        self.hints: tuple[np.ndarray, np.ndarray] | None = None  # (N,) of the entry behind: a token, -1 for none, and its beta
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -3608,8 +3587,8 @@ def ngram_hints(documents: Documents, order: int) -> NgramHints:
     that occur once, nearly all, are told by their hashes; the others are compared token by token.
     """
     width, tokens, by_start = order - 1, documents.tokens, np.argsort(documents.starts)
-    rng, keys = np.random.default_rng(0), np.zeros(len(tokens), np.uint64)  # a target's entry: hash of the tokens before it
-    factors = rng.integers(2**63, size=width, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
+    keys = np.zeros(len(tokens), np.uint64)  # by the entry of a target: hash of the tokens before it
+    factors = np.random.default_rng(0).integers(2**63, size=width, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
     for begin in range(width, len(tokens), 1 << 18):  # what a processor's cache holds
         part = keys[begin: begin + (1 << 18)]
         for back, factor in enumerate(factors, 1):
@@ -3618,11 +3597,10 @@ def ngram_hints(documents: Documents, order: int) -> NgramHints:
         part *= np.uint64(0x9E3779B97F4A7C15)
     seen, repeats = np.sort(keys), np.zeros(1 << 24, bool)
     repeats[seen[1:][seen[1:] == seen[:-1]] >> np.uint64(40)] = True
-    crosses = (documents.starts[:, None] + np.arange(1, width)).ravel()  # contexts that begin before their document
-    whole = repeats[keys >> np.uint64(40)]
-    whole[:width], whole[crosses[crosses < len(tokens)]] = False, False
-    at = np.flatnonzero(whole)
+    at = np.flatnonzero(repeats[keys >> np.uint64(40)])
     document = by_start[np.searchsorted(documents.starts[by_start], at) - 1]
+    inside = at - documents.starts[document] >= width
+    at, document = at[inside], document[inside]
     at = at[np.lexsort((at, document, keys[at]))]  # occurrences of one context side by side, in scoring order
     return count_followers(at, keys[at], tokens[at[:, None] + np.arange(-width, 0)], tokens[at].astype(np.int64))
 
@@ -3661,31 +3639,29 @@ class Chunk(NamedTuple):
 
     def tensors(self) -> list[Tensor]:
         """All that a captured step reads."""
-        return [t for t in (*self.batch[:5], self.rows, self.weights, self.hints, self.betas) if t is not None]
+        return [t for t in (*self.batch[:5], *self[1:]) if t is not None]
 
 
-def make_chunk(run: Run, documents: Documents, members: range, begin: int, end: int) -> Chunk:
-    """The chunk from position `begin` to `end` of `members`, which may run over the documents' number: those are empty."""
-    cfg, cached, count = run.cfg, run.cfg.ttt_context == "cache", len(members)
-    starts, lengths = np.zeros((2, count), np.int64)
-    known = members.stop - members.start - max(0, members.stop - len(documents))
-    starts[:known], lengths[:known] = (a[members.start: members.start + known] for a in (documents.starts, documents.lengths))
-    stops = np.minimum(end, lengths)
-    firsts = np.full(count, begin) if cached else np.maximum(0, stops - cfg.ttt_eval_seq_len)
-    width = end - begin if cached else max(int((stops - firsts).max()), end - begin if run.compile else 1)
-    place, chunk = firsts[:, None] + np.arange(width), begin + np.arange(end - begin)
-    at = np.where(place < stops[:, None], starts[:, None] + place, 0)
-    tokens, targets = (np.where(place < stops[:, None], documents.tokens[at + shift], 0).ravel() for shift in (0, 1))
-    before = documents.tokens[np.where(begin < lengths, starts + begin - 1, 0)].astype(np.int64) if cached and begin else None
-    batch = make_batch(tokens, targets, np.arange(count) * width, width, run.device, begin if cached else 0, before)
-    weights = ((chunk < stops[:, None]) & (end < lengths)[:, None]) / np.float32(end - begin)
-    rows = np.arange(count)[:, None] * width + np.clip(chunk - firsts[:, None], 0, width - 1)
-    hints = []
-    if documents.hints is not None:
-        entries = np.where(chunk < stops[:, None], starts[:, None] + 1 + chunk, 0).ravel()  # the first entry is nobody's target
-        hints = [to_device(values[entries], run.device) for values in documents.hints]
-    scored = None if cached else to_device(rows.ravel(), run.device)
-    return Chunk(batch, scored, to_device(weights.astype(np.float32).ravel(), run.device), *hints)
+def make_chunk(run: Run, documents: Documents, starts: np.ndarray, lengths: np.ndarray, begin: int, end: int) -> Chunk:
+    """The chunk from position `begin` to `end` of documents with these starts and lengths; a length of 0 makes an empty row."""
+    cfg, cached, size = run.cfg, run.cfg.ttt_context == "cache", end - begin
+    starts, stops = starts[:, None], np.minimum(end, lengths)[:, None]
+    firsts = np.full_like(stops, begin) if cached else np.maximum(0, stops - cfg.ttt_eval_seq_len)
+    width = size if cached else max(int((stops - firsts).max()), size if run.compile else 1)
+    chunk = np.arange(begin, end)
+
+    def entries(places: np.ndarray) -> np.ndarray:
+        """Where these places of every document are in the data; those behind its end are filled up with the first entry."""
+        return np.where(places < stops, starts + places, 0).ravel()
+
+    seen, scored = entries(firsts + np.arange(width)), entries(chunk)
+    before = documents.tokens[entries(np.array([begin - 1]))] if cached and begin else None
+    batch = make_batch(documents.tokens[seen], documents.tokens[seen + 1], np.arange(len(starts)) * width, width, run.device,
+                       begin if cached else 0, before)
+    rows = np.arange(len(starts))[:, None] * width + np.clip(chunk - firsts, 0, width - 1)
+    weights = np.repeat((end < lengths) / np.float32(size), size)
+    hints = [to_device(values[scored], run.device) for values in documents.hints or ()]
+    return Chunk(batch, None if cached else to_device(rows.ravel(), run.device), to_device(weights, run.device), *hints)
 
 
 class KVCache:
@@ -3695,13 +3671,12 @@ class KVCache:
     sees at most, itself included. Where the current chunk begins is a tensor, so that a captured graph can advance it.
     """
 
-    def __init__(self, run: Run, schedule: Schedule, documents: int, places: int) -> None:
-        cfg = run.cfg
-        assert all(places % size == 0 for size in cfg.chunk_sizes), "a chunk never runs across the end of the ring"
-        shape = (schedule.visits, documents, cfg.num_kv_heads, places, cfg.head_dim)
+    def __init__(self, run: Run, documents: int) -> None:
+        cfg, largest = run.cfg, run.cfg.chunk_sizes[-1]
+        self.places = -(-cfg.ttt_eval_seq_len // largest) * largest
+        shape = (loop_schedule(cfg, cfg.eval_loop_depth).visits, documents, cfg.num_kv_heads, self.places, cfg.head_dim)
         self.keys, self.values = (torch.zeros(shape, dtype=run.dtype, device=run.device) for _ in range(2))
         self.begin = torch.zeros((), dtype=torch.int64, device=run.device)
-        self.places = places
 
     def bind(self, documents: int, size: int, seen: int, made: list[tuple[Tensor, Tensor]]) -> Attend:
         """`attend` for one forward: a chunk of `size` tokens looks at the first `seen` places and at itself.
@@ -3744,20 +3719,24 @@ class TTTScorer:
     """
 
     def __init__(self, run: Run, model: GPT) -> None:
-        self.run, self.schedule = run, loop_schedule(run.cfg, run.cfg.eval_loop_depth)
-        self.adapters: Adapters | None = None
-        self.cache: KVCache | None = None
+        schedule, documents = loop_schedule(run.cfg, run.cfg.eval_loop_depth), max(run.cfg.ttt_batch_size, 2)
+        self.run, self.adapters = run, Adapters(run, documents)
+        self.cache = KVCache(run, documents) if run.cfg.ttt_context == "cache" else None
+        self.captures = run.device.type == "cuda" and self.cache is not None
         self.captured: dict[tuple[int, int, int], tuple[torch.cuda.CUDAGraph, Chunk, Tensor]] = {}
-        self.captures = run.device.type == "cuda" and run.cfg.ttt_context == "cache"
+        # A step has the next of these numbers of documents (one alone the compiler would take for a constant) and of places in sight.
+        self.live_sizes: range | list[int] = range(2 if run.compile else 1, documents + 1)
+        self.seen_sizes: range | list[int] = range(self.cache.places + 1 if self.cache else 1)
+        if self.captures:
+            self.live_sizes = sorted({max(2, -(-documents // share)) for share in (1, 2, 4, 8)})
+            self.seen_sizes = sorted({min(256 << i, self.cache.places) for i in range(self.cache.places.bit_length())})
         self.steps = self.forwarded = 0  # steps, and tokens that went through the model
-        schedule = self.schedule
 
-        def losses_of(batch: Batch, adapters: Adapters, live: dict[str, Tensor], rows: Tensor | None, also: Tensor | None,
-                      cache: KVCache | None, seen: int) -> tuple[Tensor, list]:
+        def losses_of(batch: Batch, live: dict[str, Tensor], rows: Tensor | None, also: Tensor | None, seen: int) -> tuple[Tensor, list]:
             made: list[tuple[Tensor, Tensor]] = []
             documents = next(iter(live.values())).size(0)
-            attend = None if cache is None else cache.bind(documents, batch.max_seqlen, seen, made)
-            return model(batch, schedule, adapters.bind(live), attend, rows, also), made
+            attend = None if self.cache is None else self.cache.bind(documents, batch.max_seqlen, seen, made)
+            return model(batch, schedule, self.adapters.bind(live), attend, rows, also), made
 
         self.losses_of = compiled(run, losses_of, dynamic=True)
 
@@ -3766,53 +3745,24 @@ class TTTScorer:
 
         warm: A begins where the batch before, one of the same size, left it.
         """
-        lengths = documents.lengths[members.start: members.stop]
+        own, spare = slice(members.start, members.stop), self.adapters.documents - len(members)
+        starts, lengths = (np.pad(values[own], (0, spare)) for values in (documents.starts, documents.lengths))
         longest = int(lengths[0])
         bounds = chunk_bounds(self.run.cfg, longest)
-        self._make_room(len(members), longest)
         self.adapters.reset(warm)
         if self.cache is not None:
             self.cache.begin.zero_()
-        result = torch.zeros(self.adapters.documents, bounds[-1], device=self.run.device)
-        for begin, end in zip(bounds, bounds[1:]):
-            live = self._rounded(int((lengths > begin).sum()))
-            chunk = make_chunk(self.run, documents, range(members.start, members.start + live), begin, end)
+        result = torch.zeros(len(lengths), bounds[-1], device=self.run.device)
+        for begin, end in itertools.pairwise(bounds):
+            live = self.live_sizes[bisect.bisect_left(self.live_sizes, int((lengths > begin).sum()))]
+            chunk = make_chunk(self.run, documents, starts[:live], lengths[:live], begin, end)
             result[:live, begin:end] = self._step(chunk, live, begin, trains=end < longest).view(live, -1)
             self.steps, self.forwarded = self.steps + 1, self.forwarded + len(chunk.batch.tokens)
-        return [losses[:length] for length, losses in zip(lengths, result.cpu().numpy())]
-
-    def _make_room(self, count: int, longest: int) -> None:
-        """Adapters and cache for `count` documents, kept from batch to batch; on CUDA for TTT_BATCH_SIZE, once."""
-        cfg, cuda = self.run.cfg, self.run.device.type == "cuda"
-        count = max(cfg.ttt_batch_size, 2) if cuda else max(count, 2)
-        if self.adapters is None or self.adapters.documents < count:
-            self.adapters, self.cache = Adapters(self.run, self.schedule, count), None
-        if cfg.ttt_context == "cache":
-            largest, limit = cfg.chunk_sizes[-1], cfg.ttt_eval_seq_len
-            places = -(-(limit if cuda else min(longest, limit)) // largest) * largest
-            if self.cache is None or self.cache.places != places:
-                self.cache = KVCache(self.run, self.schedule, self.adapters.documents, places)
-
-    def _rounded(self, live: int) -> int:
-        """Documents in a step: those that have not ended; one more for a lone one where the compiler would take 1 for a constant;
-        where steps are captured, one of a few numbers."""
-        if self.captures:
-            sizes = [-(-self.adapters.documents // share) for share in (1, 2, 4, 8)]
-            return max(2, min(size for size in sizes if size >= live))
-        return max(live, 2) if self.run.compile else live
-
-    def _places_in_sight(self, begin: int) -> int:
-        """Places that a chunk from position `begin` on looks at: the filled ones, where captured rounded up to one of a few numbers."""
-        if self.cache is None:
-            return 0
-        filled = min(begin, self.cache.places)
-        if self.captures:
-            filled = 2 ** max(8, math.ceil(math.log2(max(filled, 1))))
-        return min(filled, self.cache.places)
+        return [losses[:length] for length, losses in zip(lengths[: len(members)], result.cpu().numpy())]
 
     def _step(self, chunk: Chunk, live: int, begin: int, trains: bool) -> Tensor:
         """The losses of a chunk, computed before the step on them; where captured they are overwritten by the next such step."""
-        seen = self._places_in_sight(begin)
+        seen = self.seen_sizes[bisect.bisect_left(self.seen_sizes, min(begin, self.seen_sizes[-1]))]
         if (key := (live, chunk.batch.max_seqlen, seen)) not in self.captured:
             return self._losses_and_learn(chunk, live, seen, trains)
         graph, kept, losses = self.captured[key]
@@ -3826,7 +3776,7 @@ class TTTScorer:
         leaves, hints = self.adapters.live(live), chunk.hints
         also = None if hints is None else hints.clamp_min(0)
         with torch.set_grad_enabled(trains):
-            forward = partial(self.losses_of, chunk.batch, self.adapters, leaves, chunk.rows, also, self.cache, seen)
+            forward = partial(self.losses_of, chunk.batch, leaves, chunk.rows, also, seen)
             losses, made = forward()
             scored = losses.detach().clone()
             for again in range(self.run.cfg.ttt_grad_steps if trains else 0):
@@ -3843,21 +3793,22 @@ class TTTScorer:
         """Compile and run everything on random tokens, and capture what will be replayed, before the clock."""
         if not self.run.compile:
             return
-        cfg, largest = self.run.cfg, self.run.cfg.chunk_sizes[-1]
-        longest = min(cfg.ttt_eval_seq_len, 640) + 3
-        documents = self._random_documents(np.linspace(longest, largest + 1, max(2, cfg.ttt_batch_size)).astype(int))
+        cfg, largest, count = self.run.cfg, self.run.cfg.chunk_sizes[-1], self.adapters.documents
+        self.adapters.reset()
         if self.run.device.type == "cuda" and not self.captures:
-            self._run_widest_step()
-        if self.captures:
-            self._make_room(cfg.ttt_batch_size, longest)
-            pool = torch.cuda.graph_pool_handle()
-            for live in sorted({self._rounded(n) for n in range(1, cfg.ttt_batch_size + 1)}):
-                for size in cfg.chunk_sizes:
-                    chunk = make_chunk(self.run, documents, range(live), 0, size)
-                    for seen in sorted({self._places_in_sight(begin) for begin in range(0, self.cache.places + 1, size)}):
-                        self.captured[live, size, seen] = self._capture(chunk, live, seen, pool)
+            # A full batch with whole windows comes before all others, which then take their memory out of its blocks. Windows grow from
+            # chunk to chunk: without this no block that the allocator kept would fit the next, and it would keep all.
+            begin, end = chunk_bounds(cfg, cfg.ttt_eval_seq_len)[-2:]
+            documents = self._random_documents(np.full(count, end + 1))
+            for _ in range(2):
+                self._step(make_chunk(self.run, documents, documents.starts, documents.lengths, begin, end), count, begin, trains=True)
+        documents = self._random_documents(np.linspace(min(cfg.ttt_eval_seq_len, 640) + 3, largest + 1, count).astype(int))
+        pool = torch.cuda.graph_pool_handle() if self.captures else None
+        for live, size, seen in itertools.product(self.live_sizes, cfg.chunk_sizes, self.seen_sizes) if self.captures else ():
+            chunk = make_chunk(self.run, documents, documents.starts[:live], documents.lengths[:live], 0, size)
+            self.captured[live, size, seen] = self._capture(chunk, live, seen, pool)
         for _ in range(2):
-            self.score(documents, range(len(documents)))
+            self.score(documents, range(count))
         self.steps = self.forwarded = 0
 
     def _random_documents(self, lengths: np.ndarray) -> Documents:
@@ -3868,19 +3819,6 @@ class TTTScorer:
         documents = Documents(ValData(tokens, np.ones_like(tokens), len(lengths)))
         documents.hints = (tokens.astype(np.int64), np.ones(len(tokens), np.float32)) if cfg.ngram_tilt_enabled else None
         return documents
-
-    def _run_widest_step(self) -> None:
-        """A full batch with whole windows, before all others: they then take their memory out of its blocks.
-
-        Windows grow from chunk to chunk; without this no block that the allocator kept would fit the next, and it would keep all.
-        """
-        cfg, count = self.run.cfg, max(2, self.run.cfg.ttt_batch_size)
-        begin, end = chunk_bounds(cfg, cfg.ttt_eval_seq_len)[-2:]
-        documents = self._random_documents(np.full(count, end + 1))
-        self._make_room(count, end + 1)
-        self.adapters.reset()
-        for _ in range(2):
-            self._step(make_chunk(self.run, documents, range(count), begin, end), count, begin, trains=True)
 
     def _capture(self, chunk: Chunk, live: int, seen: int, pool: tuple[int, int]) -> tuple[torch.cuda.CUDAGraph, Chunk, Tensor]:
         """Record a step. What adapters and cache hold is lost: a reset comes next."""
@@ -3894,33 +3832,6 @@ class TTTScorer:
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             losses.copy_(self._losses_and_learn(chunk, live, seen, trains=True))
         return graph, chunk, losses
-
-    def report_work(self, targets: int) -> None:
-        """One line: steps of the rank that had most, forwards of a token on average over all ranks, memory at its peak."""
-        steps, forwarded = zip(*self.run.ranks.gather((self.steps, self.forwarded)))
-        memory = {"peak_mb": torch.cuda.max_memory_allocated() >> 20} if self.run.device.type == "cuda" else {}
-        self.run.log.record("ttt_work", context=self.run.cfg.ttt_context, chunk=self.run.cfg.ttt_chunk_size, steps=max(steps),
-                            forwards_per_target=f"{sum(forwarded) / targets:.3f}", **memory)
-
-
-def sgd_batches(run: Run, entries: np.ndarray) -> Iterator[tuple[Batch, int]]:
-    """This rank's share of a chunk of text, `entries` with one token more than the chunk: batches, and how many of their tokens count.
-
-    Sequences start at documents and every EVAL_SEQ_LEN tokens within one. Under torch.compile a batch is filled up a little with a
-    sequence that does not count.
-    """
-    cfg, tokens, targets = run.cfg, entries[:-1], entries[1:]
-    starts = segment_starts(tokens, len(tokens), cfg.eval_seq_len)
-    sizes, limit = np.diff(starts, append=len(tokens)), cfg.global_ttt_batch_seqs * cfg.eval_seq_len
-    own = np.array(deal(sizes, run.ranks.world)[run.ranks.rank], dtype=np.int64)
-    forward_of = (np.cumsum(sizes[own]) - 1) // limit
-    for part in np.unique(forward_of):
-        chosen = own[forward_of == part]
-        index = np.concatenate([np.arange(starts[s], starts[s] + sizes[s]) for s in chosen])
-        local, count = np.cumsum(sizes[chosen]) - sizes[chosen], len(index)
-        if run.compile:
-            index, local = np.append(index, np.zeros(256 - count % 256, np.int64)), np.append(local, count)
-        yield make_batch(tokens[index], targets[index], local, max(cfg.eval_seq_len, 256), run.device), count
 
 
 class GlobalSGD:
@@ -3944,39 +3855,45 @@ class GlobalSGD:
 
         A collective.
         """
-        cfg, began, size = self.run.cfg, time.perf_counter(), self.run.cfg.global_ttt_chunk_tokens
-        chunks, progress = -(-(len(text) - 1) // size), Progress(self.run.log)
+        cfg, began, size, progress = self.run.cfg, time.perf_counter(), self.run.cfg.global_ttt_chunk_tokens, Progress(self.run.log)
+        chunks = max((len(text) - 2) // size, 0)
         sgd = torch.optim.SGD(self.params, lr=cfg.global_ttt_lr, momentum=cfg.global_ttt_momentum)
-        total = torch.zeros((), device=self.run.device)
-        for i in range(chunks - 1):
-            for group in sgd.param_groups:
-                group["lr"] = cfg.global_ttt_lr * 0.5 * (1 + math.cos(math.pi * i / (chunks - 1)))
-            loss = torch.zeros((), device=self.run.device)
+        loss = total = torch.zeros((), device=self.run.device)
+        for i in range(chunks):
+            sgd.param_groups[0]["lr"] = cfg.global_ttt_lr * 0.5 * (1 + math.cos(math.pi * i / chunks))
             for _ in range(cfg.global_ttt_epochs):
                 loss = self._gradients(text[i * size: (i + 1) * size + 1])
                 if cfg.global_ttt_grad_clip > 0:
                     torch.nn.utils.clip_grad_norm_(self.params, cfg.global_ttt_grad_clip)
                 sgd.step()
-            total += loss
-            progress(f"ttt_sgd_{phase}", i + 1, chunks - 1)
+            total = total + loss
+            progress(f"ttt_sgd_{phase}", i + 1, chunks)
         self._release()
-        loss = total.item() / max(chunks - 1, 1)
-        self.run.log.record("ttt_sgd", phase=phase, tokens=len(text), chunks=max(chunks - 1, 0), loss=f"{loss:.4f}",
-                            time_ms=int(since_ms(began)))
-        return since_ms(began)
+        loss, time_ms = total.item() / max(chunks, 1), since_ms(began)
+        self.run.log.record("ttt_sgd", phase=phase, tokens=len(text), chunks=chunks, loss=f"{loss:.4f}", time_ms=int(time_ms))
+        return time_ms
 
     def _gradients(self, entries: np.ndarray) -> Tensor:
-        """Gradients of the mean loss of a chunk over all ranks, into the parameters' .grad; the loss."""
-        loss = torch.zeros((), device=self.run.device)
+        """Gradients of the mean loss of a chunk over all ranks, into the parameters' .grad; the loss.
+
+        `entries` are one more than the chunk has. Its sequences, which start at documents and every EVAL_SEQ_LEN tokens within one, are
+        dealt to the ranks.
+        """
+        run, count, loss = self.run, len(entries) - 1, torch.zeros((), device=self.run.device)
         for param in self.params:
             param.requires_grad_(True).grad = torch.zeros_like(param)
-        for batch, count in sgd_batches(self.run, entries):
-            part = self.forward(batch)[:count].sum() / (len(entries) - 1)
-            part.backward()
-            loss += part.detach()
+        starts = segment_starts(entries[:-1], count, run.cfg.eval_seq_len)
+        lengths = np.diff(starts, append=count)
+        own = np.flatnonzero(deal(lengths, run.ranks.world) == run.ranks.rank)
+        for part in pack_segments(lengths[own], run.cfg.global_ttt_batch_seqs * run.cfg.eval_seq_len):
+            tokens = int(lengths[own[part]].sum())
+            batch = segment_batch(run, entries, starts[own[part]], lengths[own[part]], tokens + 256 - tokens % 256)
+            share = self.forward(batch)[:tokens].sum() / count
+            share.backward()
+            loss += share.detach()
         for param in self.params:
-            self.run.ranks.sum(param.grad)
-        return self.run.ranks.sum(loss)
+            run.ranks.sum(param.grad)
+        return run.ranks.sum(loss)
 
     def _release(self) -> None:
         for param in self.params:
@@ -3992,36 +3909,29 @@ class TTTProgress:
 
     def __init__(self, run: Run, plans: list[PhasePlan], documents: Documents) -> None:
         self.run, self.documents, self.plans = run, documents, plans
-        self.began, self.sgd_ms, self.warned = time.perf_counter(), 0.0, False
+        self.began, self.sgd_ms, self.warned, self.done = time.perf_counter(), 0.0, False, 0
+        self.scored = np.zeros(4)  # of this rank: documents, nats, bytes, and its share in the time of the plan
         self.reckoned = sum(max(plan.seconds) for plan in plans)
         self.sgd_tokens = [sum(int(documents.lengths[d]) + 1 for d in plan.learns) for plan in plans]
-        self.batches, self.done = sum(len(plan.ranks[run.ranks.rank]) for plan in plans), 0
-        self.docs, self.nats, self.bytes, self.share = 0, 0.0, 0, 0.0
+        self.batches = sum(len(plan.ranks[run.ranks.rank]) for plan in plans)
         imbalance = max(max(plan.seconds) / max(sum(plan.seconds) / len(plan.seconds), 1e-9) for plan in plans) - 1
         run.log.record("ttt_plan", h100_ms=int(1e3 * self.reckoned), batches=sum(len(plan.batches) for plan in plans), phases=len(plans),
                        imbalance=f"{imbalance:.4f}", sgd_docs=",".join(str(len(plan.learns)) for plan in plans[:-1]) or 0)
 
     def add(self, phase: int, members: range, nats: float) -> None:
-        """A batch of this rank in `phase`, counted from 0, is scored."""
+        """A batch of this rank in `phase`, counted from 0, is scored. Rank 0 speaks now and then, for all."""
         ranks, plan, self.done = self.run.ranks, self.plans[phase], self.done + 1
-        self.docs, self.nats = self.docs + len(members), self.nats + nats
-        self.bytes += int(self.documents.byte_sums[members.start: members.stop].sum())
-        self.share += plan.seconds[ranks.rank] / len(plan.ranks[ranks.rank]) / sum(plan.seconds) * max(plan.seconds) / self.reckoned
-        ranks.post("ttt", json.dumps([self.docs, self.nats, self.bytes, self.share]))
-        if ranks.rank == 0 and (self.done % max(1, self.batches // 20) == 0 or self.done in (1, self.batches)):
-            self._report(phase)
-
-    def learned(self, time_ms: float) -> None:
-        """A pass of the global SGD took so long."""
-        self.sgd_ms += time_ms
-
-    def _report(self, phase: int) -> None:
-        docs, nats, num_bytes, share = map(sum, zip(*map(json.loads, self.run.ranks.posted("ttt").values())))
+        share = plan.seconds[ranks.rank] / len(plan.ranks[ranks.rank]) / sum(plan.seconds) * max(plan.seconds) / self.reckoned
+        self.scored += len(members), nats, self.documents.byte_sums[members.start: members.stop].sum(), share
+        ranks.post("ttt", json.dumps(self.scored.tolist()))
+        if ranks.rank or self.done % max(1, self.batches // 20) and self.done not in (1, self.batches):
+            return
+        docs, nats, num_bytes, share = np.sum([json.loads(note) for note in ranks.posted("ttt").values()], axis=0)
         elapsed, budget = since_ms(self.began), 1e3 * self.run.cfg.eval_budget_seconds
         sgd_ms = self.sgd_ms * sum(self.sgd_tokens) / max(sum(self.sgd_tokens[:phase]), 1)
         whole = (elapsed - self.sgd_ms) / max(share, 1e-9) + sgd_ms
-        self.run.log.record("ttt", docs=f"{docs}/{len(self.documents)}", phase=f"{phase + 1}/{len(self.plans)}",
-                            val_bpb=f"{nats / math.log(2) / max(num_bytes, 1):.5f}", bytes=num_bytes, time_ms=int(elapsed),
+        self.run.log.record("ttt", docs=f"{docs:.0f}/{len(self.documents)}", phase=f"{phase + 1}/{len(self.plans)}",
+                            val_bpb=f"{nats / math.log(2) / max(num_bytes, 1):.5f}", bytes=int(num_bytes), time_ms=int(elapsed),
                             left_ms=int(max(0.0, whole - elapsed)))
         if budget and whole > budget and not self.warned:
             self.warned = True
@@ -4038,7 +3948,7 @@ def take_hints(run: Run, documents: Documents) -> None:
         found = [values[betas > 0] for values in (hints.at, hints.top, betas)]
     at, top, betas = run.ranks.agree(found)
     documents.hints = np.full(len(documents.tokens), -1), np.zeros(len(documents.tokens), np.float32)
-    documents.hints[0][at], documents.hints[1][at] = top, betas
+    documents.hints[0][at - 1], documents.hints[1][at - 1] = top, betas
     run.log.record("tilt", hints=len(at), targets=int(documents.lengths.sum()), time_ms=int(since_ms(began)))
 
 
@@ -4059,22 +3969,23 @@ def score_with_ttt(run: Run, model: GPT, val: ValData) -> Score:
     if run.cfg.ngram_tilt_enabled:
         take_hints(run, documents)
     losses = np.full(len(val.tokens) - 1, np.nan, np.float32)
-    nats = np.zeros(len(documents))  # float64, by place in the scoring order; a document is scored on one rank
+    nats, scored = np.zeros(len(documents)), 0  # float64, by place in the scoring order
     for phase, plan in enumerate(plans):
         for index in plan.ranks[ranks.rank]:
             members = plan.batches[index]
             for document, part in zip(members, scorer.score(documents, members, index in plan.warm)):
                 nats[document] = part.sum(dtype=np.float64)
                 losses[documents.starts[document]:][: len(part)] = part
+                scored += len(part)
             progress.add(phase, members, float(nats[members.start: members.stop].sum()))
         if plan.learns:
             text = np.concatenate([documents.text(d) for d in plan.learns])
-            progress.learned(sgd.learn(text, f"{phase + 1}/{len(plans) - 1}"))
-    total = np.sum(ranks.gather(nats), axis=0)
-    assert int(documents.lengths.sum()) == len(losses), "every target belongs to one document"
-    score = Score(float(total.sum()), len(losses), val.num_bytes, since_ms(began), losses)
-    scorer.report_work(score.tokens)
-    return score.report(run.log, "quantized_ttt")
+            progress.sgd_ms += sgd.learn(text, f"{phase + 1}/{len(plans) - 1}")
+    steps, forwarded = zip(*ranks.gather((scorer.steps, scorer.forwarded)))
+    memory = {"peak_mb": torch.cuda.max_memory_allocated() >> 20} if run.device.type == "cuda" else {}
+    run.log.record("ttt_work", context=run.cfg.ttt_context, chunk=run.cfg.ttt_chunk_size, steps=max(steps),
+                   forwards_per_target=f"{sum(forwarded) / len(losses):.3f}", **memory)
+    return joint_score(run, val, "quantized_ttt", began, losses, nats, scored)
 
 
 # ======================================================================================================================
