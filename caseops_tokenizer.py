@@ -163,11 +163,10 @@ LARGEST_CHARGE = (1 << 16) - 1
 
 
 class Encoded(NamedTuple):
-    """Documents as they go into shards: flat arrays, and one entry a document."""
-    tokens: np.ndarray      # (n,) uint16, BOS before each document
-    charges: np.ndarray     # (n,) uint16 original bytes, or empty where none were asked for
-    lengths: np.ndarray     # (documents,) int64 tokens of each, BOS included; 0 for one that cannot be encoded
-    faults: dict[int, str]  # those documents, and why
+    """A document as it goes into shards."""
+    tokens: np.ndarray = np.zeros(0, dtype=np.uint16)   # (T,), BOS first; none if it cannot be encoded
+    charges: np.ndarray = np.zeros(0, dtype=np.uint16)  # (T,) original bytes; none if they were not asked for
+    fault: str = ""                                     # why it cannot be encoded
 
 
 class Encoder:
@@ -177,21 +176,16 @@ class Encoder:
         self.tokenizer, self.with_charges = tokenizer, with_charges
         self.processor = tokenizer.processor
 
-    def encode(self, documents: list[bytes]) -> Encoded:
+    def encode(self, documents: list[bytes]) -> list[Encoded]:
         """The UTF-8 of documents, one by one."""
-        tokens, charges = [np.zeros(0, dtype=np.uint16)], [np.zeros(0, dtype=np.uint16)]
-        faults: dict[int, str] = {}
-        lengths = np.zeros(len(documents), dtype=np.int64)
-        for index, document in enumerate(documents):
-            try:
-                ids, their_charges = self.one(document.decode())
-            except ValueError as error:
-                faults[index] = str(error)
-                continue
-            tokens.append(np.append(np.uint16(BOS), ids))
-            charges += [np.zeros(1, dtype=np.uint16), their_charges] if self.with_charges else []
-            lengths[index] = 1 + len(ids)
-        return Encoded(np.concatenate(tokens), np.concatenate(charges), lengths, faults)
+        return list(map(self._encoded, documents))
+
+    def _encoded(self, document: bytes) -> Encoded:
+        try:
+            ids, charges = self.one(document.decode())
+        except ValueError as error:
+            return Encoded(fault=str(error))
+        return Encoded(np.append(np.uint16(BOS), ids), np.append(np.uint16(0), charges) if self.with_charges else charges)
 
     def one(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """(ids, charges) of one text, (T,) uint16 each, without BOS; no charges unless they are asked for.
@@ -272,19 +266,23 @@ class FastEncoder:
     def __init__(self, tokenizer: Tokenizer, with_charges: bool) -> None:
         assert tokenizer.by_word
         self.tokenizer, self.with_charges = tokenizer, with_charges
-        self.plain = Encoder(tokenizer)
+        self.plain = Encoder(tokenizer, with_charges)
         self.cuts, self.between = self._cut_table(), self._between_table()
         self.table = PartTable()
 
-    def encode(self, documents: list[bytes]) -> Encoded:
+    def encode(self, documents: list[bytes]) -> list[Encoded]:
         """The UTF-8 of documents, all together; there is none that it cannot encode."""
-        groups = itertools.groupby(documents, lambda document: len(document) >= LONG_DOCUMENT)
-        found = [self.plain.encode(list(group)).tokens if long else self._tokens(list(group)) for long, group in groups]
-        tokens = np.concatenate([self.table.ids[:0], *found])
+        found: list[Encoded] = []
+        for long, group in itertools.groupby(documents, lambda document: len(document) >= LONG_DOCUMENT):
+            found += (self.plain.encode if long else self._encode_together)(list(group))
+        assert len(found) == len(documents)
+        return found
+
+    def _encode_together(self, documents: list[bytes]) -> list[Encoded]:
+        tokens = self._tokens(documents)
         charges = self.tokenizer.lossless_charges(tokens) if self.with_charges else tokens[:0]
-        lengths = np.diff(np.flatnonzero(tokens == BOS), append=len(tokens))
-        assert len(lengths) == len(documents)
-        return Encoded(tokens, charges, lengths, {})
+        starts = np.flatnonzero(tokens == BOS)[1:]
+        return list(map(Encoded, np.split(tokens, starts), np.split(charges, starts)))
 
     def _cut_table(self) -> np.ndarray:
         """(65536,) bool for each pair of bytes (the second one high): may it be cut?"""

@@ -57,7 +57,7 @@ import numpy as np
 import sentencepiece
 
 import lossless_caps
-from caseops_tokenizer import BOS, CONTROL, UNKNOWN, UNUSED, Encoder, FastEncoder, Tokenizer, marked
+from caseops_tokenizer import BOS, CONTROL, UNKNOWN, UNUSED, Encoded, Encoder, FastEncoder, Tokenizer, marked
 from lossless_caps import V1, VERSIONS
 
 # ------------------------------------------------------------------------------------------------------------ settings
@@ -86,21 +86,24 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-class Progress:
-    """A line every few seconds while bytes are read or come in: how far, how fast, how much longer."""
+@contextmanager
+def progress(phase: str, total: int, done: Callable[[], int], words: Callable[[], str] = str) -> Iterator[None]:
+    """While the block runs, a line every few seconds: how many of `total` bytes (0: unknown) are done, how fast, how much longer."""
+    before, started, ended = done(), time.perf_counter(), threading.Event()
 
-    def __init__(self, phase: str, total: int, before: int = 0) -> None:
-        self.phase, self.total, self.before = phase, total, before
-        self.started = self.said = time.perf_counter()
-
-    def at(self, done: int, words: str = "") -> None:
-        """So many of `total` bytes (0: unknown) are done, `before` of them by an earlier run."""
-        now = time.perf_counter()
-        if now - self.said < PROGRESS_S:
-            return
-        self.said, rate = now, (done - self.before) / (now - self.started)
-        left = f"{(self.total - done) / rate:.0f}" if self.total and rate > 0 else "unknown"
-        say(f"{self.phase} mb:{done / 1e6:.0f} of_mb:{self.total / 1e6:.0f} mb_s:{rate / 1e6:.1f} left_s:{left}{words}")
+    def watch() -> None:
+        while not ended.wait(PROGRESS_S):
+            now = done()
+            rate = (now - before) / (time.perf_counter() - started)
+            left = f"{(total - now) / rate:.0f}" if total and rate > 0 else "unknown"
+            say(f"{phase} mb:{now / 1e6:.0f} of_mb:{total / 1e6:.0f} mb_s:{rate / 1e6:.1f} left_s:{left}{words()}")
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 # ----------------------------------------------------------------------------------------------------------- documents
@@ -110,37 +113,30 @@ class Block(NamedTuple):
     first: int
     lines: list[bytes]
 
-    def texts(self, replace_surrogates: bool) -> tuple[list[bytes], dict[int, str]]:
-        """The UTF-8 of every document (empty for a bad one), and by index in the block what is wrong with the bad ones."""
-        texts, faults = [b""] * len(self.lines), {}
-        for index, line in enumerate(self.lines):
-            try:
-                texts[index] = _text(line, replace_surrogates)
-            except ValueError as error:
-                faults[index] = str(error)
-        return texts, faults
+    def texts(self, replace_surrogates: bool) -> list[bytes | ValueError]:
+        """The UTF-8 of every document, or what is wrong with it."""
+        return [document_text(line, replace_surrogates) for line in self.lines]
 
     def name(self, index: int) -> str:
         """How people find a document of the block."""
         return f"document {self.first + index + 1} of {self.source}"
 
 
-def _text(line: bytes, replace_surrogates: bool) -> bytes:
-    """The UTF-8 of a document's text; ValueError says what is wrong with the line."""
+def document_text(line: bytes, replace_surrogates: bool) -> bytes | ValueError:
+    """The UTF-8 of the text in a line of JSON, or what is wrong with the line."""
     try:
         record = json.loads(line.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogatepass"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"is not a line of JSON: {error}") from None
+        return ValueError(f"is not a line of JSON: {error}")
     if not isinstance(record, dict) or not isinstance(text := record.get("text"), str):
-        raise ValueError('has no "text": every line must be a JSON object like {"text": "..."}')
+        return ValueError('has no "text": every line must be a JSON object like {"text": "..."}')
     try:
         return text.encode()
     except UnicodeEncodeError as error:
-        if not replace_surrogates:
-            where = f"{text[error.start]!a} at character {error.start}"
-            raise ValueError(f"has a lone surrogate {where}, which has no UTF-8 form (--replace-surrogates puts U+FFFD in"
-                             " its place)") from None
-        return re.sub("[\ud800-\udfff]", "\ufffd", text).encode()
+        if replace_surrogates:
+            return re.sub("[\ud800-\udfff]", "\ufffd", text).encode()
+        return ValueError(f"has a lone surrogate {text[error.start]!a} at character {error.start}, which has no UTF-8 form"
+                          " (--replace-surrogates puts U+FFFD in its place)")
 
 
 class HashedFile(io.RawIOBase):
@@ -401,10 +397,9 @@ def training_sentences(request: TokenizerRequest) -> Iterator[str]:
     for block in Documents(request.docs).blocks():
         skip = min(max(request.val_docs - passed, 0), len(block.lines))
         passed += len(block.lines)
-        texts, faults = block.texts(replace_surrogates=True) if skip < len(block.lines) else ([], {})
-        if faults:
-            raise ValueError(f"{block.name(min(faults))} {faults[min(faults)]}")
-        for text in texts[skip:]:
+        for index, line in enumerate(block.lines[skip:], skip):
+            if isinstance(text := document_text(line, replace_surrogates=True), ValueError):
+                raise ValueError(f"{block.name(index)} {text}")
             used += len(text)
             for piece in re.findall(r"(?s).{1,1000}[^ ]*", encode(text.decode())):
                 yield from filter(None, piece.split("\t"))
@@ -448,21 +443,17 @@ def folder_lock(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK
     with open(path, "w") as lock:
-        if not _is_locked(lock.fileno()):
+        try:
+            fcntl.flock(lock.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            taken = os.fstat(lock.fileno()).st_nlink == 0  # by one that has just ended, and removed the file
+        except BlockingIOError:
+            taken = True
+        if taken:
             raise ValueError(f"another process is writing to {folder}: wait for it or name another folder")
         try:
             yield
         finally:
             path.unlink()
-
-
-def _is_locked(file: int) -> bool:
-    """Lock a file for this process, if no other has locked it or, at its end, has just removed it."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return os.fstat(file).st_nlink > 0
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -607,23 +598,13 @@ class BuildRequest:
         return {name: getattr(self, name) for name in self.OPTIONS}
 
 
-class EncodedBlock(NamedTuple):
-    """The documents of a block as they go into shards: flat arrays, and one entry a document."""
-    block: Block            # without its lines
-    is_val: bool
-    tokens: np.ndarray      # (n,) uint16, BOS before each document
-    charges: np.ndarray     # (n,) uint16 original bytes, for validation; else empty
-    lengths: np.ndarray     # (documents,) int64 tokens of each, BOS included; 0: left out
-    text_bytes: np.ndarray  # (documents,) int64
-    keys: list[bytes]       # by which equal documents are recognised; empty for one that is left out
-    faults: dict[int, str]  # bad documents, and why
-
-    def without(self, forbidden: set[bytes]) -> EncodedBlock:
-        """The block without the documents of these keys: they get length 0."""
-        if forbidden.isdisjoint(self.keys):
-            return self
-        keep = np.array([key not in forbidden for key in self.keys])
-        return self._replace(tokens=self.tokens[np.repeat(keep, self.lengths)], lengths=np.where(keep, self.lengths, 0))
+class Document(NamedTuple):
+    """A document as it goes into shards, or why it does not."""
+    tokens: np.ndarray   # (T,) uint16, BOS first
+    charges: np.ndarray  # (T,) uint16 original bytes, for validation; else none
+    text_bytes: int
+    key: bytes           # by which equal documents are recognised
+    fault: str           # empty for a good one
 
 
 @lru_cache(maxsize=1)
@@ -640,21 +621,19 @@ def make_encoder(tokenizer: Tokenizer, with_charges: bool) -> Encoder | FastEnco
     return (FastEncoder if tokenizer.by_word else Encoder)(tokenizer, with_charges)
 
 
-def encode_block(request: BuildRequest, sha256: str, block: Block, is_val: bool) -> EncodedBlock:
-    """Tokenise the documents of a block; runs in a worker process. ValueError names a bad one, if they are not skipped."""
-    texts, faults = block.texts(request.replace_surrogates)
-    good = [index for index in range(len(texts)) if index not in faults]
-    encoded = worker_encoder(str(request.model), sha256, is_val).encode([texts[index] for index in good])
-    faults |= {good[index]: fault for index, fault in encoded.faults.items()}
-    if faults and not request.skip_bad:
-        index = min(faults)
-        raise ValueError(f"{block.name(index)} {faults[index]}. Mend it, or leave bad documents out with --skip-bad")
-    lengths = np.zeros(len(texts), dtype=np.int64)
-    lengths[good] = encoded.lengths
-    documents = iter(split_documents(encoded.tokens)[1])
-    keys = [document_key(next(documents)) if length else b"" for length in lengths.tolist()]
-    sizes = np.array([len(text) for text in texts], dtype=np.int64)
-    return EncodedBlock(block._replace(lines=[]), is_val, encoded.tokens, encoded.charges, lengths, sizes, keys, faults)
+def encode_block(request: BuildRequest, sha256: str, block: Block, is_val: bool) -> tuple[bool, list[Document]]:
+    """`is_val`, and the documents of a block; runs in a worker process. ValueError names a bad one, if they are not skipped."""
+    texts, documents = block.texts(request.replace_surrogates), []
+    encoded = iter(worker_encoder(str(request.model), sha256, is_val).encode([text for text in texts if isinstance(text, bytes)]))
+    for index, text in enumerate(texts):
+        tokens, charges, fault = next(encoded) if isinstance(text, bytes) else Encoded(fault=str(text))
+        if fault and not request.skip_bad:
+            raise ValueError(f"{block.name(index)} {fault}. Mend it, or leave bad documents out with --skip-bad")
+        if fault:
+            documents.append(Document(tokens, charges, 0, b"", f"{block.name(index)} {fault}"))
+        else:
+            documents.append(Document(tokens, charges, len(text), document_key(tokens[1:].tobytes()), ""))
+    return is_val, documents
 
 
 Result = TypeVar("Result")
@@ -704,88 +683,73 @@ class Totals:
     skipped: int = 0  # bad documents
     files: list[dict[str, Any]] = field(default_factory=list)
 
-    def count(self, encoded: EncodedBlock) -> None:
-        """Add documents; those that have no tokens were skipped, or dropped if they have a key."""
-        kept = encoded.lengths > 0
-        self.documents += int(kept.sum())
-        self.dropped += sum(map(bool, encoded.keys)) - int(kept.sum())
-        self.skipped += encoded.keys.count(b"")
-        self.tokens += len(encoded.tokens)
-        self.bytes += int(encoded.text_bytes[kept].sum())
-
-
-class OtherDocuments(ValueError):
-    """The documents are not those that an unfinished build was made from."""
+    def take(self, documents: list[Document], forbidden: set[bytes]) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens, charges) of the good ones among documents that have none of the forbidden keys; all are counted."""
+        good = [document for document in documents if not document.fault]
+        kept = [document for document in good if document.key not in forbidden]
+        tokens, charges = (np.concatenate([Encoded().tokens, *parts]) for parts in
+                           ([document.tokens for document in kept], [document.charges for document in kept]))
+        self.skipped += len(documents) - len(good)
+        self.dropped += len(good) - len(kept)
+        self.documents += len(kept)
+        self.tokens += len(tokens)
+        self.bytes += sum(document.text_bytes for document in kept)
+        return tokens, charges
 
 
 class Build:
-    """One run of the build: reads documents in order, has them encoded by workers, fills one shard after the other.
+    """One run of a build: reads documents in order, has them encoded by workers, fills one shard after the other.
 
-    A shard that is there already, of the same build interrupted, is not written again but compared.
+    A shard that is there already, of the same build interrupted, is not written again but compared. Of a `replay` all are:
+    it writes nothing, and its faults are for the caller.
     """
 
-    def __init__(self, request: BuildRequest, tokenizer: Tokenizer) -> None:
-        self.request, self.tokenizer = request, tokenizer
+    def __init__(self, request: BuildRequest, tokenizer: Tokenizer, there: dict[str, np.ndarray], replay: bool = False) -> None:
+        self.request, self.tokenizer, self.there, self.replay = request, tokenizer, there, replay
         self.documents = Documents(request.docs)
-        self.progress = Progress("build", self.documents.bytes_total)
         self.val, self.train = Totals(), Totals()
         self.val_keys: set[bytes] = set()
         self.shard: ShardFile | ShardCheck | None = None
         self.faults: list[str] = []
 
-    def run(self) -> dict[str, Any]:
-        """Build everything that is not there yet; returns the manifest."""
-        self.fill()
-        manifest = self._manifest()
-        write_file(self.request.out / MANIFEST, json.dumps(manifest, indent=1).encode() + b"\n")
-        (self.request.out / JOURNAL).unlink()
-        return manifest
-
     def fill(self) -> None:
-        """Fill all shards."""
-        tokens, charges, passed = self.open(VAL_TOKENS), self.open(VAL_BYTES), 0
-        for encoded in results(self._calls(), self.request.workers):
-            if encoded.is_val:
-                tokens.append(encoded.tokens)
-                charges.append(encoded.charges)
-                self.val.count(encoded)
-                self.val_keys.update(filter(None, encoded.keys))
-                passed += len(encoded.lengths)
-                if passed == self.request.val_docs and tokens.entries:
-                    self.val.files = [tokens.finish(), charges.finish()]
-            else:
-                self._append_train(encoded.without(self.val_keys))
-            self._say(encoded)
-            self.judge()
+        """Fill all shards; ValueError if the documents are too few, or do not make the shards that are there."""
+        tokens, charges = self._open(VAL_TOKENS), self._open(VAL_BYTES)
+        with progress("build", self.documents.bytes_total, lambda: self.documents.bytes_read,
+                      lambda: f" documents:{self.val.documents + self.train.documents}"):
+            for is_val, documents in results(self._calls(), self.request.workers):
+                for fault in filter(None, (document.fault for document in documents)):
+                    say(f"build skipped: {fault}")
+                if is_val:
+                    for shard, entries in zip((tokens, charges), self.val.take(documents, set())):
+                        shard.append(entries)
+                    self.val_keys.update(document.key for document in documents)
+                else:
+                    if self.val.documents and not self.val.files:
+                        self.val.files = [tokens.finish(), charges.finish()]
+                    self._append_train(self.train.take(documents, self.val_keys)[0])
+                self._judge()
         if not self.val.files or not self.train.documents:
             there = sum(source["documents"] for source in self.documents.finished)
             raise ValueError(f"{', '.join(self.request.docs)}: {there} documents in all, --val-docs {self.request.val_docs}"
                              " would leave none to train on, or none to validate on: use another --val-docs")
         if self.shard:
             self.train.files.append(self.shard.finish())
-        unfilled = self.there() - {entry["file"] for entry in self.val.files + self.train.files}
+        unfilled = self.there.keys() - {entry["file"] for entry in self.val.files + self.train.files}
         self.faults += [f"{self.request.out / name}: the documents do not fill it" for name in sorted(unfilled)]
-        self.judge()
+        self._judge()
 
-    def open(self, name: str) -> ShardFile | ShardCheck:
+    def _open(self, name: str) -> ShardFile | ShardCheck:
         """The shard to fill next."""
         path = self.request.out / name
-        try:
-            return ShardCheck(path, read_shard(path), self.faults) if path.exists() else ShardFile(path)
-        except ValueError as error:
-            raise OtherDocuments(f"{error}, or give --force too") from None
+        return ShardCheck(path, self.there.get(name), self.faults) if self.replay or name in self.there else ShardFile(path)
 
-    def there(self) -> set[str]:
-        """The shards in the folder."""
-        return {path.name for path in self.request.out.glob("*.bin")}
+    def _judge(self) -> None:
+        if self.faults and not self.replay:
+            raise ValueError(f"{', '.join(self.request.docs)}: not what the unfinished build in {self.request.out} was made from"
+                             f" ({self.faults[0]}); give the same documents, or build again with --force")
 
-    def judge(self) -> None:
-        """OtherDocuments if a shard is not what the documents make of it."""
-        if self.faults:
-            raise OtherDocuments(f"{', '.join(self.request.docs)}: not what the unfinished build in {self.request.out} was made from"
-                                 f" ({self.faults[0]}); give the same documents, or build again with --force")
-
-    def _calls(self) -> Iterator[Call[EncodedBlock]]:
+    def _calls(self) -> Iterator[Call[tuple[bool, list[Document]]]]:
         """What is to be encoded, block by block, the one with the last validation document in two parts."""
         passed = 0
         for block in self.documents.blocks():
@@ -795,26 +759,18 @@ class Build:
                      (block._replace(lines=block.lines[val:], first=block.first + val), False))
             yield from ((encode_block, self.request, self.tokenizer.sha256, *part) for part in parts if part[0].lines)
 
-    def _append_train(self, encoded: EncodedBlock) -> None:
-        """Put a block's documents into train shards, closing each that becomes full."""
-        at = 0
-        while at < len(encoded.tokens):
-            self.shard = self.shard or self.open(TRAIN_TOKENS.format(len(self.train.files)))
-            take = min(self.request.shard_entries - self.shard.entries, len(encoded.tokens) - at)
-            self.shard.append(encoded.tokens[at:at + take])
-            at += take
+    def _append_train(self, tokens: np.ndarray) -> None:
+        """Put the tokens of documents into train shards, closing each that becomes full."""
+        while len(tokens):
+            self.shard = self.shard or self._open(TRAIN_TOKENS.format(len(self.train.files)))
+            room = self.request.shard_entries - self.shard.entries
+            self.shard.append(tokens[:room])
+            tokens = tokens[room:]
             if self.shard.entries == self.request.shard_entries:
                 self.train.files.append(self.shard.finish())
                 self.shard = None
-        self.train.count(encoded)
 
-    def _say(self, encoded: EncodedBlock) -> None:
-        """The bad documents that are left out, and how far the build is."""
-        for index, fault in sorted(encoded.faults.items()):
-            say(f"build skipped: {encoded.block.name(index)} {fault}")
-        self.progress.at(self.documents.bytes_read, f" documents:{self.val.documents + self.train.documents}")
-
-    def _manifest(self) -> dict[str, Any]:
+    def manifest(self) -> dict[str, Any]:
         """What the data set is, for people and for --verify."""
         request, tokenizer = self.request, self.tokenizer
         return {
@@ -861,34 +817,34 @@ def standing(request: BuildRequest, tokenizer: Tokenizer) -> dict[str, Any] | No
     return manifest
 
 
-def begin(request: BuildRequest, wanted: dict[str, Any], afresh: bool = False) -> None:
-    """Make the folder ready: `build.json` says what is built there, shards of the same build stay unless it begins `afresh`.
+def begin(request: BuildRequest, wanted: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Make the folder ready and return the shards of the same build in it, by name; `build.json` says what is built there.
 
     Raises:
         ValueError: there are shards of something else, which --force deletes, or others' files, which nothing does.
     """
-    out, kept = request.out, set()
+    out, kept = request.out, {}
     names = {path.name for path in out.glob("*.bin")}
-    if (out / JOURNAL).exists() and not (out / MANIFEST).exists() and not afresh:
+    if (out / JOURNAL).exists() and not (out / MANIFEST).exists() and not request.force:
+        there = read_json(out / JOURNAL, {"request": dict})["request"]
+        if differing := [key for key in wanted if there.get(key) != wanted[key]]:
+            raise ValueError(f"{out} holds an unfinished build with another {', '.join(differing)}: build again with --force, or"
+                             " choose another --out")
         try:
-            there = read_json(out / JOURNAL, {"request": dict})["request"]
-            if differing := [key for key in wanted if there.get(key) != wanted[key]]:
-                raise ValueError(f"{out} holds an unfinished build with another {', '.join(differing)}: build again with --force, or"
-                                 " choose another --out")
-            kept = names & {VAL_TOKENS, VAL_BYTES, *map(TRAIN_TOKENS.format, range(len(names)))}
-        except ValueError:
-            if not request.force:
-                raise
-    if foreign := sorted(name for name in names - kept if not (request.force and OWN_NAMES.fullmatch(name))):
+            kept = {name: read_shard(out / name) for name in names & {VAL_TOKENS, VAL_BYTES, *map(TRAIN_TOKENS.format, range(len(names)))}}
+        except ValueError as error:
+            raise ValueError(f"{error}, or give --force too") from None
+    if foreign := sorted(name for name in names - kept.keys() if not (request.force and OWN_NAMES.fullmatch(name))):
         raise ValueError(f"{out} holds {', '.join(foreign[:3])}{' …' if foreign[3:] else ''}, not of this build: move it away,"
                          " choose another --out, or delete the shards of earlier builds with --force")
     write_file(out / JOURNAL, json.dumps({"request": wanted}).encode())
     (out / MANIFEST).unlink(missing_ok=True)
     for path in out.iterdir():
-        if path.name in names - kept or path.name.endswith(".tmp") and OWN_NAMES.fullmatch(path.name):
+        if path.name in names - kept.keys() or path.name.endswith(".tmp") and OWN_NAMES.fullmatch(path.name):
             path.unlink()
     if kept:
         say(f"build resume shards:{len(kept)}, to be compared with the documents, not written again")
+    return kept
 
 
 def build(request: BuildRequest) -> dict[str, Any]:
@@ -901,14 +857,12 @@ def build(request: BuildRequest) -> dict[str, Any]:
     with folder_lock(request.out):
         if not request.force and (manifest := standing(request, tokenizer)):
             return manifest
-        try:
-            begin(request, wanted)
-            return Build(request, tokenizer).run()
-        except OtherDocuments:
-            if not request.force:
-                raise
-        begin(request, wanted, afresh=True)
-        return Build(request, tokenizer).run()
+        run = Build(request, tokenizer, begin(request, wanted))
+        run.fill()
+        manifest = run.manifest()
+        write_file(request.out / MANIFEST, json.dumps(manifest, indent=1).encode() + b"\n")
+        (request.out / JOURNAL).unlink()
+        return manifest
 
 
 # ------------------------------------------------------------------------------------------------------------ download
@@ -1006,7 +960,7 @@ class Hub:
             raise ValueError(f"{base}: the disk lacks {lacking / 1e9:.2f} GB of the {total / 1e9:.2f} GB to download; make room,"
                              " ask for fewer --train-shards, or name another --data-dir")
         say(f"download files:{len(wanted)} mb:{total / 1e6:.0f}")
-        with download_progress(staging, total):
+        with progress("download", total, lambda: folder_bytes(staging)):
             self.ask(f"{len(wanted)} files", lambda: self._snapshot(staging, [listed.path for listed in wanted.values()]))
         for target, listed in wanted.items():
             if not listed.is_at(got := staging / listed.path):
@@ -1033,23 +987,6 @@ def folder_bytes(folder: Path) -> int:
             with suppress(OSError):  # a file that was just moved
                 total += os.path.getsize(os.path.join(parent, name))
     return total
-
-
-@contextmanager
-def download_progress(folder: Path, total: int) -> Iterator[None]:
-    """A line every few seconds while files come into a folder: how far in bytes, how fast, how much longer."""
-    ended, progress = threading.Event(), Progress("download", total, folder_bytes(folder))
-
-    def watch() -> None:
-        while not ended.wait(PROGRESS_S):
-            progress.at(folder_bytes(folder))
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
 
 
 def download_published(data_dir: Path, train_shards: int | None, transform: str = V1.name) -> Path:
@@ -1089,23 +1026,6 @@ def download_documents(data_dir: Path) -> Path:
 
 # -------------------------------------------------------------------------------------------------------------- verify
 FAULTS_SHOWN = 5  # of each check
-
-
-class Replay(Build):
-    """A build that writes nothing: its shards are compared with those of a data set."""
-
-    def __init__(self, request: BuildRequest, tokenizer: Tokenizer, shards: dict[str, np.ndarray]) -> None:
-        super().__init__(request, tokenizer)
-        self.shards = shards
-
-    def open(self, name: str) -> ShardCheck:
-        return ShardCheck(self.request.out / name, self.shards.get(name), self.faults)
-
-    def there(self) -> set[str]:
-        return set(self.shards)
-
-    def judge(self) -> None:
-        """All faults are wanted, not the first."""
 
 
 class Sample(NamedTuple):
@@ -1244,7 +1164,7 @@ class Verification:
         manifest = self.manifest or {"val_docs": self.val.documents, "shard_entries": SHARD_ENTRIES,
                                      "replace_surrogates": False, "skip_bad": False}
         options = {name: manifest[name] for name in BuildRequest.OPTIONS}
-        replay = Replay(replace(self.request, docs=docs, **options), self.tokenizer, self.shards)
+        replay = Build(replace(self.request, docs=docs, **options), self.tokenizer, self.shards, replay=True)
         try:
             replay.fill()
         except ValueError as error:
@@ -1270,11 +1190,10 @@ class Verification:
         every, encoder = self._every(), make_encoder(self.tokenizer, with_charges=False)
         for block in Documents(docs).blocks():
             wanted = range(-block.first % every, len(block.lines), every)
-            texts, faults = block.texts(replace_surrogates=True) if wanted else ([], {})
             for index in wanted:
-                encoded = encoder.encode([texts[index]])
-                if index not in faults and not encoded.faults:
-                    yield Sample(block.name(index), texts[index].decode(), encoded.tokens[1:])
+                text = document_text(block.lines[index], replace_surrogates=True)
+                if isinstance(text, bytes) and not (encoded := encoder.encode([text])[0]).fault:
+                    yield Sample(block.name(index), text.decode(), encoded.tokens[1:])
 
     def _shard_samples(self) -> Iterator[Sample]:
         """Documents of the shards of a lossless tokenizer, evenly spread, decoded."""

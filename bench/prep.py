@@ -80,9 +80,10 @@ def bench_rates(path: str, model: str, limit: int) -> None:
         charged = timed(lambda: with_sidecar.encode(raw), seconds, "sidecar")
         expected = np.concatenate([[caseops_tokenizer.BOS, *ids] for ids in plain])
         odd = tokenizer.lossless and any(caseops_tokenizer.SPACE in text for text in texts)  # SentencePiece loses those
-        assert odd or np.array_equal(expected, fast[0]), "tokens differ from SentencePiece"
-        assert np.array_equal(fast[0], charged[0])
-        total, documents, tokens = total + sum(map(len, raw)), documents + len(raw), tokens + len(fast[0])
+        ids, again = (np.concatenate([document.tokens for document in encoded]) for encoded in (fast, charged))
+        assert odd or np.array_equal(expected, ids), "tokens differ from SentencePiece"
+        assert np.array_equal(ids, again)
+        total, documents, tokens = total + sum(map(len, raw)), documents + len(raw), tokens + len(ids)
     print(f"rate tokenizer:{Path(model).name} documents:{documents} mb:{total / 1e6:.1f} tokens:{tokens}"
           f" encoder:{type(for_train).__name__}")
     for name, (wall, cpu) in seconds.items():
