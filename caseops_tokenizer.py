@@ -237,15 +237,12 @@ class Encoder:
 
 # ------------------------------------------------------------------------------------------------- fast exact encoding
 # Bytes that UTF-8 never has: before each document, encoded as BOS; before a space, encoded as CAPNEXT; before the space of a word
-# that is taken to begin with a capital; in place of such a space if CaseOps gives it.
+# that is taken to begin with a capital; in place of such a space if CaseOps gives it (the least of them).
 DOCUMENT, MARK, TITLED, TITLED_SPACE = 0xFF, 0xFE, 0xFD, 0xFC
 LONG_DOCUMENT = 1 << 22  # bytes from which on a document goes to `Encoder`, which takes little memory for it
 KEY_BYTES = 15  # longer parts are too rare for the table
 TABLE_ENTRIES = 1 << 20  # what bounds the memory of an encoder: about 100 bytes each
 COUNT_BITS = 32  # of a span of the table: how many ids a part has
-SEPARATOR, IS_TITLED = "\ue005", "\ue006"  # between parts that go to SentencePiece in one text; for `TITLED` there
-PARTS_AT_ONCE = 500
-SPECIAL = [SPACE.encode(), b"\xee\x80", bytes([DOCUMENT]), bytes([MARK])]  # the second: what operators begin with
 ASCII_LETTERS = np.array([chr(byte).isalpha() and byte < 128 for byte in range(256)])
 LETTER, DIGIT, OTHER, WIDE = range(4)  # kinds of bytes; WIDE is a space, and what is not ASCII
 # By the length of a part, at most 16: the bytes of its key that are its own, and its length in the last one.
@@ -281,8 +278,8 @@ class FastEncoder:
     def _encode_together(self, documents: list[bytes]) -> list[Encoded]:
         tokens = self._tokens(documents)
         charges = self.tokenizer.lossless_charges(tokens) if self.with_charges else tokens[:0]
-        starts = np.flatnonzero(tokens == BOS)[1:]
-        return list(map(Encoded, np.split(tokens, starts), np.split(charges, starts)))
+        starts = [*np.flatnonzero(tokens == BOS).tolist(), len(tokens)]
+        return [Encoded(tokens[start:end], charges[start:end]) for start, end in itertools.pairwise(starts)]
 
     def _cut_table(self) -> np.ndarray:
         """(65536,) bool for each pair of bytes (the second one high): may it be cut?"""
@@ -348,52 +345,33 @@ class FastEncoder:
         """Spans for parts that the table lacks: short ones stay in it, long ones only for this block."""
         parts = [text[place:place + length] for place, length in zip(places.tolist(), lengths.tolist())]
         where = {part: index for index, part in enumerate(parts)}
-        spans: dict[bytes, int] = {}
-        for stays in (True, False):
-            group, ids, counts = self._values([part for part in where if (len(part) <= KEY_BYTES) == stays])
-            new = self.table.append(ids, counts)
-            spans.update(zip(group, new.tolist()))
-            if stays:
-                self.table.keep(keys[[where[part] for part in group]], new)
-        return np.array([spans[part] for part in parts])
+        distinct = sorted(where, key=lambda part: len(part) > KEY_BYTES)
+        values = self._values(distinct)
+        spans = self.table.append(np.concatenate(values), np.array(list(map(len, values))))
+        short = sum(len(part) <= KEY_BYTES for part in distinct)
+        self.table.keep(keys[[where[part] for part in distinct[:short]]], spans[:short])
+        span_of = dict(zip(distinct, spans.tolist()))
+        return np.array([span_of[part] for part in parts])
 
-    def _values(self, parts: list[bytes]) -> tuple[list[bytes], np.ndarray, np.ndarray]:
-        """(the parts in another order, flat ids, number of ids by part)."""
-        simple, others = [], []
-        for part in parts:  # simple: not with an operator or with what `Encoder` must see alone
-            (simple if part.isascii() or not any(special in part for special in SPECIAL) else others).append(part)
-        ids, counts = self._simple_ids(simple)
-        values = [self._value(part) for part in others]
-        return (simple + others, np.concatenate([ids, *values]),
-                np.concatenate([counts, np.array(list(map(len, values)), dtype=np.int64)]))
+    def _values(self, parts: list[bytes]) -> list[np.ndarray]:
+        """The ids of each part."""
+        forms = list(map(self._form, parts))
+        values = self.tokenizer.processor.encode(forms, return_type="numpy", num_threads=1)
+        for index, (part, form) in enumerate(zip(parts, forms)):
+            if not form:
+                values[index] = np.array([BOS if part[0] == DOCUMENT else self.tokenizer.names.index(CAPNEXT)])
+            elif SPACE in form:
+                values[index] = self.plain.lossless_ids(form)
+        return values
 
-    def _value(self, part: bytes) -> np.ndarray:
-        """The ids of any part."""
-        if part[0] in (DOCUMENT, MARK):
-            return np.array([BOS if part[0] == DOCUMENT else self.tokenizer.names.index(CAPNEXT)], dtype=np.uint16)
-        return self.plain.lossless_ids(self._form(part)[part[0] in (TITLED, TITLED_SPACE):])
-
-    def _form(self, text: bytes) -> str:
-        """The CaseOps form of parts; of those that begin with `TITLED` or `TITLED_SPACE`, behind `IS_TITLED`."""
+    def _form(self, part: bytes) -> str:
+        """The CaseOps form of a part; none of `DOCUMENT` and `MARK`."""
         transform = self.tokenizer.transform
-        if not transform.titled_after:
-            return transform.words(text.decode())
-        text = text.replace(bytes([TITLED]), IS_TITLED.encode()).replace(bytes([TITLED_SPACE]), (IS_TITLED + " ").encode())
-        return swap_titles(transform.words(text.decode()), IS_TITLED)
-
-    def _simple_ids(self, parts: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
-        """(flat ids, number by part) of simple parts: many in one text, each after an operator, which joins nothing."""
-        separator = SEPARATOR.encode()
-        found = [np.zeros(0, dtype=np.uint16)]
-        for start in range(0, len(parts), PARTS_AT_ONCE):
-            form = self._form(separator + separator.join(parts[start:start + PARTS_AT_ONCE]))
-            found.append(self.plain.ids(form.replace(SEPARATOR, ESC).replace(IS_TITLED, "")))
-        ids = np.concatenate(found)
-        is_separator = ids == self.tokenizer.names.index(ESC)
-        counts = np.diff(np.flatnonzero(is_separator), append=len(ids)) - 1 if parts else np.zeros(0, dtype=np.int64)
-        assert len(counts) == len(parts)
-        return ids[~is_separator], counts
-
+        if part[0] < TITLED_SPACE:
+            return transform.words(part.decode())
+        text = part[1:].decode() if part[0] != TITLED_SPACE else " " + part[1:].decode()
+        before = transform.titled_after[:1]  # any of them
+        return swap_titles(before + transform.words(text), before)[1:]
 
 class PartTable:
     """A hash table from parts of up to `KEY_BYTES` bytes to their ids, looked up in bulk; full, it takes no more.
