@@ -165,6 +165,8 @@ class Documents:
     def __init__(self, paths: Iterable[str]) -> None:
         self.paths = list(paths)
         self.finished: list[dict[str, Any]] = []
+        if "-" in self.paths and sys.stdin is None:
+            raise ValueError("- is given, and standard input is closed")
         for path in self.paths:
             if path != "-" and not os.path.exists(path):
                 raise ValueError(f"no such file of documents: {path}")
@@ -210,7 +212,7 @@ def _whole_lines(path: str, raw: HashedFile) -> Iterator[bytes]:
     stream = io.BufferedReader(raw, READ_BYTES)
     kind, chunks = next((row[1:] for row in FORMATS if row[0].match(stream.peek(6))), ("text", _read_all))
     if chunks is None:
-        raise ValueError(f"{path} is a {kind}: take JSON lines out of it, plain or compressed by gzip, bzip2, xz or zstd")
+        raise ValueError(f"{path} is a {kind}: take JSON lines out of it, in UTF-8, plain or compressed by gzip, bzip2, xz or zstd")
     rest: list[bytes] = []
     number = 0
     try:
@@ -259,6 +261,8 @@ FORMATS: list[tuple[re.Pattern[bytes], str, Callable[[BinaryIO], Iterator[bytes]
     (re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18", re.DOTALL), "zstd", _zstd_chunks),
     (re.compile(rb"PK\x03\x04"), "zip archive", None),
     (re.compile(rb"PAR1"), "Parquet file", None),
+    (re.compile(rb"\xff\xfe|\xfe\xff"), "text in UTF-16", None),
+    (re.compile(rb"\x5d\0\0"), "file of the old LZMA kind", None),
     (re.compile(rb"7z\xbc\xaf"), "7z archive", None),
     (re.compile(rb"\x04\x22\x4d\x18"), "LZ4 file", None)]
 
@@ -574,7 +578,8 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 @dataclass(frozen=True)
 class BuildRequest:
     """What to build, from what. `OPTIONS` shape the result, as the documents and the tokenizer do."""
-    OPTIONS: ClassVar = ("val_docs", "shard_entries", "replace_surrogates", "skip_bad")
+    LENIENCE: ClassVar = ("replace_surrogates", "skip_bad")  # a build that stopped at a bad document goes on with these
+    OPTIONS: ClassVar = ("val_docs", "shard_entries", *LENIENCE)
     docs: tuple[str, ...]
     out: Path
     model: Path
@@ -819,11 +824,12 @@ def begin(request: BuildRequest, wanted: dict[str, Any]) -> dict[str, np.ndarray
     names = {path.name for path in out.glob("*.bin")}
     if (out / JOURNAL).exists() and not (out / MANIFEST).exists() and not request.force:
         there = read_json(out / JOURNAL, {"request": dict})["request"]
-        if differing := [key for key in wanted if there.get(key) != wanted[key]]:
+        if differing := [key for key in wanted if there.get(key) != wanted[key] and key not in BuildRequest.LENIENCE]:
             raise ValueError(f"{out} holds an unfinished build with another {', '.join(differing)}: build again with --force, or"
                              " choose another --out")
+        ours = {VAL_TOKENS, VAL_BYTES, *map(TRAIN_TOKENS.format, range(len(names)))}
         try:
-            kept = {name: read_shard(out / name) for name in names & {VAL_TOKENS, VAL_BYTES, *map(TRAIN_TOKENS.format, range(len(names)))}}
+            kept = {name: read_shard(out / name) for name in names & ours}
         except ValueError as error:
             raise ValueError(f"{error}, or give --force too") from None
     if foreign := sorted(name for name in names - kept.keys() if not (request.force and OWN_NAMES.fullmatch(name))):
@@ -1294,7 +1300,7 @@ def run(options: argparse.Namespace) -> int:
 
 def main(arguments: list[str]) -> int:
     """The program: its exit code, 2 after a line that says what is wrong."""
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed
         stream.reconfigure(errors="backslashreplace")  # a console that cannot print a name must not end a build
     try:
         return run(parse(arguments))

@@ -367,7 +367,7 @@ def drop_last(folder: Path) -> None:
 
 UNFINISHED = {
     "val_docs": (lambda folder: None, {"val_docs": 5}, "unfinished build with another val_docs"),
-    "skip_bad": (lambda folder: None, {"skip_bad": True}, "unfinished build with another skip_bad"),
+    "shard_entries": (lambda folder: None, {"shard_entries": 901}, "unfinished build with another shard_entries"),
     "documents": (change_first, {}, "not what the unfinished build.*val_000000.bin entry 1: "),
     "no documents": (lambda folder: (folder / "few.jsonl").write_text(""), {}, "0 documents in all"),
     "fewer documents": (drop_last, {}, "not what the unfinished build.*train_00000[0-9].bin"),

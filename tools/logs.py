@@ -44,6 +44,7 @@ PUBLISHED_FILE = "published.json"
 
 # Settings that differ between the seeds of one configuration, or only say where files are.
 VARYING = {"SEED", "RUN_ID", "RESUME"}
+TTT_SWITCH = r"(\w+_)?TTT(_\w+)?_ENABLED|((USE|EVAL|RUN|DO)_)?TTT"  # names of settings that switch test-time training on
 
 
 def is_place(name: str) -> bool:
@@ -127,6 +128,8 @@ class RunLog:
     problems: list[str] = field(default_factory=list)  # warnings, errors, and lines that could not be read
     stage_words: dict[str, str] = field(default_factory=dict)  # stage -> what the log calls it, where that is not ours
     in_settings: bool = False  # while a list of settings is being read
+    began_ttt: bool = False  # a line says that test-time training began
+    unread_score: str = ""  # a score of a stage or form not known here that stands behind all others
 
     @property
     def seed(self) -> int | None:
@@ -136,8 +139,11 @@ class RunLog:
 
     @property
     def says_ttt(self) -> bool:
-        """Whether test-time training was to follow, by its settings or its running score."""
-        return canonical(self.settings.get("TTT_ENABLED", "0")) == "1" or bool(self.ttt)
+        """Whether test-time training was to follow, by its settings, its running score or the line with which it began."""
+        switches = [name for name in self.settings if re.fullmatch(TTT_SWITCH, name)]
+        switches = ["TTT_ENABLED"] if "TTT_ENABLED" in switches else switches
+        asked = any(canonical(self.settings[name].capitalize()) == "1" for name in switches)
+        return asked or bool(self.ttt) or self.began_ttt
 
     @property
     def name(self) -> str:
@@ -296,6 +302,7 @@ def their_validation(run: RunLog, step: str, loss: str, bpb: str) -> None:
 def their_stage(run: RunLog, words: str, loss: str, bpb: str, rest: str) -> None:
     """A score under its name; a second one of the same stage counts, and the first keeps its own name."""
     stage = next((stage for pattern, stage in STAGES if re.search(pattern, words, re.IGNORECASE)), words)
+    run.unread_score = words if stage == words and stage not in dict(STAGES).values() else ""
     time = re.search(rf"eval_time:\s*{FLOAT}ms", rest)
     if stage in run.evals and abs(run.evals[stage].val_bpb - float(bpb)) > 1e-4:
         run.evals[run.stage_words[stage]] = run.evals[stage]
@@ -309,9 +316,17 @@ def their_phase(run: RunLog, step: str, frac: str, depth: str) -> None:
 
 def their_loop(run: RunLog, step: str, frac: str, rest: str) -> None:
     """The loop is switched on: how often it passes is how often its layers are listed, or NUM_LOOPS + 1."""
-    layers = re.findall(r"\d+", rest)
+    layers = re.findall(r"\d+", rest) if "[" in rest else []
     depth = max(map(layers.count, layers)) if layers else int(run.settings.get("NUM_LOOPS", LOOP_PASSES - 1)) + 1
     run.phases.append(Phase(int(step), float(frac), depth))
+
+
+def their_ttt_start(run: RunLog) -> None:
+    run.began_ttt = True
+
+
+def their_unknown_score(run: RunLog, line: str) -> None:
+    run.unread_score = line
 
 
 def their_ttt(run: RunLog, rest: str) -> None:
@@ -347,11 +362,13 @@ THEIRS: list[tuple[re.Pattern[str], Callable[..., None]]] = [(re.compile(pattern
     (rf"layer_loop:enabled step:(\d+) frac:{FLOAT}(.*)", their_loop),
     (r"ttp:(.*)", their_ttt),
     (rf"stopping_early: \S+ train_time:\s*{FLOAT}ms step:\s*(\d+)", their_stop),
-    (rf".*\bcollected \d+ Hessians in {FLOAT} ?s", their_end("train_ms", 1e3, add=True)),
-    (r"Total submission size \S+ ([\d,]+) bytes", their_end("total_bytes")),
-    (rf"total_eval_\w+:\s*{FLOAT} ?s", their_end("eval_ms", 1e3)),
+    (r"(?:ttt\w*|ttpp): ?\w(?!.*(?:disabled|skipped))|beginning TTT", their_ttt_start),
+    (rf"(?i).*\bcollected \d+ hessians in {FLOAT} ?s", their_end("train_ms", 1e3, add=True)),
+    (r"(?i)total submission size\b.*?([\d,]{4,}) bytes", their_end("total_bytes")),
+    (rf"(?i)total[_ ]eval[_ ]\w+:\s*{FLOAT} ?s", their_end("eval_ms", 1e3)),
+    (r"(.*\b(?:val_)?bpb\b\W{0,3}\d\.\d{3,}.*|Traceback \(most recent call last\).*)", their_unknown_score),
 )]
-THEIR_SETTING = re.compile(r"  (\w+): ?(.*)$")
+THEIR_SETTING = re.compile(r" {1,2}(\w+): ?(.*)$")
 
 
 def read_their_line(run: RunLog, line: str) -> None:
@@ -377,6 +394,9 @@ def finish_theirs(run: RunLog) -> None:
         run.final.total_bytes = int(run.final.total_bytes)
     run.final = replace(run.final, seed=run.seed, val_loss=last and last.val_loss, val_bpb=last and last.val_bpb,
                         pre_ttt_bpb=plain and plain.val_bpb)
+    if last is not None and run.unread_score:
+        run.problems.append(f"warning: this may not be the final score: behind it stands {run.unread_score[:80]!r}, of a stage or form "
+                            "not known here (a row of STAGES or THEIRS would read it)")
     if last is None:
         unknown = [name for name in run.evals if not re.fullmatch(r"initial|ema|quantized|step\d+", name)]
         broken_off = run.says_ttt and plain is not None
@@ -389,7 +409,7 @@ def finish_theirs(run: RunLog) -> None:
 # Files and folders
 # ======================================================================================================================
 
-RANK_PREFIX = re.compile(r"(?:\[(?:default)?(?P<a>\d+)\]:|\[rank(?P<b>\d+)\]: ?)?(?P<text>.*)")
+RANK_PREFIX = re.compile(r"(?:\[(?:default)?(?P<a>\d+)\]: ?|\[rank(?P<b>\d+)\]: ?)?(?P<text>.*)")
 OUR_START = re.compile(r"(run id:|code file:|setting \*?[A-Z])")
 
 
@@ -449,7 +469,16 @@ def logs_in(folder: Path) -> list[Path]:
 
 
 def every_log(folder: Path) -> list[Path]:
-    return [path for path in (*folder.glob("*.log"), *folder.glob("train*.txt")) if not re.search(r"\.eval\d+\.log$", path.name)]
+    texts = [path for path in folder.glob("*.txt") if path.match("train*") or is_log(path)]
+    return [path for path in (*folder.glob("*.log"), *texts) if not re.search(r"\.eval\d+\.log$", path.name)]
+
+
+def is_log(path: Path) -> bool:
+    """Whether a text of any name has a final score."""
+    try:
+        return bool((final := read_log(path).final) and final.val_bpb)
+    except (ValueError, OSError):
+        return False
 
 
 def with_later_score(run: RunLog) -> RunLog:
@@ -488,8 +517,8 @@ def read_group(text: str) -> Group:
                 runs.append(with_later_score(read_log(log)))
             except ValueError as error:
                 notes.append(f"left out: {error}")
-        if path.is_dir() and (others := sorted(log.name for log in set(every_log(path)) - set(logs_in(path)))):
-            notes.append(f"left out, beside the logs {RECORD_LOGS}: {', '.join(others)}")
+        if path.is_dir() and (others := sorted({*every_log(path), *path.glob("*/*.log")} - set(logs_in(path)))):
+            notes.append(f"left out, beside the logs {RECORD_LOGS}: {', '.join(str(log.relative_to(path)) for log in others)}")
     if not runs:
         raise ValueError("; ".join([note.removeprefix("left out: ") for note in notes] or [f"{text}: no logs (*.log) there"]))
     first = Path(names[0])

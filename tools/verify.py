@@ -19,8 +19,10 @@ import difflib
 import hashlib
 import json
 import math
+import os
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -367,10 +369,11 @@ def agree(claim: Any, value: float, given: int = 7) -> bool:
 
 
 def by_seed(told: Any) -> dict[str, dict[str, Any]]:
-    """seed_results as a table or as a list, with seeds as text."""
+    """seed_results as a table or as a list, with seeds as text; a mere figure is a BPB."""
     if isinstance(told, list):
         return {str(row.get("seed")): row for row in told if isinstance(row, dict)}
-    return {str(seed): row for seed, row in told.items() if isinstance(row, dict)} if isinstance(told, dict) else {}
+    rows = told.items() if isinstance(told, dict) else ()
+    return {re.sub(r"^seed\W?_?", "", str(seed)): row if isinstance(row, dict) else {"val_bpb": row} for seed, row in rows}
 
 
 def check_claims(record: Record) -> Result:
@@ -651,15 +654,15 @@ def suspect_of(record: Record, run: RunLog, options: argparse.Namespace) -> Susp
 
 
 def standing_rows(record: Record, save: bool) -> Iterator[Result]:
-    """What no tool can see."""
+    """What no tool can see. The diff is kept in the folder if anything is to be, else among the temporary files."""
     ours, theirs = ((ROOT / CODE_FILE).read_text(encoding="utf-8") if (ROOT / CODE_FILE).is_file() else ""), readable_code(record)
     diff = list(difflib.unified_diff(ours.splitlines(), theirs.splitlines(), f"repository/{CODE_FILE}", f"record/{CODE_FILE}", lineterm=""))
-    lines = sum(line[0] in "+-" for line in diff[2:])
-    if save:
-        logs.write_atomically(record.folder / "verify.diff", ("\n".join(diff) + "\n").encode())
-    where = "verify.diff" if save else "--save keeps the diff as verify.diff"
-    yield Result(UNKNOWN, "code that behaves differently when it is watched",
-                 f"read it: {lines} lines differ from the repository's {CODE_FILE} ({where})")
+    lines, data = sum(line[0] in "+-" for line in diff[2:]), ("\n".join(diff) + "\n").encode(errors="replace")
+    path = record.folder / "verify.diff" if save else Path(tempfile.gettempdir(), f"verify_{hashlib.sha256(data).hexdigest()[:12]}.diff")
+    if save or lines:
+        logs.write_atomically(path, data)
+    words = f"{lines} lines differ from the repository's {CODE_FILE}" + (f", which are in {path}" if lines else "")
+    yield Result(UNKNOWN, "code that behaves differently when it is watched", f"read it: {words}" if theirs else f"no {CODE_FILE} is here")
     yield Result(UNKNOWN, "training took place as logged, on that hardware", "only by running it again")
 
 
@@ -704,7 +707,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--same-machine", action="store_true", help="the score again must be the log's to the last digit")
     parser.add_argument("--folder-only", action="store_true", help="only what needs no data")
     parser.add_argument("--strict", action="store_true", help="what is not checkable counts as failed")
-    parser.add_argument("--save", action="store_true", help="keep the table as verify.txt and the diff as verify.diff in the folder")
+    parser.add_argument("--save", action="store_true", help="keep the table as verify.txt and the diff to the repository's code as "
+                        "verify.diff in the folder (without: the diff among the temporary files)")
     options = parser.parse_args(arguments)
     if (options.folder is None) == (options.artifact is None) or (options.log is not None and options.artifact is None):
         parser.error("give either a RECORD_FOLDER, or --artifact (and --log, if there is one)")
@@ -739,13 +743,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     results = []
-    for result in verify(record, options):
-        print(as_row(result), flush=True)
-        results.append(result)
-    print("\n" + count_words(results))
-    if options.save:
-        table = "\n".join([*map(as_row, results), "", count_words(results), ""])
-        logs.write_atomically(record.folder / "verify.txt", table.encode())
+    try:
+        for result in verify(record, options):
+            print(as_row(result), flush=True)
+            results.append(result)
+        print("\n" + count_words(results), flush=True)
+        if options.save:
+            table = "\n".join([*map(as_row, results), "", count_words(results), ""])
+            logs.write_atomically(record.folder / "verify.txt", table.encode(errors="replace"))
+    except OSError as error:  # a full disk, a folder that may not be written to, a reader who has seen enough
+        if not isinstance(error, BrokenPipeError):
+            print(f"error: the table cannot be written: {error}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 2
     bad = {FAIL, UNKNOWN} if options.strict else {FAIL}
     return int(any(result.status in bad for result in results))
 
