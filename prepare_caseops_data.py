@@ -556,8 +556,7 @@ def read_json(path: Path, form: Any) -> Any:
     return value
 
 
-SPLIT_FORM = {"documents": int, "tokens": int, "bytes": int, "dropped": int,
-              "files": [{"file": str, "entries": int, "sha256": str}]}
+SPLIT_FORM = {"documents": int, "tokens": int, "bytes": int, "dropped": int, "files": [{"file": str, "entries": int, "sha256": str}]}
 MANIFEST_FORM = {"tokenizer": {"name": str, "sha256": str}, "splits": {"val": SPLIT_FORM, "train": SPLIT_FORM},
                  "shard_entries": int, "replace_surrogates": bool, "sources": [{"path": str, "sha256": str}]}
 
@@ -634,19 +633,18 @@ def encode_block(request: BuildRequest, sha256: str, block: Block, is_val: bool)
 
 
 Result = TypeVar("Result")
-Call = tuple[Callable[..., Result], Any]
 
 
-def results(calls: Iterable[Call[Result]], workers: int) -> Iterator[Result]:
-    """The results of (function, *arguments), in order, by so many processes, a few in flight at a time; one is this one."""
+def results(function: Callable[..., Result], calls: Iterable[tuple[Any, ...]], workers: int) -> Iterator[Result]:
+    """The results of a function for each lot of arguments, in order, by so many processes, a few calls in flight; one is this process."""
     if workers == 1:
-        yield from (function(*arguments) for function, *arguments in calls)
+        yield from itertools.starmap(function, calls)
         return
     waiting: deque[Any] = deque()
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker) as pool:
         try:
-            for call in calls:
-                waiting.append(pool.submit(*call))
+            for arguments in calls:
+                waiting.append(pool.submit(function, *arguments))
                 if len(waiting) > 2 * workers:
                     yield waiting.popleft().result()
             while waiting:
@@ -714,7 +712,7 @@ class Build:
         tokens, charges = self._open(VAL_TOKENS), self._open(VAL_BYTES)
         with progress("build", self.documents.bytes_total, lambda: self.documents.bytes_read,
                       lambda: f" documents:{self.val.documents + self.train.documents}"):
-            for is_val, documents in results(self._calls(), self.request.workers):
+            for is_val, documents in results(encode_block, self._calls(), self.request.workers):
                 for fault in filter(None, (document.fault for document in documents)):
                     say(f"build skipped: {fault}")
                 if is_val:
@@ -746,15 +744,15 @@ class Build:
             raise ValueError(f"{', '.join(self.request.docs)}: not what the unfinished build in {self.request.out} was made from"
                              f" ({self.faults[0]}); give the same documents, or build again with --force")
 
-    def _calls(self) -> Iterator[Call[tuple[bool, list[Document]]]]:
-        """What is to be encoded, block by block, the one with the last validation document in two parts."""
+    def _calls(self) -> Iterator[tuple[BuildRequest, str, Block, bool]]:
+        """What is to be encoded (`encode_block`), block by block, the one with the last validation document in two parts."""
         passed = 0
         for block in self.documents.blocks():
             val = min(max(self.request.val_docs - passed, 0), len(block.lines))
             passed += len(block.lines)
-            parts = ((block._replace(lines=block.lines[:val]), True),
-                     (block._replace(lines=block.lines[val:], first=block.first + val), False))
-            yield from ((encode_block, self.request, self.tokenizer.sha256, *part) for part in parts if part[0].lines)
+            for lines, first, is_val in ((block.lines[:val], block.first, True), (block.lines[val:], block.first + val, False)):
+                if lines:
+                    yield self.request, self.tokenizer.sha256, Block(block.source, first, lines), is_val
 
     def _append_train(self, tokens: np.ndarray) -> None:
         """Put the tokens of documents into train shards, closing each that becomes full."""
@@ -986,18 +984,15 @@ def download_published(data_dir: Path, train_shards: int | None, transform: str 
         hub.fetch(base, [MANIFEST])
         manifest = read_json(base / MANIFEST, HUB_FORM)
         data_set = next((entry for entry in manifest["datasets"] if entry["name"] == name), None)
-        tokenizer = next((entry for entry in manifest["tokenizers"]
-                          if data_set and entry["name"] == data_set["tokenizer_name"]), None)
+        tokenizer = next((entry for entry in manifest["tokenizers"] if data_set and entry["name"] == data_set["tokenizer_name"]), None)
         if tokenizer is None:
-            raise ValueError(f"{MANIFEST} of {hub.repo} lists no data set {name} with its tokenizer: check"
-                             " MATCHED_FINEWEB_REPO_ID")
+            raise ValueError(f"{MANIFEST} of {hub.repo} lists no data set {name} with its tokenizer: check MATCHED_FINEWEB_REPO_ID")
         there = data_set["stats"]["files_train"]
         if train_shards is not None and train_shards > there:
             raise ValueError(f"--train-shards {train_shards}: {hub.repo} has {there}")
         counts = {"train": there if train_shards is None else train_shards, "val": data_set["stats"]["files_val"]}
         counts["val_bytes"] = counts["val"]
-        names = [f"datasets/{name}/fineweb_{kind}_{number:06d}.bin" for kind, count in counts.items()
-                 for number in range(count)]
+        names = [f"datasets/{name}/fineweb_{kind}_{number:06d}.bin" for kind, count in counts.items() for number in range(count)]
         hub.fetch(base, [*names, tokenizer["model_path"], *filter(None, [tokenizer.get("vocab_path")])])
         for file in names:
             read_shard(base / file)
@@ -1242,8 +1237,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
                         f" {VAL_DOCS}, for the sample {SAMPLE_VAL_DOCS};"
                         f" left out of a tokenizer's text: the same, of the sample {SAMPLE_HELD_OUT_DOCS})")
     parser.add_argument("--train-shards", type=whole_number(0), help="of --download: only the first so many (default: all)")
-    parser.add_argument("--round-trips", type=whole_number(0), default=1000,
-                        help="documents that --verify decodes (default: 1000)")
+    parser.add_argument("--round-trips", type=whole_number(0), default=1000, help="documents that --verify decodes (default: 1000)")
     parser.add_argument("--workers", type=whole_number(1, 1024), default=cores(), help="processes (default: one a core)")
     parser.add_argument("--shard-entries", type=whole_number(1), default=SHARD_ENTRIES, help="entries of a train shard")
     parser.add_argument("--replace-surrogates", action="store_true", help="put U+FFFD for lone surrogates")
@@ -1255,10 +1249,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--sample-bytes", type=whole_number(0), default=0, help="text to train a tokenizer on (default: all)")
     parser.add_argument("--transform", choices=VERSIONS, default=V1.name, help="version of CaseOps of a new tokenizer, of the"
                         " sample and of what is downloaded (default: %(default)s); elsewhere that of the tokenizer")
-    kind = parser.add_mutually_exclusive_group()
-    kind.add_argument("--lossless", action="store_true", default=True,
-                      help="a new tokenizer keeps every byte (default)")
-    kind.add_argument("--nfkc", action="store_true", help="a new tokenizer normalises like the published one")
+    parser.add_argument("--nfkc", action="store_true", help="a new tokenizer normalises like the published one (default: it keeps every"
+                        " byte)")
     return parser.parse_args(arguments)
 
 
