@@ -4607,8 +4607,12 @@ def open_log(cfg: Config, ranks: Ranks) -> Log:
     try:
         log = Log(path, enabled=ranks.rank == 0)
         free = shutil.disk_usage(path.parent).free if log.enabled else math.inf
-        if log.enabled and cfg.losses_path and not Path(cfg.losses_path).exists():
-            Path(cfg.losses_path).parent.mkdir(parents=True, exist_ok=True)
+        if log.enabled and cfg.losses_path:
+            losses = Path(cfg.losses_path)
+            losses.parent.mkdir(parents=True, exist_ok=True)
+            if losses.is_dir():
+                raise ValueError(f"LOSSES_PATH={cfg.losses_path} is a folder")
+            tempfile.TemporaryFile(dir=losses.parent).close()  # it is written after training, which must not be in vain
     except OSError as error:
         raise ValueError(f"cannot write to {error.filename or path.parent}: {error.strerror}; set ARTIFACT_DIR or LOSSES_PATH to a place "
                          "you may write to") from error
@@ -4898,4 +4902,6 @@ def main(environ: Mapping[str, str] = os.environ, arguments: tuple[str, ...] = (
 
 
 if __name__ == "__main__":
+    if sys.argv[1:]:  # --help and the like end with their reader
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     sys.exit(main(arguments=tuple(sys.argv[1:])))

@@ -6,6 +6,7 @@ import math
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -400,3 +401,31 @@ def test_names_in_a_log_cannot_break_the_page(tmp_path: Path) -> None:
     log = our_log(tmp_path / "a.log", 1, 2.0, "setting *RUN_ID value:<script>alert(1)</script> default:\nwarning: <b>bold</b>\n")
     logs.report([logs.read_group(str(log))], tmp_path / "r.html")
     assert "<script>" not in (tmp_path / "r.html").read_text() and "<b>" not in (tmp_path / "r.html").read_text()
+
+
+@pytest.mark.parametrize("piece", ["a" + " " * 10**5, "total submission size " + "1," * 10**5, "1/2 train_loss: " + "1" * 10**5,
+                                   "layer_loop:enabled step:1 frac:1" + "[1" * 10**5, "ttp:" + " dl:1" * 10**5])
+def test_a_line_made_to_keep_a_reader_busy_does_not(piece: str, tmp_path: Path) -> None:
+    began = time.process_time()
+    run = logs.read_log(their_log(tmp_path / "a.log", changes={"0/20000 val_loss: 9": f"{piece} val_loss\n" * 20 + "0/20000 val_loss: 9"}))
+    assert run.final.val_bpb == 1.06417 and time.process_time() - began < 3
+
+
+@pytest.mark.parametrize("old, new", [
+    ("val_bpb:1.06417", "val_bpb:inf"), ("val_bpb:1.06417", "val_bpb:nan"), ("15984426 bytes", f"{'9' * 400} bytes"),
+    ("step: 4599/", f"step: {'9' * 400}/"), ("  seed: 0", "  seed: \u00b2"),
+    ("stopping_early", "step size val_loss:2.3 val_bpb:1.05\nstopping_early"),
+    ("train_batch_tokens: 786432", f"train_batch_tokens: {'9' * 400}"),
+])
+def test_figures_that_are_none_end_in_a_table_or_a_line(old: str, new: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "records").mkdir()
+    for seed in (1, 2):
+        path = their_log(tmp_path / "records" / f"train_seed{seed}.log", seed)
+        text = path.read_text().replace("  seed: 2", "  seed: 0")
+        path.write_text(text.replace(old, new))
+    for command in (["summary", str(path.parent)], ["compare", str(path.parent), str(path.parent)],
+                    ["report", str(path.parent), "--out", str(tmp_path / "x.html")]):
+        assert logs.main(command) in (0, 2)
+    run = logs.read_log(path)
+    assert "inf" not in new and "nan" not in new or run.problems == [f"its final score is {run.final.val_bpb}"]
+    assert run.final.val_bpb == 1.06417 or "val_bpb" in old

@@ -37,6 +37,7 @@ BAR_NATS = 0.005  # what a new record must gain, nats a token
 SIGNIFICANCE = 0.01  # largest p with which it must have gained it
 MOST_SEEDS = 1000
 MOST_BYTES = 1 << 28  # of a log
+MOST_CHARACTERS = 1 << 12  # of a line that are looked at; more is source, or made to keep a reader busy
 SAME_BYTES = 1e-4  # by which two counts of bytes a token may differ
 INSTALL_HINT = "install what the tools need with: pip install -r requirements-tools.txt"
 RECORD_LOGS = "train_seed*.log"
@@ -135,7 +136,7 @@ class RunLog:
     def seed(self) -> int | None:
         if self.final is not None and self.final.seed is not None:
             return self.final.seed
-        return int(self.settings["SEED"]) if self.settings.get("SEED", "").isdigit() else None
+        return int(self.settings["SEED"]) if re.fullmatch("[0-9]{1,18}", self.settings.get("SEED", "")) else None
 
     @property
     def says_ttt(self) -> bool:
@@ -342,8 +343,10 @@ def their_end(name: str, scale: float = 1, add: bool = False) -> Callable[[RunLo
     """A figure of the end of a run, in place of what was said before or on top of it."""
     def read(run: RunLog, text: str) -> None:
         run.final = run.final or Final()
-        before = (getattr(run.final, name) or 0.0) if add else 0.0
-        setattr(run.final, name, before + scale * float(text.replace(",", "")))
+        value = ((getattr(run.final, name) or 0.0) if add else 0.0) + scale * float(text.replace(",", ""))
+        if not math.isfinite(value):
+            raise ValueError(f"{text[:20]} is no figure")
+        setattr(run.final, name, value)
     return read
 
 
@@ -357,14 +360,14 @@ THEIRS: list[tuple[re.Pattern[str], Callable[..., None]]] = [(re.compile(pattern
     (r"((?:seed|train_batch_tokens|attention_mode|tie_embeddings):\S.*)", their_settings),
     (rf"(?:step:|\d+:)?(\d+)/\d+ train_loss:\s*{FLOAT}(.*)", their_train),
     (rf"(?:step:|\d+:)?(\d+)/\d+ val_loss:\s*{FLOAT} val_bpb:\s*{FLOAT}", their_validation),
-    (rf"([A-Za-z][\w .+-]*?):?\s+val_loss[:=]\s*{FLOAT},?\s+val_bpb[:=]\s*{FLOAT}(.*)", their_stage),
+    (rf"([A-Za-z][\w .+-]{{,99}}?):?\s{{1,9}}val_loss[:=]\s*{FLOAT},?\s+val_bpb[:=]\s*{FLOAT}(.*)", their_stage),
     (rf"layer_loop:phase step:(\d+) frac:{FLOAT} depth:(\d+)", their_phase),
     (rf"layer_loop:enabled step:(\d+) frac:{FLOAT}(.*)", their_loop),
     (r"ttp:(.*)", their_ttt),
     (rf"stopping_early: \S+ train_time:\s*{FLOAT}ms step:\s*(\d+)", their_stop),
     (r"(?:ttt\w*|ttpp): ?\w(?!.*(?:disabled|skipped))|beginning TTT", their_ttt_start),
     (rf"(?i).*\bcollected \d+ hessians in {FLOAT} ?s", their_end("train_ms", 1e3, add=True)),
-    (r"(?i)total submission size\b.*?([\d,]{4,}) bytes", their_end("total_bytes")),
+    (r"(?i)total submission size\b.{,99}?([\d,]{4,20}) bytes", their_end("total_bytes")),
     (rf"(?i)total[_ ]eval[_ ]\w+:\s*{FLOAT} ?s", their_end("eval_ms", 1e3)),
     (r"(.*\b(?:val_)?bpb\b\W{0,3}\d\.\d{3,}.*|Traceback \(most recent call last\).*)", their_unknown_score),
 )]
@@ -425,7 +428,7 @@ def lines_of(path: Path) -> list[str]:
     data = path.read_bytes()
     encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
     lines = [RANK_PREFIX.match(line) for line in data.decode(encoding, errors="replace").splitlines()]
-    return [line["text"] for line in lines if line and (line["a"] or line["b"] or "0") == "0"]
+    return [line["text"][:MOST_CHARACTERS] for line in lines if line and (line["a"] or line["b"] or "0") == "0"]
 
 
 def read_log(path: Path) -> RunLog:
@@ -444,6 +447,8 @@ def read_log(path: Path) -> RunLog:
         finish_theirs(run)
     elif run.final is None:
         run.problems.append("the run did not end: there is no final score in this log")
+    if run.final is not None and run.final.val_bpb is not None and not math.isfinite(run.final.val_bpb):
+        run.problems.append(f"its final score is {run.final.val_bpb}")
     return run
 
 
@@ -566,8 +571,8 @@ def canonical(value: str) -> str:
 
 
 def mean_and_std(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation (nan for fewer than two values)."""
-    if not values:
+    """Mean and sample standard deviation (nan for fewer than two values, and of what is not finite)."""
+    if not values or not all(map(math.isfinite, values)):
         return math.nan, math.nan
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else math.nan
 
@@ -606,7 +611,7 @@ def stage_names(runs: Iterable[RunLog]) -> list[str]:
     """The stages that were scored, in the order of a run."""
     last = ["final", "ema", "quantized", "quantized_ttt"]
     found = {name for run in runs for name in run.evals}
-    steps = sorted((name for name in found if name.startswith("step")), key=lambda name: int(name[4:]))
+    steps = sorted((name for name in found if re.fullmatch(r"step\d+", name)), key=lambda name: int(name[4:]))
     other = sorted(found - set(last) - set(steps) - {"initial"})
     return [name for name in ["initial", *steps, *other, *last] if name in found]
 
@@ -1217,6 +1222,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Exception as error:  # noqa: BLE001  whatever a damaged log can provoke is no traceback
+        print(f"error: these logs cannot be read: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
         return 2
     return 0
 

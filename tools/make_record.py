@@ -433,6 +433,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Exception as error:  # noqa: BLE001  whatever a damaged log can provoke is no traceback
+        print(f"error: no folder can be made of these runs: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
+        return 2
     print(logs.headline(logs.read_group(str(target))))
     print(f"wrote {target}")
     return 0
