@@ -74,7 +74,7 @@ class Tokenizer:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         if not self.path.is_file():
-            raise ValueError(f"no tokenizer at {self.path}: give a SentencePiece .model file with --sp")
+            raise ValueError(f"no tokenizer at {self.path}: name a SentencePiece .model file (--sp; of tools/verify.py --tokenizer)")
         model = self.path.read_bytes()
         self.sha256 = hashlib.sha256(model).hexdigest()
         try:

@@ -116,12 +116,6 @@ def collect(seeds: Sequence[int], folder: Path) -> list[RunLog]:
     return [found[seed][0] for seed in seeds]
 
 
-def artifact_of(run: RunLog) -> Path | None:
-    """The artifact beside a log, if it is there."""
-    path = run.path.with_suffix(".artifact")
-    return path if path.is_file() else None
-
-
 # ======================================================================================================================
 # What is written
 # ======================================================================================================================
@@ -330,7 +324,7 @@ def fill(folder: Path, group: Group, environment: dict[str, str], options: argpa
     for run in group.runs:
         shutil.copyfile(run.path, folder / f"train_seed{run.seed}.log")
         if options.with_artifacts:
-            if (artifact := artifact_of(run)) is None:
+            if not (artifact := run.path.with_suffix(".artifact")).is_file():
                 raise Refused(f"no artifact beside {run.path}, and --with-artifacts asks for it")
             shutil.copyfile(artifact, folder / f"train_seed{run.seed}.artifact")
     for file in CODE:
