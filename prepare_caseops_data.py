@@ -113,10 +113,6 @@ class Block(NamedTuple):
     first: int
     lines: list[bytes]
 
-    def texts(self, replace_surrogates: bool) -> list[bytes | ValueError]:
-        """The UTF-8 of every document, or what is wrong with it."""
-        return [document_text(line, replace_surrogates) for line in self.lines]
-
     def name(self, index: int) -> str:
         """How people find a document of the block."""
         return f"document {self.first + index + 1} of {self.source}"
@@ -192,15 +188,6 @@ class Documents:
                 self.bytes_read = before + hashed.count
             self.finished.append({"name": os.path.basename(path), "path": path, "bytes": hashed.count,
                                   "documents": done, "sha256": hashed.sha256.hexdigest()})
-
-
-def source_hashes(paths: Iterable[str]) -> list[str]:
-    """The SHA-256 of files of documents as they are now; what is no file is read to its end."""
-    hashes = []
-    for path in Documents(paths).paths:
-        with sys.stdin.buffer if path == "-" else open(path, "rb") as file:
-            hashes.append(hashlib.file_digest(file, "sha256").hexdigest())
-    return hashes
 
 
 def _whole_lines(path: str, raw: HashedFile) -> Iterator[bytes]:
@@ -462,9 +449,9 @@ def write_file(path: Path, data: bytes) -> None:
     os.replace(temporary, path)
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, read in pieces."""
-    with open(path, "rb") as file:
+def file_sha256(path: str | Path) -> str:
+    """SHA-256 of a file, read in pieces, or of standard input (`-`)."""
+    with sys.stdin.buffer if path == "-" else open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -619,7 +606,7 @@ def make_encoder(tokenizer: Tokenizer, with_charges: bool) -> Encoder | FastEnco
 
 def encode_block(request: BuildRequest, sha256: str, block: Block, is_val: bool) -> tuple[bool, list[Document]]:
     """`is_val`, and the documents of a block; runs in a worker process. ValueError names a bad one, if they are not skipped."""
-    texts, documents = block.texts(request.replace_surrogates), []
+    texts, documents = [document_text(line, request.replace_surrogates) for line in block.lines], []
     encoded = iter(worker_encoder(str(request.model), sha256, is_val).encode([text for text in texts if isinstance(text, bytes)]))
     for index, text in enumerate(texts):
         tokens, charges, fault = next(encoded) if isinstance(text, bytes) else Encoded(fault=str(text))
@@ -796,7 +783,7 @@ def standing(request: BuildRequest, tokenizer: Tokenizer) -> dict[str, Any] | No
     differing = [name for name, value in request.options().items() if manifest[name] != value]
     if manifest["tokenizer"]["sha256"] != tokenizer.sha256:
         differing.append("tokenizer")
-    if not differing and [source["sha256"] for source in manifest["sources"]] != source_hashes(request.docs):
+    if not differing and [source["sha256"] for source in manifest["sources"]] != list(map(file_sha256, request.docs)):
         differing.append("documents")
     if differing:
         raise ValueError(f"{request.out} holds a data set already, of other {', '.join(differing)}: build it again with"

@@ -148,7 +148,7 @@ def test_blocks_hold_all_documents_whatever_their_size(
         patch.setattr(prepare, "BLOCK_BYTES", size)
         for block in documents.blocks():
             assert block.first == len(found) % count
-            found += [text.decode() for text in block.texts(replace_surrogates=False)]
+            found += [prepare.document_text(line, replace_surrogates=False).decode() for line in block.lines]
     assert found == texts * 2
     assert [source["documents"] for source in documents.finished] == [count, count]
     assert [source["sha256"] for source in documents.finished] == [hashlib.sha256(path.read_bytes()).hexdigest()] * 2
