@@ -241,7 +241,7 @@ class Encoder:
 DOCUMENT, MARK, TITLED, TITLED_SPACE = 0xFF, 0xFE, 0xFD, 0xFC
 LONG_DOCUMENT = 1 << 22  # bytes from which on a document goes to `Encoder`, which takes little memory for it
 KEY_BYTES = 15  # longer parts are too rare for the table
-TABLE_ENTRIES = 1 << 20  # what bounds the memory of an encoder: about 100 bytes each
+SLOTS = 1 << 21  # of the table, what bounds the memory of an encoder: about 50 bytes each
 COUNT_BITS = 32  # of a span of the table: how many ids a part has
 ASCII_LETTERS = np.array([chr(byte).isalpha() and byte < 128 for byte in range(256)])
 LETTER, DIGIT, OTHER, WIDE = range(4)  # kinds of bytes; WIDE is a space, and what is not ASCII
@@ -322,9 +322,7 @@ class FastEncoder:
         offsets, counts = read_spans(self._part_spans(text + bytes(KEY_BYTES), starts))
         take = np.repeat(offsets - np.cumsum(counts) + counts, counts)
         take += np.arange(len(take))
-        tokens = self.table.ids[take]
-        self.table.forget_temporary()
-        return tokens
+        return self.table.ids[take]
 
     def _part_spans(self, text: bytes, starts: np.ndarray) -> np.ndarray:
         """The table's span for every part; parts that it lacks are put in."""
@@ -342,15 +340,12 @@ class FastEncoder:
         return spans
 
     def _add(self, text: bytes, keys: np.ndarray, places: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """Spans for parts that the table lacks: short ones stay in it, long ones only for this block."""
+        """Spans for parts that the table lacks, which are put in."""
         parts = [text[place:place + length] for place, length in zip(places.tolist(), lengths.tolist())]
         where = {part: index for index, part in enumerate(parts)}
-        distinct = sorted(where, key=lambda part: len(part) > KEY_BYTES)
-        values = self._values(distinct)
-        spans = self.table.append(np.concatenate(values), np.array(list(map(len, values))))
-        short = sum(len(part) <= KEY_BYTES for part in distinct)
-        self.table.keep(keys[[where[part] for part in distinct[:short]]], spans[:short])
-        span_of = dict(zip(distinct, spans.tolist()))
+        first = list(where.values())
+        spans = self.table.put(keys[first], lengths[first] <= KEY_BYTES, self._values(list(where)))
+        span_of = dict(zip(where, spans.tolist()))
         return np.array([span_of[part] for part in parts])
 
     def _values(self, parts: list[bytes]) -> list[np.ndarray]:
@@ -373,79 +368,54 @@ class FastEncoder:
         before = transform.titled_after[:1]  # any of them
         return swap_titles(before + transform.words(text), before)[1:]
 
+
 class PartTable:
-    """A hash table from parts of up to `KEY_BYTES` bytes to their ids, looked up in bulk; full, it takes no more.
+    """A hash table from parts of up to `KEY_BYTES` bytes to their ids, looked up in bulk. A slot keeps what first comes into it.
 
     A key is 16 bytes: the part, zeros, and its length in the last byte, so that different parts have different keys and
     a match is exact. What the table has for a part is a span, one int64, never 0: where its ids begin in `ids`, and their
-    number (`read_spans`). Spans with keys stay; ids without are temporary and are forgotten at the end of a block.
+    number (`read_spans`). Parts that find their slot taken, and long ones, have spans only until the next `put`: the frequent
+    parts come early, when nearly all slots are free.
     """
 
     def __init__(self) -> None:
-        slots = 1 << (2 * TABLE_ENTRIES - 1).bit_length()  # at least half of them stay free: zeros, which no key and no span is
-        self.slot_keys, self.slot_spans = np.zeros((slots, 2), dtype=np.uint64), np.zeros(slots, dtype=np.int64)
-        self.shift = np.uint64(64 - slots.bit_length() + 1)
-        self.kept, self.kept_ids, self.used_ids = 0, 1, 1
+        self.slot_keys, self.slot_spans = np.zeros((SLOTS, 2), dtype=np.uint64), np.zeros(SLOTS, dtype=np.int64)
+        self.kept_ids = 1  # so many of `ids` stay
         self.ids = np.zeros(1 << 16, dtype=np.uint16)
 
     def _home(self, keys: np.ndarray) -> np.ndarray:
-        """The slot where the search for a key begins."""
+        """The slot of each key."""
         mixed = keys[:, 1] * np.uint64(0x9E3779B97F4A7C15)
         mixed ^= keys[:, 0]
         mixed *= np.uint64(0xD6E8FEB86659FD93)
         mixed ^= mixed >> np.uint64(32)
         mixed *= np.uint64(0xD6E8FEB86659FD93)
-        mixed >>= self.shift
+        mixed >>= np.uint64(65 - SLOTS.bit_length())
         return mixed.view(np.int64)
 
     def find(self, keys: np.ndarray) -> np.ndarray:
         """(n, 2) keys -> (n,) spans, 0 where there is none."""
         slots = self._home(keys)
-        astray = self._without(slots, keys)
-        while len(astray):  # look in the next slot, unless a free one ends the search
-            astray = astray[self.slot_spans[slots[astray]] > 0]
-            slots[astray] = (slots[astray] + 1) % len(self.slot_spans)
-            astray = astray[self._without(slots[astray], keys[astray])]
-        return self.slot_spans[slots]
-
-    def _without(self, slots: np.ndarray, keys: np.ndarray) -> np.ndarray:
-        """The indices of the keys that are not in their slots."""
         halves_differ = self.slot_keys.take(slots, axis=0) != keys
-        return np.flatnonzero(halves_differ.view(np.uint16))
+        spans = self.slot_spans[slots]
+        spans[np.flatnonzero(halves_differ.view(np.uint16))] = 0
+        return spans
 
-    def append(self, ids: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        """New spans, temporary until `keep`, from flat ids and the number of ids of each."""
-        first, self.used_ids = self.used_ids, self.used_ids + len(ids)
-        if self.used_ids > len(self.ids):
-            self.ids = np.concatenate([self.ids, np.zeros(self.used_ids, dtype=np.uint16)])
-        self.ids[first:self.used_ids] = ids
-        return (first + np.cumsum(counts) - counts) << COUNT_BITS | counts
-
-    def keep(self, keys: np.ndarray, spans: np.ndarray) -> None:
-        """Give the first temporary spans these (distinct, new) keys, as far as there is room; they stay.
-
-        Where several want the same slot the first, often the most frequent, gets it.
-        """
-        room = TABLE_ENTRIES - self.kept
-        keys, spans = keys[:room], spans[:room]
-        if not len(keys):
-            return
-        self.kept += len(keys)
-        self.kept_ids = int(sum(read_spans(spans[-1])))
-        slots = self._home(keys)
-        todo = np.arange(len(keys))[::-1]  # of several rows assigned to one place numpy keeps the last
-        while len(todo):
-            to_free = todo[self.slot_spans[slots[todo]] == 0]
-            self.slot_keys[slots[to_free]] = keys[to_free]
-            lost = self._without(slots[todo], keys[todo])
-            placed = np.delete(todo, lost)
-            self.slot_spans[slots[placed]] = spans[placed]
-            todo = todo[lost]
-            slots[todo] = (slots[todo] + 1) % len(self.slot_spans)
-
-    def forget_temporary(self) -> None:
-        """Drop the ids without keys."""
-        self.used_ids = self.kept_ids
+    def put(self, keys: np.ndarray, may_stay: np.ndarray, values: list[np.ndarray]) -> np.ndarray:
+        """Spans for the ids of distinct new keys: of those that may stay (mask), the first in each free slot do."""
+        slots, counts = self._home(keys), np.array(list(map(len, values)))
+        stay = np.flatnonzero(may_stay & (self.slot_spans[slots] == 0))
+        stay = stay[np.unique(slots[stay], return_index=True)[1]]
+        order = np.concatenate([stay, np.delete(np.arange(len(keys)), stay)])
+        ends = self.kept_ids + np.cumsum(counts[order])
+        if ends[-1] > len(self.ids):
+            self.ids = np.concatenate([self.ids, np.zeros(ends[-1], dtype=np.uint16)])
+        self.ids[self.kept_ids:ends[-1]] = np.concatenate([values[index] for index in order.tolist()])
+        spans = np.empty(len(keys), dtype=np.int64)
+        spans[order] = (ends - counts[order]) << COUNT_BITS | counts[order]
+        self.slot_keys[slots[stay]], self.slot_spans[slots[stay]] = keys[stay], spans[stay]
+        self.kept_ids += int(counts[stay].sum())
+        return spans
 
 
 def read_spans(spans: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
