@@ -332,6 +332,10 @@ def test_a_table_that_cannot_be_written_is_no_traceback(tmp_path: Path) -> None:
         assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
     done = subprocess.run(f"{shlex.join(program)} | true", shell=True, capture_output=True, text=True, check=False)
     assert done.stderr == ""
+    (folder / "train_seed\udcff.log").write_text("x")  # a name that is no UTF-8
+    for tool, more in ((verify, "--folder-only"), (verify.logs, "summary")):
+        done = subprocess.run([sys.executable, tool.__file__, more, str(folder)], env={"PYTHONIOENCODING": "ascii"}, capture_output=True)
+        assert done.returncode in (0, 1) and rb"train_seed\udcff.log" in done.stdout and done.stderr == b""
 
 
 def test_the_diff_is_kept_beside_the_folder_or_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,

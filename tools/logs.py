@@ -1181,7 +1181,7 @@ def report(groups: list[Group], path: Path) -> None:
             f'initial-scale=1"><title>{title}</title><style>{PAGE_STYLE}</style></head><body>'
             f'{"".join(map(group_section, groups))}<div class="plots">{"".join(plots)}</div>{comparison}'
             f'{settings_section(groups)}</body></html>\n')
-    write_atomically(path, page.encode("utf-8"))
+    write_atomically(path, page.encode("utf-8", "backslashreplace"))
 
 
 # ======================================================================================================================
@@ -1203,8 +1203,15 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def print_anything() -> None:
+    """What a console cannot print, of a file's name say, is escaped: it must not end a program."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.reconfigure(errors="backslashreplace")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit status: 0, or 2 for something the user can mend."""
+    print_anything()
     options = parse_arguments(arguments)
     try:
         if options.command == "compare":

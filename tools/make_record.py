@@ -417,6 +417,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit status: 0, 1 if it was refused, 2 for a mistake of the user."""
+    logs.print_anything()
     options = parse_arguments(arguments)
     try:
         target = make_record(options)

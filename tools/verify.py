@@ -721,6 +721,7 @@ def check_loose_size(record: Record) -> Result:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit status: 0 nothing failed, 1 something did, 2 a mistake of the user."""
+    logs.print_anything()
     options = parse_arguments(arguments)
     try:
         record = open_record(options)
