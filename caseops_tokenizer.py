@@ -237,8 +237,9 @@ class Encoder:
 
 # ------------------------------------------------------------------------------------------------- fast exact encoding
 # Bytes that UTF-8 never has: before each document, encoded as BOS; before a space, encoded as CAPNEXT; before the space of a word
-# that is taken to begin with a capital; in place of such a space if CaseOps gives it (the least of them).
-DOCUMENT, MARK, TITLED, TITLED_SPACE = 0xFF, 0xFE, 0xFD, 0xFC
+# that is taken to begin with a capital; in place of such a space if CaseOps gives it; between parts that are transformed together.
+DOCUMENT, MARK, TITLED, TITLED_SPACE, BETWEEN = 0xFF, 0xFE, 0xFD, 0xFC, 0xFB
+NEVER_TEXT = re.compile(f"[{chr(0xDC00 + TITLED)}-{chr(0xDC00 + DOCUMENT)}]")  # all but BETWEEN, as `surrogateescape` decodes them
 LONG_DOCUMENT = 1 << 22  # bytes from which on a document goes to `Encoder`, which takes little memory for it
 KEY_BYTES = 15  # longer parts are too rare for the table
 SLOTS = 1 << 21  # of the table, what bounds the memory of an encoder: about 50 bytes each
@@ -348,25 +349,23 @@ class FastEncoder:
         span_of = dict(zip(where, spans.tolist()))
         return np.array([span_of[part] for part in parts])
 
-    def _values(self, parts: list[bytes]) -> list[np.ndarray]:
+    def _values(self, parts: list[bytes]) -> list[list[int]]:
         """The ids of each part."""
-        forms = list(map(self._form, parts))
-        values = self.tokenizer.processor.encode(forms, return_type="numpy", num_threads=1)
+        forms = self._forms(parts)
+        values = self.tokenizer.processor.encode(forms, num_threads=1)
         for index, (part, form) in enumerate(zip(parts, forms)):
             if not form:
-                values[index] = np.array([BOS if part[0] == DOCUMENT else self.tokenizer.names.index(CAPNEXT)])
+                values[index] = [BOS if part[0] == DOCUMENT else self.tokenizer.names.index(CAPNEXT)]
             elif SPACE in form:
-                values[index] = self.plain.lossless_ids(form)
+                values[index] = self.plain.lossless_ids(form).tolist()
         return values
 
-    def _form(self, part: bytes) -> str:
-        """The CaseOps form of a part; none of `DOCUMENT` and `MARK`."""
-        transform = self.tokenizer.transform
-        if part[0] < TITLED_SPACE:
-            return transform.words(part.decode())
-        text = part[1:].decode() if part[0] != TITLED_SPACE else " " + part[1:].decode()
-        before = transform.titled_after[:1]  # any of them
-        return swap_titles(before + transform.words(text), before)[1:]
+    def _forms(self, parts: list[bytes]) -> list[str]:
+        """The CaseOps form of each part, made of all in one text; none of `DOCUMENT` and `MARK`."""
+        text = bytes([BETWEEN]).join(parts).decode(errors="surrogateescape")  # what UTF-8 never has is a lone surrogate there
+        titled, titled_space, between = (chr(0xDC00 + byte) for byte in (TITLED, TITLED_SPACE, BETWEEN))
+        form = swap_titles(self.tokenizer.transform.words(text.replace(titled_space, titled + " ")), titled)
+        return NEVER_TEXT.sub("", form).split(between)
 
 
 class PartTable:
@@ -401,7 +400,7 @@ class PartTable:
         spans[np.flatnonzero(halves_differ.view(np.uint16))] = 0
         return spans
 
-    def put(self, keys: np.ndarray, may_stay: np.ndarray, values: list[np.ndarray]) -> np.ndarray:
+    def put(self, keys: np.ndarray, may_stay: np.ndarray, values: list[list[int]]) -> np.ndarray:
         """Spans for the ids of distinct new keys: of those that may stay (mask), the first in each free slot do."""
         slots, counts = self._home(keys), np.array(list(map(len, values)))
         stay = np.flatnonzero(may_stay & (self.slot_spans[slots] == 0))
@@ -410,7 +409,8 @@ class PartTable:
         ends = self.kept_ids + np.cumsum(counts[order])
         if ends[-1] > len(self.ids):
             self.ids = np.concatenate([self.ids, np.zeros(ends[-1], dtype=np.uint16)])
-        self.ids[self.kept_ids:ends[-1]] = np.concatenate([values[index] for index in order.tolist()])
+        in_order = itertools.chain.from_iterable(values[index] for index in order.tolist())
+        self.ids[self.kept_ids:ends[-1]] = np.fromiter(in_order, dtype=np.uint16)
         spans = np.empty(len(keys), dtype=np.int64)
         spans[order] = (ends - counts[order]) << COUNT_BITS | counts[order]
         self.slot_keys[slots[stay]], self.slot_spans[slots[stay]] = keys[stay], spans[stay]

@@ -765,10 +765,10 @@ class Build:
             "sources": [source | {"path": os.path.relpath(source["path"], request.out)} for source in self.documents.finished]}
 
 
-def read_shard(path: Path, entries: int | None = None) -> np.ndarray:
+def read_shard(path: Path) -> np.ndarray:
     """The entries of a shard, (n,) uint16, by the rules of train_gpt.py; ValueError names what is wrong."""
     import train_gpt
-    return np.asarray(train_gpt.read_shard(path, entries))
+    return train_gpt.read_shard(path)
 
 
 def standing(request: BuildRequest, tokenizer: Tokenizer) -> dict[str, Any] | None:
