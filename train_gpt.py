@@ -44,6 +44,7 @@ import shutil
 import signal
 import struct
 import sys
+import tempfile
 import threading
 import time
 import tokenize

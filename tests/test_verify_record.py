@@ -459,6 +459,7 @@ def test_a_sidecar_that_charges_too_much_is_found(version: str, tmp_path: Path) 
     """The 3 bytes of an operator are no bytes of the text; made with the real tokenizer."""
     import sentencepiece
 
+    from caseops_tokenizer import Tokenizer
     from lossless_caps import VERSIONS, ByteCounter
     from prepare_caseops_data import OUR_TOKENIZERS
 
@@ -467,7 +468,7 @@ def test_a_sidecar_that_charges_too_much_is_found(version: str, tmp_path: Path) 
     text = "A Tale of TWO Cities,\n  by McDonald \u2013 na\u00efve \ue001 \ufb01ne"
     ids = np.array([1, *tokenizer.encode(transform.encode(text))], np.uint16)
     counter = ByteCounter(transform)
-    pieces, _ = verify.tokenizer_pieces(model)
+    pieces = Tokenizer(model).pieces
     counts = np.array([0, *(len(pieces[i]) for i in ids[1:])], np.uint16)
     decoded = b"".join(pieces[i] for i in ids[1:]).decode()
     operators = len(decoded.encode()) - counter.feed(decoded)

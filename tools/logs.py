@@ -632,13 +632,18 @@ def as_text(rows: list[list[str]]) -> str:
 
 def headline(group: Group) -> str:
     """The one line that matters."""
-    bpb, std = mean_and_std(group.values("val_bpb"))
-    count = len(group.finished)
-    if count == 0:
+    bpb, spread = mean_and_spread(group)
+    if not group.finished:
         return f"{group.name}: no finished run"
-    spread = f" (std {std:.5f}, {count} seeds)" if count > 1 else " (one run)"
     whose = ", figures published by others" if group.published else ""
-    return f"{group.name.removesuffix(' (published by others)')}: val_bpb {bpb:.5f}{spread}{whose}"
+    return f"{group.name.removesuffix(' (published by others)')}: val_bpb {bpb} ({spread}){whose}"
+
+
+def mean_and_spread(group: Group) -> tuple[str, str]:
+    """The mean BPB, empty if no run has an end, and what stands behind it."""
+    mean, std = mean_and_std(group.values("val_bpb"))
+    count = len(group.finished)
+    return f"{mean:.5f}" if count else "", f"std {std:.5f}, {count} seeds" if count > 1 else "one run" if count else "no finished run"
 
 
 def group_warnings(group: Group) -> list[str]:
@@ -1046,32 +1051,24 @@ def pyplot() -> Any:
     return module
 
 
-def plot(groups: list[Group], path: Path) -> None:
-    """All plots on one picture."""
-    plt, curves = pyplot(), curves_of(groups)
-    figure, grid = plt.subplots(3, 2, figsize=(11.5, 10.5), dpi=110)
-    for axes, draw in zip(grid.flat, PLOTS.values()):
-        draw(axes, curves)
-        style(axes)
-    legend(figure, curves)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=path.suffix.lstrip(".") or "png")
-    plt.close(figure)
-    write_atomically(path, buffer.getvalue())
-
-
-def plot_as_svg(name: str, curves: list[Curve]) -> str:
-    """One plot as an inline image for the page."""
+def picture(names: Sequence[str], curves: list[Curve], rows: int, inches: tuple[float, float], **form: Any) -> bytes:
+    """Plots in so many rows on one picture, in the form that matplotlib's savefig is told."""
     plt = pyplot()
-    figure, axes = plt.subplots(figsize=(4.7, 3.5))
-    PLOTS[name](axes, curves)
-    style(axes)
-    if len(curves) > 1:
+    figure, grid = plt.subplots(rows, len(names) // rows, figsize=inches, dpi=110, squeeze=False)
+    for axes, name in zip(grid.flat, names):
+        PLOTS[name](axes, curves)
+        style(axes)
+    if len(names) > 1 or len(curves) > 1:
         legend(figure, curves)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    figure.savefig(buffer, **form)
     plt.close(figure)
-    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return buffer.getvalue()
+
+
+def plot(groups: list[Group], path: Path) -> None:
+    """All plots on one picture."""
+    write_atomically(path, picture(list(PLOTS), curves_of(groups), 3, (11.5, 10.5), format=path.suffix.lstrip(".") or "png"))
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -1121,10 +1118,8 @@ def as_html(rows: list[list[str]]) -> str:
 
 def group_section(group: Group) -> str:
     """Headline, seeds, stages, where it ran and what to know."""
-    bpb, std = mean_and_std(group.values("val_bpb"))
-    count = len(group.finished)
-    spread = f"std {std:.5f}, {count} seeds" if count > 1 else "one run" if count else "no finished run"
-    parts = [f"<h1>{html.escape(group.name)}</h1>", f'<p class="big">{bpb:.5f}</p>' if count else "",
+    bpb, spread = mean_and_spread(group)
+    parts = [f"<h1>{html.escape(group.name)}</h1>", f'<p class="big">{bpb}</p>' if bpb else "",
              f'<p class="note">bits per byte ({spread})</p>', f'<p class="note">{html.escape(where_it_ran(group))}</p>',
              as_html(seed_table(group))]
     if stage_names(group.runs):
@@ -1170,7 +1165,10 @@ def settings_section(groups: list[Group]) -> str:
 def report(groups: list[Group], path: Path) -> None:
     """Write the page: everything is in the one file, nothing is fetched."""
     curves, comparison = curves_of(groups), ""
-    plots = [f'<div class="card"><img alt="{words}" src="{plot_as_svg(name, curves)}"></div>' for name, words in PLOT_WORDS.items()]
+    plots = []
+    for name, words in PLOT_WORDS.items():
+        image = base64.b64encode(picture([name], curves, 1, (4.7, 3.5), format="svg", metadata={"Date": None})).decode()
+        plots.append(f'<div class="card"><img alt="{words}" src="data:image/svg+xml;base64,{image}"></div>')
     plots.append(f'<div class="card"><h2>Stages</h2>{as_html(stage_comparison(curves))}</div>')
     if len(groups) == 2 and all(group.finished for group in groups):
         try:

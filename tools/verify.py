@@ -527,15 +527,17 @@ def check_bytes(record: Record, val: ValSet, tokenizer: Path | None, documents_f
     rule, problems = "bytes equal to the text's bytes", []
     if {"documents": len(val.starts), "tokens": len(val.tokens), "bytes": val.num_bytes} == PUBLISHED_VAL:
         return Result(PASS, rule, f"the sidecar sums to the published {val.num_bytes:,} bytes")
-    try:
-        pieces, lossless = tokenizer_pieces(tokenizer or record.folder / record.runs[0].settings.get("TOKENIZER_PATH", ""))
-    except (ImportError, OSError, ValueError) as error:
-        return Result(UNKNOWN, rule, f"no text without the tokenizer: {error}")
-    if not lossless:
-        return Result(UNKNOWN, rule, "the tokenizer is not lossless, the original text is not in the shard")
     sys.path.append(str(ROOT))  # the transform of this repository, not the folder's
     from lossless_caps import V1, VERSIONS
 
+    try:
+        from caseops_tokenizer import Tokenizer  # here, because it needs SentencePiece
+
+        model = Tokenizer(tokenizer or record.folder / record.runs[0].settings.get("TOKENIZER_PATH", ""))
+    except (ImportError, OSError, ValueError) as error:
+        return Result(UNKNOWN, rule, f"no text without the tokenizer: {error}")
+    if not model.lossless:
+        return Result(UNKNOWN, rule, "the tokenizer is not lossless, the original text is not in the shard")
     version = record.runs[0].settings.get("CASEOPS_VERSION", V1.name)  # older logs lack it
     if version not in VERSIONS:
         return Result(UNKNOWN, rule, f"CASEOPS_VERSION={version} is not one that lossless_caps.py here has: {', '.join(VERSIONS)}")
@@ -545,7 +547,7 @@ def check_bytes(record: Record, val: ValSet, tokenizer: Path | None, documents_f
         end = val.starts[number + 1] if number + 1 < len(val.starts) else len(val.tokens)
         charged = int(val.byte_counts[begin:end].sum())
         try:
-            text = decode(b"".join(pieces[token] for token in val.tokens[begin + 1: end]).decode("utf-8"))
+            text = decode(b"".join(model.pieces[token] for token in val.tokens[begin + 1: end]).decode("utf-8"))
         except (ValueError, IndexError) as error:
             problems.append(f"document {number} does not decode: {error}")
             continue
@@ -555,23 +557,6 @@ def check_bytes(record: Record, val: ValSet, tokenizer: Path | None, documents_f
             problems.append(f"document {number} is not the text in {documents_file}")
     compared = f" and equal to {documents_file.name}" if documents_file else ""
     return judged(rule, problems, f"{len(val.starts):,} documents decoded{compared}")
-
-
-def tokenizer_pieces(path: Path) -> tuple[list[bytes], bool]:
-    """What each token stands for in the CaseOps text, and whether the tokenizer loses nothing; ValueError without the file."""
-    import sentencepiece
-
-    if not path.is_file():
-        raise ValueError(f"there is none at {path}; name it with --tokenizer")
-    model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    pieces = []
-    for i in range(model.vocab_size()):
-        name = model.id_to_piece(i)
-        control = model.is_control(i) or model.is_unknown(i)
-        plain = bytes([int(name[3:5], 16)]) if model.is_byte(i) else name.replace("\u2581", " ").encode()
-        pieces.append(b"" if control else plain)
-    sample = "a  b\n\n c\u00a0\ufb01 \t"
-    return pieces, b"".join(pieces[i] for i in model.encode(sample)).decode() == sample
 
 
 def raw_texts(path: Path) -> Iterator[str]:
