@@ -1396,7 +1396,7 @@ class AddProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, y: Tensor, w: Tensor) -> Tensor:
         ctx.save_for_backward(y, w)
-        out = x * 1.0
+        out = x * 1.0  # a clone the compiler would take out, and then not join the norm of x with what writes x
         add_product_op(out, y, w)
         return out
 
