@@ -1630,7 +1630,7 @@ class GPT(nn.Module):
             y = fused_mlp(x, self._divisor(layer), weights.up, down.to(self.dtype))
         else:
             n = rms_norm(x, self._divisor(layer))
-            h = F.leaky_relu(linear((layer, visit, "up"), n, weights.up), 0.5).square()
+            h = activation(linear((layer, visit, "up"), n, weights.up))
             y = linear((layer, visit, "down"), h, weights.down.to(self.dtype))
             bypass = linear((layer, visit, "mlp_bypass"), n, None)
             y = y if bypass is None else y + weights.mlp_scale * bypass
@@ -3994,9 +3994,8 @@ def score_with_ttt(run: Run, model: GPT, val: ValData) -> Score:
 #
 # Three places where writing the fused form by hand saves memory traffic that torch.compile cannot: the MLP, whose
 # activation joins the matrix product before it (forward) and the one after it (backward); exclusive self-attention, one pass
-# each way; and the softcapped cross entropy, which never stores the float32 logits of a batch. Beside each kernel stands
-# what it computes in plain torch, which is also what runs without Triton; the tests hold one against the other and both
-# against float64. The kernels hide in operators, so the compiler keeps its single graph. Matrix tiles go through Hopper's
+# each way; and the softcapped cross entropy, which never stores the float32 logits of a batch. Each has a form in plain
+# torch, which runs without Triton; the tests hold both against float64. The kernels hide in operators, so the compiler keeps its single graph. Matrix tiles go through Hopper's
 # copy engine (TMA descriptors), one persistent program on every multiprocessor.
 # ======================================================================================================================
 
@@ -4005,35 +4004,9 @@ MLP_TILE = (128, 256, 64)          # rows, columns, depth of one tile of the fus
 CROSS_ENTROPY_CHUNK = 2**22        # float32 logits alive at once where no kernel runs: 16 MiB
 
 
-def mlp_up(x: Tensor, w_up: Tensor) -> Tensor:
-    """leaky_relu(x @ w_up^T, 0.5)^2 in plain torch. x (T, d), w_up (h, d) -> (T, h)."""
-    return F.leaky_relu(F.linear(x, w_up), 0.5).square()
-
-
-def sign_bit(dtype: torch.dtype) -> int:
-    """Which bit of a float32 is the last that `dtype`, bfloat16 or float32, keeps."""
-    return 16 if dtype == torch.bfloat16 else 0
-
-
-def mlp_up_reference(x: Tensor, factor: Tensor, w_up: Tensor) -> Tensor:
-    """What mlp_kernel computes going forward, (T, h): the activation of z = factor (T, 1) times x @ w_up^T.
-
-    It is rounded to where its last bit says whether z was negative.
-    """
-    z, bit = factor * F.linear(x.float(), w_up.float()), sign_bit(x.dtype)
-    bits = F.leaky_relu(z, 0.5).square().view(torch.int32)
-    even, odd = (bits + (1 << bit)) >> bit + 1 << bit + 1, (bits >> bit + 1 << bit + 1) + (1 << bit)
-    return torch.where(z < 0, odd, even).view(torch.float32).to(x.dtype)
-
-
-def mlp_up_backward_reference(grad: Tensor, factor: Tensor, w_down: Tensor, hidden: Tensor) -> Tensor:
-    """What mlp_kernel computes going backward: the gradient (T, h) of x @ w_up^T, from `grad` (T, d) of the MLP's output.
-
-    d/dz leaky(z)^2 is 2 z or z / 2: that is 2 or -1 times the root of the activation.
-    """
-    negative = (hidden.float().view(torch.int32) >> sign_bit(hidden.dtype)) & 1 == 1
-    root = hidden.float().sqrt()
-    return F.linear(grad, w_down.t()) * (factor * torch.where(negative, -root, 2 * root)).to(grad.dtype)
+def activation(z: Tensor) -> Tensor:
+    """leaky_relu(z, 0.5)^2."""
+    return F.leaky_relu(z, 0.5).square()
 
 
 if triton is not None:
@@ -4144,12 +4117,13 @@ def launch_mlp_kernel(a: Tensor, factor: Tensor, b: Tensor, hidden: Tensor, out:
         TensorDescriptor.from_tensor(b, [tile_k, tile_n] if backward else [tile_n, tile_k]),
         TensorDescriptor.from_tensor(hidden, [tile_m, tile_n // 2]),
         TensorDescriptor.from_tensor(out, [tile_m, tile_n // 2]),
-        factor, rows, columns, depth, backward, sign_bit(out.dtype), tile_m, tile_n, tile_k, programs, num_warps=8, num_stages=3)
+        factor, rows, columns, depth, backward, 16 if out.dtype == torch.bfloat16 else 0, tile_m, tile_n, tile_k, programs,
+        num_warps=8, num_stages=3)
 
 
 @torch.library.custom_op(f"{OPERATORS}::mlp_up", mutates_args=())
 def mlp_up_op(x: Tensor, factor: Tensor, w_up: Tensor) -> Tensor:
-    """mlp_up_reference by the kernel: (T, d), (T, 1) float32, (h, d) -> (T, h)."""
+    """The activation of z = factor * x @ w_up^T, its last bit the sign of z: (T, d), (T, 1) float32, (h, d) -> (T, h)."""
     out = x.new_empty((x.size(0), w_up.size(0)))
     launch_mlp_kernel(x, factor, w_up, out, out, backward=False)
     return out
@@ -4157,7 +4131,10 @@ def mlp_up_op(x: Tensor, factor: Tensor, w_up: Tensor) -> Tensor:
 
 @torch.library.custom_op(f"{OPERATORS}::mlp_up_backward", mutates_args=())
 def mlp_up_backward_op(grad: Tensor, factor: Tensor, w_down: Tensor, hidden: Tensor) -> Tensor:
-    """mlp_up_backward_reference by the kernel: (T, d), (T, 1) float32, (d, h), (T, h) -> (T, h)."""
+    """The gradient of x @ w_up^T from that of the MLP's output: (T, d), (T, 1) float32, (d, h), (T, h) -> (T, h).
+
+    d/dz leaky(z)^2 is 2 z or z / 2: that is 2 or -1 times the root of the activation.
+    """
     out = torch.empty_like(hidden)
     launch_mlp_kernel(grad, factor, w_down, hidden, out, backward=True)
     return out
@@ -4205,7 +4182,7 @@ def fused_mlp(x: Tensor, divisor: float, w_up: Tensor, w_down: Tensor) -> Tensor
     """The MLP of rms_norm(x) / divisor, all of one dtype. x (T, d), w_up (h, d), w_down (d, h) -> (T, d)."""
     if kernels_take(x) and x.dtype != torch.float16 and x.size(1) % 8 == 0 and w_up.size(0) % 8 == 0:
         return FusedMLP.apply(x, norm_factor(x) / divisor, w_up, w_down)
-    return F.linear(mlp_up(rms_norm(x, divisor), w_up), w_down)
+    return F.linear(activation(F.linear(rms_norm(x, divisor), w_up)), w_down)
 
 
 def launch_exclude_self(tensors: tuple[Tensor, ...], y: Tensor, v: Tensor, backward: bool) -> None:
@@ -4252,25 +4229,21 @@ def exclude_self(y: Tensor, v: Tensor, gate: Tensor) -> Tensor:
     return exclude_self_reference(y, v, gate)
 
 
-def cross_entropy_reference(logits: Tensor, targets: Tensor, cap: float) -> Tensor:
-    """What softcapped_cross_entropy computes, storing all of it: (T, V), (T,) -> (T,)."""
-    return F.cross_entropy(cap * torch.tanh(logits.float() / cap), targets, reduction="none")
-
-
 def row_chunks(logits: Tensor) -> range:
     """First rows of chunks of at most CROSS_ENTROPY_CHUNK logits."""
     return range(0, logits.size(0), max(1, CROSS_ENTROPY_CHUNK // logits.size(1)))
 
 
-def accumulation_dtype(t: Tensor) -> torch.dtype:
-    """float32 for anything less, float64 for float64."""
-    return torch.promote_types(t.dtype, torch.float32)
+def numbers_of_rows(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    """Room for two numbers a row, (T,), float32 or, for float64, that."""
+    losses, lses = (logits.new_empty(logits.size(0), dtype=torch.promote_types(logits.dtype, torch.float32)) for _ in range(2))
+    return losses, lses
 
 
 @torch.library.custom_op(f"{OPERATORS}::softcapped_cross_entropy", mutates_args=())
 def cross_entropy_op(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
     """(T, V), (T,) -> losses (T,) and the logsumexp of each row (T,), float32."""
-    losses, lses = (logits.new_empty(logits.size(0), dtype=accumulation_dtype(logits)) for _ in range(2))
+    losses, lses = numbers_of_rows(logits)
     if kernels_take(logits):
         cross_entropy_kernel[(logits.size(0),)](logits, targets, losses, lses, logits.size(1), logits.stride(0), cap,
                                                 BLOCK=triton.next_power_of_2(logits.size(1)), num_warps=8)
@@ -4316,9 +4289,7 @@ def cross_entropy_setup(ctx: torch.autograd.function.FunctionCtx, inputs: tuple,
     ctx.mark_non_differentiable(output[1])
 
 
-cross_entropy_op.register_fake(lambda logits, targets, cap: (
-    logits.new_empty(logits.size(0), dtype=accumulation_dtype(logits)),
-    logits.new_empty(logits.size(0), dtype=accumulation_dtype(logits))))
+cross_entropy_op.register_fake(numbers_of_rows)
 cross_entropy_backward_op.register_fake(lambda grads, logits, targets, lses, cap: logits.new_empty(logits.shape))
 cross_entropy_op.register_autograd(cross_entropy_backward, setup_context=cross_entropy_setup)
 
