@@ -2768,8 +2768,6 @@ def open_artifact(data: bytes) -> tuple[Config, str, dict[str, Tensor], bytes]:
     """
     if len(data) < ARTIFACT_PREFIX.size or data[:8] != ARTIFACT_MAGIC:
         raise ArtifactError("this is not an artifact of this train_gpt.py (wrong first bytes)")
-    if len(data) > ARTIFACT_MAX_FILE_BYTES:
-        raise ArtifactError(f"{len(data)} bytes are more than an artifact may have ({ARTIFACT_MAX_FILE_BYTES})")
     _, packed_bytes, digest = ARTIFACT_PREFIX.unpack_from(data)
     body = data[ARTIFACT_PREFIX.size:]
     if hashlib.sha256(data[:12] + body).digest() != digest:
@@ -2900,23 +2898,17 @@ def size_table(data: bytes, tensors: Tensors, cfg: Config) -> list[dict[str, str
     knows nothing but the tensor (and the quantizer of a trellis).
     """
     coded = data[ARTIFACT_PREFIX.size + ARTIFACT_PREFIX.unpack_from(data)[1]:]
-    lengths, rows, rest = iter(cut_streams(coded)[2:] if coded else ()), [], len(data)
+    sizes, rows, rest = map(len, cut_streams(coded)[2:] if coded else ()), [], len(data)
     for row in parameter_table(cfg):
         if row.matrices:
-            weights, size = math.prod(row.shape), sum(map(len, itertools.islice(lengths, len(row.matrices))))
-            rows.append({"tensor": row.name, "weights": weights,
-                         **({"bytes": size, "bits_per_weight": f"{8 * size / weights:.4f}"} if size else {}),
-                         "entropy": f"{table_entropy(tensors[row.name]) / weights:.4f}"})
+            codes, size = tensors[row.name].codes.int(), sum(itertools.islice(sizes, len(row.matrices)))
+            quantizers = trellis_quantizers(codes) if tensors[row.name].method == "trellis" else 0
+            counts = np.bincount((codes + 128 + 256 * quantizers).ravel().numpy(), minlength=512).reshape(2, 256)
+            rows.append({"tensor": row.name, "weights": codes.numel(),
+                         **({"bytes": size, "bits_per_weight": f"{8 * size / codes.numel():.4f}"} if size else {}),
+                         "entropy": f"{entropy_bits(counts) / codes.numel():.4f}"})
             rest -= size
     return [*rows, {"tensor": "rest", "bytes": rest}]
-
-
-def table_entropy(quantized: Quantized) -> float:
-    """Bits of the codes with one frequency table a quantizer."""
-    symbols = quantized.codes.int() + 128
-    if quantized.method == "trellis":
-        symbols = symbols + 256 * trellis_quantizers(quantized.codes)
-    return entropy_bits(np.bincount(symbols.ravel().numpy(), minlength=512).reshape(2, 256))
 
 
 # ---- code ----
@@ -2925,7 +2917,7 @@ def table_entropy(quantized: Quantized) -> float:
 # runs without. The readable source lies beside it in source/; a run from either makes the same artifact.
 
 PACKED_HEAD = b'''# coding: latin-1
-"""train_gpt.py, packed to count few bytes; source/train_gpt.py beside it is what it runs, to be read."""
+"""Packed: source/train_gpt.py beside it is what it runs, to be read."""
 import brotli, linecache
 PACKED_SOURCE = brotli.decompress("""'''
 PACKED_TAIL = b'''""".encode("latin-1"))
@@ -3053,6 +3045,7 @@ def coder_tables(model: np.void) -> tuple[np.ndarray, np.ndarray]:
     squares = model["roots"].reshape(-1, 256).astype(np.int64) ** 2
     scaled = squares * (1 << RANS_BITS) // np.maximum(squares.sum(1, keepdims=True), 1)
     scaled = np.where(squares > 0, np.maximum(scaled, 1), 0)
+    # The largest takes what is missing, or gives what is too much. It has it: s rare symbols are raised to 1, and s (256 - s) <= 2**14.
     scaled[np.arange(len(scaled)), scaled.argmax(1)] += (1 << RANS_BITS) - scaled.sum(1)
     return scaled, np.cumsum(scaled, 1) - scaled
 
@@ -3285,8 +3278,6 @@ class RansDecoder:
 
     def load(self, frequencies: np.ndarray, starts: np.ndarray) -> None:
         """Take the tables of coder_tables."""
-        if (frequencies < 0).any():
-            raise ArtifactError("the artifact's coder tables are impossible")
         self.symbol_of_slot = np.repeat(np.tile(np.arange(256, dtype=np.uint8), len(frequencies)), frequencies.ravel())
         self.frequency, self.start = (table.astype(np.uint32).ravel() for table in (frequencies, starts))
 
