@@ -245,6 +245,30 @@ def test_a_folder_that_cannot_be_written_is_told_at_once(tiny_data: Path, tmp_pa
     assert done.returncode == tg.EXIT_USER_ERROR and "set ARTIFACT_DIR" in done.stderr
 
 
+@pytest.mark.parametrize("place", ["", "file/losses.npz", "/proc/losses.npz"])
+def test_losses_that_cannot_be_written_are_told_before_training(place: str, tiny_data: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    env, said = forked.environment(tiny_data, tmp_path / "out", LOSSES_PATH=tmp_path / place), tmp_path / "said"
+    assert forked.run(env, said=said) == [tg.EXIT_USER_ERROR]
+    assert "LOSSES_PATH" in said.read_text() and "train step" not in said.read_text()
+
+
+def test_every_long_phase_says_where_it_stands(tiny_data: Path, tmp_path: Path) -> None:
+    def always() -> None:
+        tg.Progress.__init__.__defaults__ = (0.0,)
+
+    said = tmp_path / "said"
+    env = forked.environment(tiny_data, tmp_path / "out", GPTQ_CALIBRATION_BATCHES=2, VAL_BATCH_TOKENS=1024, TTT_ENABLED=1)
+    assert forked.run(env, fault=always, said=said) == [0]
+    phases = {record["phase"] for record in tiny.records(said.read_text(), "progress")}
+    assert phases >= {"hessians", "pack", "eval_ema", "eval_quantized"} and tiny.records(said.read_text(), "ttt")
+
+
+def test_help_ends_with_its_reader() -> None:
+    done = subprocess.run(f"{sys.executable} {tiny.ROOT / 'train_gpt.py'} --help | true", shell=True, capture_output=True, text=True)
+    assert done.stderr == ""
+
+
 def test_a_disk_with_no_room_for_the_artifact_is_told_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.setattr(tg.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10**6))
     assert tg.main({"ARTIFACT_DIR": str(tmp_path / "out")}, []) == tg.EXIT_USER_ERROR
