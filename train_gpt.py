@@ -27,7 +27,6 @@ does not cross: a document or a piece of one. *sidecar*: for each validation tok
 
 from __future__ import annotations
 
-import ast
 import bisect
 import difflib
 import fcntl
@@ -47,7 +46,6 @@ import sys
 import tempfile
 import threading
 import time
-import tokenize
 import traceback
 import typing
 import warnings
@@ -2833,77 +2831,83 @@ def size_table(data: bytes, tensors: Tensors, cfg: Config) -> list[dict[str, str
 # ---- code ----
 # The rules count the code with the model. What a record folder ships as its train_gpt.py, and what therefore counts, is the
 # packed file (`python train_gpt.py --pack`): a few readable lines that run a brotli payload, which is this source less what it
-# runs without. The readable source lies beside it in source/; a run from either makes the same artifact.
+# runs without: comments, docstrings, blanks, most annotations, and what packs it, which stands under `if not PACKED`. The readable
+# source lies beside it in source/; a run from either makes the same artifact.
 
-PACKED_HEAD = b'''# coding: latin-1
+PACKED = "PACKED_SOURCE" in globals()
+
+if not PACKED:
+    import ast
+    import tokenize
+
+    PACKED_HEAD = b'''# coding: latin-1
 """Packed: source/train_gpt.py beside it is what it runs, to be read."""
 import brotli, linecache
 PACKED_SOURCE = brotli.decompress("""'''
-PACKED_TAIL = b'''""".encode("latin-1"))
+    PACKED_TAIL = b'''""".encode("latin-1"))
 linecache.cache["packed.py"] = len(PACKED_SOURCE), None, PACKED_SOURCE.decode().splitlines(True), "packed.py"
 exec(compile(PACKED_SOURCE, "packed.py", "exec"))
 '''
-PACKED_ESCAPES = (r"\\", r"\\\\"), ("\r", r"\\r"), ("\0(?=[0-7])", r"\\x00"), ("\0", r"\\0"), (r'"(?="|\Z)', r'\\"')
-BLIND_DECORATORS = {"property", "classmethod", "staticmethod", "lru_cache", "torch.no_grad"}
+    PACKED_ESCAPES = (r"\\", r"\\\\"), ("\r", r"\\r"), ("\0(?=[0-7])", r"\\x00"), ("\0", r"\\0"), (r'"(?="|\Z)', r'\\"')
+    BLIND_DECORATORS = {"property", "classmethod", "staticmethod", "lru_cache", "torch.no_grad"}
 
+    def needless_spans(source: str) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
+        """Rows and columns, from and up to, of what is not shipped; annotations stay where a decorator may read them."""
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.If) and ast.unparse(node.test) == "not PACKED":
+                yield (node.lineno, node.col_offset), (node.end_lineno, node.end_col_offset)
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) and len(node.body) > 1:
+                yield (node.body[0].lineno, node.body[0].col_offset), (node.body[0].end_lineno, node.body[0].end_col_offset)
+            if isinstance(node, ast.FunctionDef) and {ast.unparse(d).partition("(")[0] for d in node.decorator_list} <= BLIND_DECORATORS:
+                for arg in ast.walk(node.args):
+                    if isinstance(arg, ast.arg) and arg.annotation:
+                        yield (arg.lineno, arg.col_offset + len(arg.arg)), (arg.end_lineno, arg.end_col_offset)
+                if (last := node.returns) is not None:
+                    yield (last.lineno, last.col_offset - len("-> ")), (last.end_lineno, last.end_col_offset)
 
-def needless_spans(source: str) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
-    """Rows and columns, from and up to, of docstrings and of the annotations of functions that no decorator reads."""
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) and len(node.body) > 1:
-            yield (node.body[0].lineno, node.body[0].col_offset), (node.body[0].end_lineno, node.body[0].end_col_offset)
-        if isinstance(node, ast.FunctionDef) and {ast.unparse(d).partition("(")[0] for d in node.decorator_list} <= BLIND_DECORATORS:
-            for arg in ast.walk(node.args):
-                if isinstance(arg, ast.arg) and arg.annotation:
-                    yield (arg.lineno, arg.col_offset + len(arg.arg)), (arg.end_lineno, arg.end_col_offset)
-            if node.returns:
-                yield (node.returns.lineno, node.returns.col_offset - len("-> ")), (node.returns.end_lineno, node.returns.end_col_offset)
+    def shipped_source(source: str) -> str:
+        """`source` without all that: what the packed file runs."""
+        lines = [0, *itertools.accumulate(map(len, io.StringIO(source)))]  # where they begin
+        spans, shipped, depth, f_strings, end = sorted(needless_spans(source)), "\n", 0, 0, 0
+        for token in tokenize.generate_tokens(io.StringIO(source).readline):
+            kind, before = tokenize.tok_name[token.type], end
+            begin, end = (lines[row - 1] + column for row, column in (token.start, token.end))
+            text = source[begin:end]
+            while spans and spans[0][1] <= token.start:
+                spans.pop(0)
+            needless = bool(spans) and spans[0][0] <= token.start
+            depth += (kind == "INDENT") - (kind == "DEDENT")
+            if f_strings and not needless:  # which Python takes apart from 3.12 on
+                text = source[before:end]
+            elif kind == "NEWLINE":
+                text = "" if shipped[-1] == "\n" else "\n"
+            elif kind in ("COMMENT", "NL", "INDENT", "DEDENT", "ENDMARKER") or needless:
+                text = ""
+            elif shipped[-1] == "\n":
+                text = " " * depth + text
+            elif re.fullmatch(r"\w\w|['\"]{2}", shipped[-1] + text[0]):
+                text = " " + text
+            f_strings += (kind == "FSTRING_START") - (kind == "FSTRING_END")
+            shipped += text
+        return shipped[1:]
 
-
-def shipped_source(source: str) -> str:
-    """`source` without comments, docstrings, needless annotations and blanks: what the packed file runs."""
-    lines = [0, *itertools.accumulate(map(len, io.StringIO(source)))]  # where they begin
-    spans, shipped, depth, f_strings, end = sorted(needless_spans(source)), "\n", 0, 0, 0
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        kind, before = tokenize.tok_name[token.type], end
-        begin, end = (lines[row - 1] + column for row, column in (token.start, token.end))
-        text = source[begin:end]
-        while spans and spans[0][1] <= token.start:
-            spans.pop(0)
-        depth += (kind == "INDENT") - (kind == "DEDENT")
-        if f_strings:  # which Python takes apart from 3.12 on
-            text = source[before:end]
-        elif kind == "NEWLINE":
-            text = "" if shipped[-1] == "\n" else "\n"
-        elif kind in ("COMMENT", "NL", "INDENT", "DEDENT", "ENDMARKER") or spans and spans[0][0] <= token.start:
-            text = ""
-        elif shipped[-1] == "\n":
-            text = " " * depth + text
-        elif re.fullmatch(r"\w\w|['\"]{2}", shipped[-1] + text[0]):
-            text = " " + text
-        f_strings += (kind == "FSTRING_START") - (kind == "FSTRING_END")
-        shipped += text
-    return shipped[1:]
-
-
-def pack_code(source: str) -> bytes:
-    """The packed file that runs `source`; of itself, unpacked, it is made again to the byte."""
-    payload = brotli.compress(shipped_source(source).encode(), quality=11, lgwin=24).decode("latin-1")
-    for pattern, escape in PACKED_ESCAPES:
-        payload = re.sub(pattern, escape, payload)
-    return PACKED_HEAD + payload.encode("latin-1") + PACKED_TAIL
+    def pack_code(source: str) -> bytes:
+        """The packed file that runs `source`; of itself, unpacked, it is made again to the byte."""
+        payload = brotli.compress(shipped_source(source).encode(), quality=11, lgwin=24).decode("latin-1")
+        for pattern, escape in PACKED_ESCAPES:
+            payload = re.sub(pattern, escape, payload)
+        return PACKED_HEAD + payload.encode("latin-1") + PACKED_TAIL
 
 
 def own_source() -> str:
     """The source of this program: the readable one, or, where it runs packed, what the packed file holds."""
-    packed = globals().get("PACKED_SOURCE")
-    return packed.decode() if packed else Path(__file__).read_text(encoding="utf-8")
+    return globals()["PACKED_SOURCE"].decode() if PACKED else Path(__file__).read_text(encoding="utf-8")
 
 
 @lru_cache(maxsize=1)
 def counted_code() -> bytes:
     """The packed file, whichever runs: what a record folder ships, and what counts."""
-    return Path(__file__).read_bytes() if "PACKED_SOURCE" in globals() else pack_code(own_source())
+    return Path(__file__).read_bytes() if PACKED else pack_code(own_source())
 
 
 # ---- entropy coder ("rans") ----
