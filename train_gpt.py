@@ -4446,13 +4446,14 @@ def output_path(cfg: Config, suffix: str) -> Path:
 def open_log(cfg: Config, ranks: Ranks) -> Log:
     """The run's log, which a run that goes on appends to; that of an evaluation gets the first free name."""
     path = output_path(cfg, ".log")
-    if ranks.rank == 0 and cfg.eval_only:
+    if ranks.rank:
+        return Log(path, enabled=False)
+    if cfg.eval_only:
         names = (output_path(cfg, f".eval{n}.log") for n in itertools.count(1))
         path = next(name for name in names if not name.exists())
     try:
-        log = Log(path, enabled=ranks.rank == 0)
-        free = shutil.disk_usage(path.parent).free if log.enabled else math.inf
-        if log.enabled and cfg.losses_path and not Path(cfg.losses_path).exists():
+        log, free = Log(path), shutil.disk_usage(path.parent).free
+        if cfg.losses_path and not Path(cfg.losses_path).exists():
             Path(cfg.losses_path).parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"cannot write to {error.filename or path.parent}: {error.strerror}; set ARTIFACT_DIR or LOSSES_PATH to a place "
