@@ -44,13 +44,14 @@ import shutil
 import signal
 import struct
 import sys
+import tempfile
 import threading
 import time
 import tokenize
 import traceback
 import typing
 import warnings
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import Field, dataclass, field, fields, replace
@@ -1350,13 +1351,64 @@ def attend_segments(batch: Batch, visit: int, q: Tensor, k: Tensor, v: Tensor) -
     return attention(q, k, v, batch.cu_seqlens, batch.max_seqlen)
 
 
-def rms_norm(x: Tensor) -> Tensor:
-    return F.rms_norm(x, (x.size(-1),))
+def rms_norm(x: Tensor, divisor: float = 1.0) -> Tensor:
+    return NormFromOutput.apply(x, divisor) if kernels_take(x) else F.rms_norm(x, (x.size(-1),)) / divisor
+
+
+class NormFromOutput(torch.autograd.Function):
+    """rms_norm whose backward reads what it returned, which is kept anyway, in place of x."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, divisor: float) -> Tensor:
+        factor = norm_factor(x) / divisor
+        y = (x.float() * factor).to(x.dtype)
+        ctx.save_for_backward(y, factor)
+        ctx.divisor = divisor
+        return y
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
+        y, factor = ctx.saved_tensors
+        grad, y = grad.float(), y.float()
+        along = ctx.divisor**2 * (grad * y).mean(-1, keepdim=True)
+        return (factor * (grad - along * y)).to(ctx.saved_tensors[0].dtype), None
+
+
+def norm_factor(x: Tensor) -> Tensor:
+    """What rms_norm multiplies each row of x (..., D) with, (..., 1) float32."""
+    return torch.rsqrt(x.float().square().mean(-1, keepdim=True) + NORM_EPS)
 
 
 def add(x: Tensor, y: Tensor) -> Tensor:
     """x + y, of one dtype. A plain sum the compiler would join to the product before it, copying x for that; this joins the norm behind."""
     return (x.float() + y.float()).to(x.dtype) if torch.compiler.is_compiling() else x + y
+
+
+@torch.library.custom_op(f"{OPERATORS}::add_product_", mutates_args=("x",))
+def add_product_op(x: Tensor, y: Tensor, w: Tensor) -> None:
+    """x (T, d) += y (T, k) w^T."""
+    x.addmm_(y, w.t())
+
+
+class AddProduct(torch.autograd.Function):
+    """x + y w^T, the sum made by the product where x stands: nobody may need x any more, or the compiler copies it."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, y: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(y, w)
+        out = x * 1.0
+        add_product_op(out, y, w)
+        return out
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y, w = ctx.saved_tensors
+        return grad, grad @ w, grad.t() @ y
+
+
+def add_product(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
+    """x (T, d) + y (T, k) w^T."""
+    return AddProduct.apply(x, y, w) if kernels_take(x) else add(x, F.linear(y, w))
 
 
 @torch.library.custom_op(f"{OPERATORS}::rotary_tables", mutates_args=())
@@ -1386,7 +1438,7 @@ def head_norm(x: Tensor, gain: Tensor | None = None) -> Tensor:
 
     Norm and gain are one factor a row: so the gain's gradient comes out of sums over D that the norm's needs anyway.
     """
-    factor = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + NORM_EPS)
+    factor = norm_factor(x)
     return x.float() * (factor if gain is None else factor * gain.float()[:, None])
 
 
@@ -1400,7 +1452,7 @@ class LayerWeights(NamedTuple):
     attn_in: Tensor  # (d + 2 k + heads, d)
     proj: Tensor  # (d, d)
     up: Tensor  # (h, d)
-    down: Tensor  # (d, h)
+    down: Tensor  # (d, h), float32 still: a visit may multiply a factor into its rows
     attn_scale: Tensor  # (d,)
     mlp_scale: Tensor  # (d,)
     resid_mix: Tensor  # (2, d)
@@ -1471,22 +1523,25 @@ class GPT(nn.Module):
         if cfg.smear_gate_enabled:
             embedded = embedded + self._smear(embedded, batch.previous)
         x = x0 = rms_norm(embedded.to(self.dtype))
-        skips = []
-        for visit, layer in enumerate(schedule.encoder):
-            x = self._serial_block(context, layer, visit, x, x0)
-            skips.append(x)
-        lanes = None
-        for j, layer in enumerate(schedule.decoder):
-            visit = len(schedule.encoder) + j
-            skip = (j, skips.pop()) if j < self.skip_weights.size(0) and skips else None
-            if layer < cfg.parallel_start_layer:
-                x = self._serial_block(context, layer, visit, x, x0, skip)
-            else:
-                lane0, lane1 = (x, x) if lanes is None else lanes
-                lane0 = lane0 if skip is None else self._mix_skip(skip, lane0)
-                lanes = self._parallel_block(context, layer, visit, (lane0, lane1), x0)
+        half, skips = len(schedule.encoder), min(self.skip_weights.size(0), len(schedule.encoder))
+        mlp, lanes, outputs = None, None, {}  # mlp: what the serial visit before has still to add to x
+        for visit, layer in enumerate(schedule.encoder + schedule.decoder):
+            row = visit - half  # a decoder's visit takes the output of the encoder's that is as far from the middle
+            skip = (row, outputs[half - 1 - row]) if 0 <= row < skips else None
+            serial = visit < half or layer < cfg.parallel_start_layer
+            if serial:
+                x = self._mixed(context, layer, x, mlp, x0, skip)
+                x = self._attention(context, layer, visit, rms_norm(x, self._divisor(layer)), x)
+                mlp = partial(self._mlp, context, layer, visit, x)
+            if mlp is not None and (half - skips <= visit < half or not serial):
+                x, mlp = add(x, mlp()), None
+            outputs[visit] = x
+            if not serial:
+                lanes = self._parallel_block(context, layer, visit, (x, x) if lanes is None else lanes, x0, skip)
         if lanes is not None:
             x = {"mean": 0.5 * (lanes[0] + lanes[1]), "attn": lanes[0], "mlp": lanes[1]}[cfg.parallel_final_lane]
+        elif mlp is not None:
+            x = add(x, mlp())
         return rms_norm(x)
 
     def _layer_weights(self) -> list[LayerWeights]:
@@ -1505,40 +1560,53 @@ class GPT(nn.Module):
             self.qo_bank[layers:] * attn_scale[:, :, None], self.mlp_up_bank, self.mlp_down_bank * mlp_scale[:, :, None],
             attn_scale, mlp_scale, of_blocks("resid_mix"), of_blocks("attn.q_gain"), self.parallel_resid_lambdas,
             self.parallel_post_lambdas)
-        return [LayerWeights(*tensors) for tensors in zip(*(t.to(self.dtype).unbind() for t in stacked))]
+        cast = stacked._replace(**{name: t.to(self.dtype) for name, t in stacked._asdict().items() if name != "down"})
+        return [LayerWeights(*tensors) for tensors in zip(*(t.unbind() for t in cast))]
 
     def _smear(self, embedded: Tensor, previous: Tensor) -> Tensor:
         """SmearGate: a gated share of the embedding of the token before, none at the start of a segment; (T, d)."""
         gate = torch.sigmoid(F.linear(embedded[:, : self.cfg.gate_window], self.smear_gate.weight))
         return self.smear_lambda * gate * (previous >= 0)[:, None] * F.embedding(previous.clamp_min(0), self.tok_emb.weight)
 
-    def _mix_skip(self, skip: tuple[int, Tensor], x: Tensor, scale: Tensor | float = 1.0) -> Tensor:
-        """`scale` times x (T, d) with a skip, (row, (T, d)), mixed in: one factor a channel for each, so that no sum between is kept."""
-        row, skipped = skip
-        gate = torch.sigmoid(self.skip_gates[row]) if self.cfg.skip_gates_enabled else torch.ones_like(self.skip_gates[row])
-        share = (1 - gate if self.cfg.skip_gates_enabled else 1.0) * self.skip_weights[row]
-        return (scale * gate).to(self.dtype) * x + (scale * share).to(self.dtype) * skipped
+    def _skip_factors(self, row: int) -> tuple[Tensor, Tensor]:
+        """What a channel is multiplied with, and what its skip."""
+        if not self.cfg.skip_gates_enabled:
+            return torch.ones_like(self.skip_weights[row]), self.skip_weights[row]
+        gate = torch.sigmoid(self.skip_gates[row])
+        return gate, (1 - gate) * self.skip_weights[row]
 
-    def _normed(self, x: Tensor, layer: int) -> Tensor:
-        return rms_norm(x) / math.sqrt(layer + 1) if self.cfg.ln_scale else rms_norm(x)
+    def _mixed(self, context: Context, layer: int, x: Tensor, mlp: Callable[..., Tensor] | None, x0: Tensor,
+               skip: tuple[int, Tensor] | None) -> Tensor:
+        """What a serial visit reads, (T, d): x and what `mlp` adds to it, x0 and the skip (row, (T, d)), a factor a channel each.
 
-    def _serial_block(self, context: Context, layer: int, visit: int, x: Tensor, x0: Tensor,
-                      skip: tuple[int, Tensor] | None = None) -> Tensor:
+        `mlp` multiplies its factor into its weights: so neither that sum nor the sum's gradient is ever written.
+        """
         mix = context.layers[layer].resid_mix
-        x = (mix[0] * x if skip is None else self._mix_skip(skip, x, mix[0])) + mix[1] * x0
-        x = add(x, self._attention(context, layer, visit, self._normed(x, layer)))
-        return add(x, self._mlp(context, layer, visit, x))
+        kept, mixed = mix[0], mix[1] * x0
+        if skip is not None:
+            gate, share = self._skip_factors(skip[0])
+            kept, mixed = (kept * gate).to(self.dtype), mixed + (kept * share).to(self.dtype) * skip[1]
+        mixed = kept * x + mixed
+        return mixed if mlp is None else add(mixed, mlp(kept))
 
-    def _parallel_block(self, context: Context, layer: int, visit: int, lanes: tuple[Tensor, Tensor], x0: Tensor) -> tuple[Tensor, Tensor]:
-        """Attention reads lane 0, the MLP lane 1; both write to both."""
+    def _divisor(self, layer: int) -> float:
+        """What a layer divides its normalised inputs by."""
+        return math.sqrt(layer + 1) if self.cfg.ln_scale else 1.0
+
+    def _parallel_block(self, context: Context, layer: int, visit: int, lanes: tuple[Tensor, Tensor], x0: Tensor,
+                        skip: tuple[int, Tensor] | None) -> tuple[Tensor, Tensor]:
+        """Attention reads lane 0, which the skip is mixed into, the MLP lane 1; both write to both."""
         weights = context.layers[layer]
+        if skip is not None:
+            gate, share = (factor.to(self.dtype) for factor in self._skip_factors(skip[0]))
+            lanes = gate * lanes[0] + share * skip[1], lanes[1]
         mix, resid, post = weights.resid_mix, weights.resid, weights.post
-        a = self._attention(context, layer, visit, self._normed(mix[0] * lanes[0] + mix[1] * x0, layer))
+        a = self._attention(context, layer, visit, rms_norm(mix[0] * lanes[0] + mix[1] * x0, self._divisor(layer)))
         m = self._mlp(context, layer, visit, lanes[1])
         return (resid[0] * lanes[0] + post[0, 0] * a + post[1, 0] * m, resid[1] * lanes[1] + post[0, 1] * a + post[1, 1] * m)
 
-    def _attention(self, context: Context, layer: int, visit: int, n: Tensor) -> Tensor:
-        """What attention of the normalised input n (T, d) adds: gate, output projection and scale included."""
+    def _attention(self, context: Context, layer: int, visit: int, n: Tensor, x: Tensor | None = None) -> Tensor:
+        """What attention of the normalised input n (T, d) adds, gate, output projection and scale included; added to x, if given."""
         cfg, weights, linear = self.cfg, context.layers[layer], context.linear
         q, k, v, gate = linear((layer, visit, "attn_in"), n, weights.attn_in).split(list(attn_in_parts(cfg).values()), dim=-1)
         q, k, v = (t.unflatten(-1, (-1, cfg.head_dim)) for t in (q, k, v))
@@ -1547,20 +1615,26 @@ class GPT(nn.Module):
         y = context.attend(visit, q, k, v)
         gate = torch.sigmoid(gate) if gate.size(-1) else torch.ones_like(y[..., 0])
         y = exclude_self(y, v, gate) if layer >= cfg.num_layers - cfg.xsa_last_n else y * gate.unsqueeze(-1)
+        if x is not None and linear is plain_linear:
+            return add_product(x, y.flatten(1), weights.proj)
         y = linear((layer, visit, "proj"), y.flatten(1), weights.proj)
         bypass = linear((layer, visit, "attn_bypass"), n, None)
-        return y if bypass is None else y + weights.attn_scale * bypass
+        y = y if bypass is None else y + weights.attn_scale * bypass
+        return y if x is None else add(x, y)
 
-    def _mlp(self, context: Context, layer: int, visit: int, x: Tensor) -> Tensor:
-        """What the MLP of x (T, d), which it normalises itself, adds: scale and gate included."""
-        weights, linear, n = context.layers[layer], context.linear, self._normed(x, layer)
+    def _mlp(self, context: Context, layer: int, visit: int, x: Tensor, factor: Tensor | None = None) -> Tensor:
+        """What the MLP of x (T, d), which it normalises itself, adds: scale and gate included, and a factor (d,) of the caller's."""
+        weights, linear = context.layers[layer], context.linear
         if linear is plain_linear:
-            y = fused_mlp(n, weights.up, weights.down)
+            down = weights.down if factor is None else weights.down * factor[:, None]
+            y = fused_mlp(x, self._divisor(layer), weights.up, down.to(self.dtype))
         else:
+            n = rms_norm(x, self._divisor(layer))
             h = F.leaky_relu(linear((layer, visit, "up"), n, weights.up), 0.5).square()
-            y = linear((layer, visit, "down"), h, weights.down)
+            y = linear((layer, visit, "down"), h, weights.down.to(self.dtype))
             bypass = linear((layer, visit, "mlp_bypass"), n, None)
             y = y if bypass is None else y + weights.mlp_scale * bypass
+            y = y if factor is None else factor * y
         if not self.cfg.mlp_gate_enabled:
             return y
         weight, bias = (self.get_parameter(f"blocks.{layer}.mlp_gate_out.{name}").to(self.dtype) for name in ("weight", "bias"))
@@ -2112,23 +2186,19 @@ def check_memory(run: Run, layout: SpanLayout) -> None:
 #
 # GPTQ (Frantar et al. 2022): round a matrix column by column and let the columns still to come make up for the error, as
 # the inverse Hessian of the layer's input says. All matrices of one group go through it together, shared out over the
-# ranks. The scale of a row is set beforehand from its standard deviation. What a code stands for is a quantizer's
-# business: `scalar` rounds to the nearest step, `trellis` looks for the best path through two interleaved sets of levels.
+# ranks. The scale of a row is set beforehand from its standard deviation. The method says what a code stands for: `scalar`
+# rounds to the nearest step, `trellis` looks for the best path through two interleaved sets of levels.
 # ======================================================================================================================
 
 
 @dataclass(frozen=True, eq=False)
 class Quantized:
-    """A matrix, or a bank of matrices, as small integers with one scale a row.
+    """A matrix, or a bank of matrices, as small integers with one scale a row."""
 
-    codes: int8 (..., rows, cols); scales: float16 (..., rows); method: the quantizer that gives weights back from them;
-    low_rank: what is added to some of the matrices.
-    """
-
-    codes: Tensor
-    scales: Tensor
-    method: str = "scalar"
-    low_rank: tuple[LowRank, ...] = ()
+    codes: Tensor  # (..., rows, cols) int8
+    scales: Tensor  # (..., rows) float16
+    method: str = "scalar"  # or "trellis"
+    low_rank: tuple[LowRank, ...] = ()  # what is added to some of the matrices
 
 
 class LowRank(NamedTuple):
@@ -2146,9 +2216,9 @@ class LowRank(NamedTuple):
         groups = b.reshape(-1, cfg.lqer_group)
         a_scales = (a.std(0) if cfg.lqer_column_scales else a.abs().max().reshape(1) / 1.5).clamp_min(2.0**-24).half()
         b_scales = (groups.abs().amax(1) / 7.5).clamp_min(2.0**-24).half()
-        codes = (groups / b_scales.float()[:, None]).round().clamp(-8, 7).reshape(b.shape)
-        a_codes = (a / a_scales.float()).round().clamp(-2, 1)
-        return cls(index, a_codes.to(torch.int8).cpu(), a_scales.cpu(), codes.to(torch.int8).cpu(), b_scales.cpu())
+        a = (a / a_scales.float()).round().clamp(-2, 1)
+        b = (groups / b_scales.float()[:, None]).round().clamp(-8, 7).reshape(b.shape)
+        return cls(index, a.to(torch.int8).cpu(), a_scales.cpu(), b.to(torch.int8).cpu(), b_scales.cpu())
 
     def product(self) -> Tensor:
         """(rows, cols) float32."""
@@ -2176,53 +2246,31 @@ def correct_largest(cfg: Config, model: GPT, tensors: Tensors) -> None:
         tensors[name] = replace(tensors[name], low_rank=(*tensors[name].low_rank, term))
 
 
-class ScalarQuantizer:
-    """A code is its level."""
+def row_scales(weights: Tensor, bits: int, clip_sigmas: float, method: str) -> Tensor:
+    """Step of every row, float16 (..., rows): clip_sigmas standard deviations over the largest code.
 
-    def scales(self, weights: Tensor, bits: int, clip_sigmas: float) -> Tensor:
-        """Step of every row, float16 (..., rows): clip_sigmas standard deviations over the largest code."""
-        return (clip_sigmas * weights.std(dim=-1) / (2 ** (bits - 1) - 1)).clamp(2.0**-24, 65504.0).to(torch.float16)
-
-    def rounding(self, shape: tuple[int, int], bits: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-        """A function from values in steps, (matrices, rows), a column of each matrix, to their codes and levels."""
-        limit = 2 ** (bits - 1) - 1
-
-        def nearest(values: Tensor) -> tuple[Tensor, Tensor]:
-            codes = values.round().clamp_(-limit, limit)
-            return codes, codes
-
-        return nearest
-
-    def levels(self, codes: Tensor) -> Tensor:
-        """What codes (..., rows, cols) stand for, in steps, float32."""
-        return codes.float()
+    A trellis has finer steps, with which its codes take as many bytes as scalar ones; no range needs clipping. Its scales keep 5 bits
+    of mantissa: steps need not be more exact, and half of their bytes are saved.
+    """
+    steps = clip_sigmas * weights.std(dim=-1) / (2 ** (bits - 1) - 1)
+    if method == "scalar":
+        return steps.clamp(2.0**-24, 65504.0).to(torch.float16)
+    mantissa, exponent = torch.frexp(steps * 0.533)
+    return torch.ldexp((mantissa * 64).round() / 64, exponent).clamp(2.0**-20, 65000.0).to(torch.float16)
 
 
-class TrellisQuantizer:
-    """A code and the quantizer that the codes above it lead to make a level; see the trellis below."""
-
-    def scales(self, weights: Tensor, bits: int, clip_sigmas: float) -> Tensor:
-        """As ScalarQuantizer.scales, but the trellis has finer steps; its codes take as many bytes as scalar ones and no range
-        needs clipping. Its scales keep 5 bits of mantissa: steps need not be more exact, and half of their bytes are saved."""
-        steps = clip_sigmas * weights.std(dim=-1) / (2 ** (bits - 1) - 1) * TRELLIS_STEP
-        mantissa, exponent = torch.frexp(steps)
-        return torch.ldexp((mantissa * 64).round() / 64, exponent).clamp(2.0**-20, 65000.0).to(torch.float16)
-
-    def rounding(self, shape: tuple[int, int], bits: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-        """As ScalarQuantizer.rounding."""
-        return partial(trellis_round, segments=trellis_segments(*shape))
-
-    def levels(self, codes: Tensor) -> Tensor:
-        """As ScalarQuantizer.levels."""
-        return trellis_levels(codes.float(), trellis_quantizers(codes).float())
-
-
-QUANTIZERS = {"scalar": ScalarQuantizer(), "trellis": TrellisQuantizer()}
+def scalar_round(values: Tensor, limit: int) -> tuple[Tensor, Tensor]:
+    """Codes and levels, which are the same, of values in steps."""
+    codes = values.round().clamp_(-limit, limit)
+    return codes, codes
 
 
 def dequantize(quantized: Quantized) -> Tensor:
     """The weights that the codes stand for: levels * scales and the low-rank terms, float32 (..., rows, cols)."""
-    weights = QUANTIZERS[quantized.method].levels(quantized.codes) * quantized.scales.float().unsqueeze(-1)
+    levels = quantized.codes.float()
+    if quantized.method == "trellis":
+        levels = trellis_levels(levels, trellis_quantizers(quantized.codes).float())
+    weights = levels * quantized.scales.float().unsqueeze(-1)
     for term in quantized.low_rank:
         weights.view(-1, *weights.shape[-2:])[term.index] += term.product()
     return weights
@@ -2305,8 +2353,10 @@ def gptq(weights: Tensor, hessian: Tensor, bits: int, clip_sigmas: float, log: L
     weights, hessian = weights.float(), hessian.float()
     if not all(torch.isfinite(torch.stack(t.aminmax())).all() for t in (weights, hessian)):
         raise ValueError("a weight or its Hessian is NaN or infinite: the training diverged; lower the learning rates")
-    quantizer, scalar = QUANTIZERS[method], QUANTIZERS["scalar"]
-    scales, rounding = quantizer.scales(weights, bits, clip_sigmas), quantizer.rounding(weights.shape[1:], bits)
+    scales, coarse = row_scales(weights, bits, clip_sigmas, method), row_scales(weights, bits, clip_sigmas, "scalar").float()[:, None]
+    nearest = rounding = partial(scalar_round, limit=2 ** (bits - 1) - 1)
+    if method == "trellis":
+        rounding = partial(trellis_round, segments=trellis_segments(*weights.shape[1:]))
     steps, diagonal = scales.float(), hessian.diagonal(dim1=-2, dim2=-1)
     order = torch.argsort(diagonal, dim=-1, descending=True, stable=True).flip(-1)[..., None]  # (N, C, 1): the first one last
     columns = weights.masked_fill(diagonal[:, None] == 0, 0.0).mT  # (N, C, R): a column is contiguous from here on
@@ -2316,16 +2366,14 @@ def gptq(weights: Tensor, hessian: Tensor, bits: int, clip_sigmas: float, log: L
     sorted_diagonal += sorted_diagonal == 0
     factor = damped_factor(permuted, log)
     codes, error = gptq_columns(columns, factor, steps, rounding)
-    coarse = (scales if method == "scalar" else scalar.scales(weights, bits, clip_sigmas)).float()[:, None]
-    nearest = scalar.rounding(weights.shape[1:], bits)(columns / coarse)[1].mul_(coarse).sub_(columns)
-    for index in nearest_is_better(nearest, factor, error).nonzero().ravel().tolist():  # so little to gain that feedback does harm
+    missed = nearest(columns / coarse)[1].mul_(coarse).sub_(columns)
+    for index in nearest_is_better(missed, factor, error).nonzero().ravel().tolist():  # so little to gain that feedback does harm
         codes[index] = rounding(columns[index] / steps[index])[0]
     codes = torch.empty_like(codes).scatter_(1, order.expand_as(codes), codes).mT.contiguous()
     return Quantized(codes.cpu(), scales.cpu(), method)
 
 
-def gptq_columns(columns: Tensor, factor: Tensor, steps: Tensor, rounding: Callable[[Tensor], tuple[Tensor, Tensor]],
-                 few: int = 16) -> tuple[Tensor, Tensor]:
+def gptq_columns(columns: Tensor, factor: Tensor, steps: Tensor, rounding: Callable) -> tuple[Tensor, Tensor]:
     """Codes (N, C, R) int8 of columns (N, C, R) by the Hessian's lower factor (N, C, C), the last column first; errors (N,).
 
     With H = L L^T and E = weights - levels * steps, the outputs' squared error trace(E H E^T) is |E L|^2, and column k of E L is
@@ -2337,7 +2385,7 @@ def gptq_columns(columns: Tensor, factor: Tensor, steps: Tensor, rounding: Calla
     codes, errors = torch.empty_like(columns, dtype=torch.int8), torch.empty_like(columns)
 
     def quantize_range(begin: int, end: int) -> None:
-        if end - begin > few:
+        if end - begin > 16:
             middle = (begin + end) // 2
             quantize_range(middle, end)
             aims[:, begin:middle].baddbmm_(feedback[:, middle:end, begin:middle].mT, errors[:, middle:end])
@@ -2373,19 +2421,13 @@ def nearest_is_better(error: Tensor, factor: Tensor, bound: Tensor, block: int =
 
 TRELLIS_STATES = 64
 TRELLIS_TAPS = (17, 54)
-TRELLIS_SEGMENT_ROWS = 256
-TRELLIS_TALL_SEGMENT_ROWS = 128
-TRELLIS_TALL_RATIO = 8
-TRELLIS_STEP = 0.533
-TRELLIS_SHRINK = 0.23
 TRELLIS_ZERO_COST = 0.2
 
 
 def trellis_segments(rows: int, cols: int) -> int:
     """Independent trellises in a column: row r follows row r - trellis_segments. In a tall matrix, an embedding, there
     are more of them, because the coder takes as many rows at once."""
-    longest = TRELLIS_TALL_SEGMENT_ROWS if rows >= TRELLIS_TALL_RATIO * cols else TRELLIS_SEGMENT_ROWS
-    return max(1, -(-rows // longest))
+    return max(1, -(-rows // (128 if rows >= 8 * cols else 256)))
 
 
 def trellis_next_states(device: torch.device | str = "cpu") -> Tensor:
@@ -2399,15 +2441,14 @@ def trellis_next_states(device: torch.device | str = "cpu") -> Tensor:
 
 def trellis_quantizers(codes: Tensor) -> Tensor:
     """Which quantizer (0 or 1) each of codes (..., rows, cols) was written in; the codes alone tell."""
-    next_states, segments = trellis_next_states(codes.device), trellis_segments(*codes.shape[-2:])
-    state = torch.zeros(*codes.shape[:-2], segments, codes.shape[-1], dtype=torch.int64, device=codes.device)
-    quantizers = torch.empty_like(codes)
-    for begin in range(0, codes.shape[-2], segments):
-        step = codes[..., begin: begin + segments, :]
-        count = step.shape[-2]  # the last step may be short
-        quantizers[..., begin: begin + segments, :] = state[..., :count, :] & 1
-        state[..., :count, :] = next_states[state[..., :count, :], step.long() & 1]
-    return quantizers
+    next_states, (rows, cols) = trellis_next_states(codes.device), codes.shape[-2:]
+    segments = trellis_segments(rows, cols)
+    steps = F.pad(codes, (0, 0, 0, -rows % segments)).unflatten(-2, (-1, segments))  # (..., steps, segments, cols)
+    quantizers, state = torch.empty_like(steps), torch.zeros_like(steps[..., 0, :, :], dtype=torch.int64)
+    for i in range(steps.shape[-3]):
+        quantizers[..., i, :, :] = state & 1
+        state = next_states[state, steps[..., i, :, :].long() & 1]
+    return quantizers.flatten(-3, -2)[..., :rows, :]
 
 
 def trellis_levels(codes: Any, quantizers: Any) -> Any:
@@ -2430,7 +2471,7 @@ def trellis_round(values: Tensor, segments: int) -> tuple[Tensor, Tensor]:
     start in state 0, so that they, and all columns, go down the trellis side by side.
     """
     columns, rows = values.shape
-    shrunk = values / (1 + TRELLIS_SHRINK / values.square().mean(-1, keepdim=True).clamp_min(1.0))
+    shrunk = values / (1 + 0.23 / values.square().mean(-1, keepdim=True).clamp_min(1.0))
     lanes = F.pad(shrunk.clamp(-250, 250), (0, -rows % segments)).reshape(columns, -1, segments)
     lanes = lanes.transpose(0, 1).reshape(-1, columns * segments)  # (steps, lanes)
     codes, levels = (found.reshape(-1, columns, segments).transpose(0, 1).reshape(columns, -1)[:, :rows]
@@ -2481,14 +2522,8 @@ def quantize(run: Run, model: GPT, hessians: dict[str, Tensor], clip_factor: flo
         if not torch.isfinite(value).all():
             raise ValueError(f"{row.name} is NaN or infinite: the training diverged; lower the learning rates")
         if row.matrices:
-            bank = value.reshape(-1, *row.shape[-2:])
-            parts = []
-            for group in row.matrices:
-                found, error = quantize_group(run, row.name, bank[group.first: group.last], hessians[group.hessian], group, clip_factor)
-                parts += found
-                total_error += error
-            codes, scales = torch.cat([p.codes for p in parts]), torch.cat([p.scales for p in parts])
-            tensors[row.name] = Quantized(codes.reshape(row.shape), scales.reshape(row.shape[:-1]), run.cfg.quantizer)
+            tensors[row.name], error = quantize_bank(run, row, value, hessians, clip_factor)
+            total_error += error
         elif row.int8:
             tensors[row.name] = rows_of_int8(value)
         else:
@@ -2505,29 +2540,32 @@ def rows_of_int8(value: Tensor) -> Quantized:
     return Quantized(codes.to(torch.int8).cpu(), scales.cpu())
 
 
-def quantize_group(run: Run, name: str, weights: Tensor, hessian: Tensor, group: MatrixGroup,
-                   clip_factor: float) -> tuple[list[Quantized], float]:
-    """Matrices (N, R, C) of one group, shared out over the ranks, and their Hessian-weighted squared error. A collective.
+def quantize_bank(run: Run, row: Row, value: Tensor, hessians: dict[str, Tensor], clip_factor: float) -> tuple[Quantized, float]:
+    """The matrices of a parameter, each group shared out over the ranks, and their Hessian-weighted squared error. A collective.
 
-    Logs how large the error of the group's outputs is, relative to the outputs.
+    Logs how large the error of each group's outputs is, relative to the outputs.
     """
-    cfg, ranks, clip_sigmas = run.cfg, run.ranks, group.clip_sigmas * clip_factor
-    run.ranks.check_stop()
-    own = slice(len(weights) * ranks.rank // ranks.world, len(weights) * (ranks.rank + 1) // ranks.world)
-    energy, part = torch.zeros(2, dtype=torch.float64, device=run.device), None
-    if own.start < own.stop:
-        part = gptq(weights[own], hessian[own], group.bits, clip_sigmas, run.log, cfg.quantizer)
-        error = dequantize(part).to(run.device) - weights[own]
-        energy += torch.stack([hessian_error(e.float(), hessian[own]).double().sum() for e in (error, weights[own])])
-    ranks.sum(energy)
-    run.log.record("gptq", tensor=name, first=group.first, matrices=len(weights), clip_sigmas=f"{clip_sigmas:.4f}",
-                   relative_error=f"{(energy[0] / energy[1].clamp_min(1e-30)).item():.4e}")
-    return [p for p in ranks.gather(part) if p is not None], energy[0].item()
+    ranks, bank, parts, total_error = run.ranks, value.reshape(-1, *row.shape[-2:]), [], 0.0
+    for group in row.matrices:
+        ranks.check_stop()
+        count, clip_sigmas = group.last - group.first, group.clip_sigmas * clip_factor
+        first, last = (count * rank // ranks.world for rank in (ranks.rank, ranks.rank + 1))
+        weights, hessian = bank[group.first + first: group.first + last], hessians[group.hessian][first:last]
+        energy, part = torch.zeros(2, dtype=torch.float64, device=run.device), None
+        if first < last:
+            part = gptq(weights, hessian, group.bits, clip_sigmas, run.log, run.cfg.quantizer)
+            error = dequantize(part).to(run.device) - weights
+            energy += torch.stack([hessian_error(e.float(), hessian).double().sum() for e in (error, weights)])
+        ranks.sum(energy)
+        run.log.record("gptq", tensor=row.name, first=group.first, matrices=count, clip_sigmas=f"{clip_sigmas:.4f}",
+                       relative_error=f"{(energy[0] / energy[1].clamp_min(1e-30)).item():.4e}")
+        parts += [p for p in ranks.gather(part) if p is not None]
+        total_error += energy[0].item()
+    codes, scales = torch.cat([p.codes for p in parts]), torch.cat([p.scales for p in parts])
+    return Quantized(codes.reshape(row.shape), scales.reshape(row.shape[:-1]), run.cfg.quantizer), total_error
 
 
-TARGET_ROUNDS = 4
 TARGET_SLACK = 0.001
-CLIP_FACTORS = (0.4, 2.5)
 
 
 def quantize_and_pack(run: Run, model: GPT, hessians: dict[str, Tensor], code_bytes: int) -> tuple[Tensors, bytes]:
@@ -2536,7 +2574,7 @@ def quantize_and_pack(run: Run, model: GPT, hessians: dict[str, Tensor], code_by
     If it is not, the clip sigmas stay as they were set, unless the artifact would be over the cap: then it is made to fit.
 
     Scaling every step by a factor takes log2(factor) bits off every weight, so two rounds are enough as a rule. The
-    last that fitted wins, else the smallest; CLIP_FACTORS bound it, because a small model cannot fill any number of bytes.
+    last that fitted wins, else the smallest; the factor is bounded, because a small model cannot fill any number of bytes.
     """
     cfg, target, factor = run.cfg, run.cfg.artifact_target_bytes, 1.0
     best, best_size, error_as_set = ({}, b""), math.inf, 0.0
@@ -2547,20 +2585,20 @@ def quantize_and_pack(run: Run, model: GPT, hessians: dict[str, Tensor], code_by
         if run.ranks.signalled:
             raise Stopped(run.ranks.signalled)
 
-    for attempt in range(TARGET_ROUNDS):
+    for attempt in range(4):
         tensors, error = quantize(run, model, hessians, factor)
         data = b""
         with suppress(Stopped):  # which all ranks hear of in the next line
             data = pack_artifact(tensors, cfg, tick) if run.ranks.rank == 0 else b""
         run.ranks.check_stop()
         size = run.ranks.agree(len(data)) + code_bytes
-        if not target and size <= ARTIFACT_CAP_BYTES:
-            return tensors, data
         if not target:
+            if size <= ARTIFACT_CAP_BYTES:
+                return tensors, data
             run.log(f"warning: artifact and code are {size} bytes, over the cap of {ARTIFACT_CAP_BYTES}: all clip sigmas are "
                     "raised until they fit; COMPRESSOR=rans or QUANTIZER=trellis take fewer bytes")
             target = ARTIFACT_CAP_BYTES
-        error_as_set = error if attempt == 0 else error_as_set
+        error_as_set = error_as_set or error
         run.log.record("fit", attempt=attempt + 1, clip_factor=f"{factor:.5f}", total_bytes=size, target_bytes=target,
                        hessian_error=f"{error:.4e}", saved=f"{1 - error / max(error_as_set, 1e-30):.4f}")
         if size <= max(target, best_size - 1):
@@ -2569,10 +2607,9 @@ def quantize_and_pack(run: Run, model: GPT, hessians: dict[str, Tensor], code_by
             break
         weights = sum(t.codes.numel() for t in tensors.values() if isinstance(t, Quantized))
         wanted = factor * 2 ** (8 * (size - (1 - TARGET_SLACK / 2) * target) / weights)
-        bounded = min(max(wanted, CLIP_FACTORS[0]), CLIP_FACTORS[1])
-        if bounded == factor:
+        before, factor = factor, min(max(wanted, 0.4), 2.5)
+        if factor == before:
             break
-        factor = bounded
     return best
 
 
@@ -2614,22 +2651,12 @@ class ArtifactError(ValueError):
     """The file is no artifact of this program, or it is damaged."""
 
 
-def stored_settings(cfg: Config) -> dict[str, Any]:
-    """The settings that an artifact carries, as JSON has them."""
-    return {f.name: getattr(cfg, f.name) for f in STORED_SETTINGS}
-
-
-def uses_coder(row: Row, compressor: str) -> bool:
-    """Whether the codes of a parameter go through the entropy coder."""
-    return compressor == "rans" and bool(row.matrices)
-
-
 def pack_artifact(tensors: Tensors, cfg: Config, tick: Callable[[float, float], None] = lambda done, total: None) -> bytes:
     """The bytes of an artifact file; unpack_artifact gives back the same integers and the same floats, bit for bit.
 
     `tick` hears now and then how many bytes of how many are compressed.
     """
-    header = {"compressor": cfg.compressor, "settings": stored_settings(cfg)}
+    header = {"compressor": cfg.compressor, "settings": {f.name: getattr(cfg, f.name) for f in STORED_SETTINGS}}
     plain = {"settings": as_tensor(json.dumps(header, allow_nan=False).encode())}
     banks = []
     for row in parameter_table(cfg):
@@ -2640,7 +2667,7 @@ def pack_artifact(tensors: Tensors, cfg: Config, tick: Callable[[float, float], 
         plain[row.name + ".scales"] = tensor.scales.contiguous()
         for term in tensor.low_rank:
             plain |= {f"{row.name}.low{term.index}.{part}": t.contiguous() for part, t in zip(LowRank._fields[1:], term[1:])}
-        if uses_coder(row, cfg.compressor):
+        if row.matrices and cfg.compressor == "rans":
             banks += row_banks(row, tensor)
         else:
             plain[row.name + ".codes"] = tensor.codes.mT.contiguous()
@@ -2706,12 +2733,12 @@ def stored_config(stored: Tensor) -> tuple[Config, str]:
 
 def take_tensors(cfg: Config, compressor: str, plain: dict[str, Tensor], coded: bytes) -> Tensors:
     """The tensors of the parameter table out of an artifact's two parts, which they use up."""
-    table = parameter_table(cfg)
-    codes = sum(math.prod(row.shape) for row in table if uses_coder(row, compressor))
+    table, rank, rans = parameter_table(cfg), cfg.lqer_rank, compressor == "rans"
+    codes = sum(math.prod(row.shape) for row in table if row.matrices and rans)
     if codes > ARTIFACT_MAX_CODES_PER_BYTE * len(coded):
         raise ArtifactError(f"the artifact's settings ask for {codes} codes, which cannot be in {len(coded)} bytes")
 
-    def take(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    def take(name: str, dtype: torch.dtype, *shape: int) -> Tensor:
         tensor = plain.pop(name, None)
         if tensor is None or tensor.dtype != dtype or tuple(tensor.shape) != shape:
             found = "missing" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
@@ -2722,29 +2749,23 @@ def take_tensors(cfg: Config, compressor: str, plain: dict[str, Tensor], coded: 
 
     tensors: Tensors = {}
     for row in table:
+        name, shape = row.name, row.shape
         if not row.matrices and not row.int8:
-            tensors[row.name] = take(row.name, torch.float16, row.shape)
+            tensors[name] = take(name, torch.float16, *shape)
             continue
-        scales = take(row.name + ".scales", torch.float16, row.shape[:-1])
-        stored = (*row.shape[:-2], row.shape[-1], row.shape[-2])
-        coded_apart = uses_coder(row, compressor)
-        values = torch.zeros(row.shape, dtype=torch.int8) if coded_apart else take(row.name + ".codes", torch.int8, stored).mT
-        low_rank = tuple(
-            LowRank(i, *(take(f"{row.name}.low{i}.{part}", dtype, shape) for part, (dtype, shape) in low_rank_shapes(cfg, row).items()))
-            for i in range(math.prod(row.shape[:-2])) if cfg.lqer_enabled and f"{row.name}.low{i}.a" in plain)
-        tensors[row.name] = Quantized(values.contiguous(), scales, cfg.quantizer if row.matrices else "scalar", low_rank)
-    if plain or (coded and compressor != "rans"):
+        *banks, rows, cols = shape
+        scales = take(name + ".scales", torch.float16, *banks, rows)
+        values = torch.zeros(shape, dtype=torch.int8) if row.matrices and rans else take(name + ".codes", torch.int8, *banks, cols, rows).mT
+        parts = {"a": (torch.int8, rows, rank), "a_scales": (torch.float16, rank if cfg.lqer_column_scales else 1),
+                 "b": (torch.int8, rank, cols), "b_scales": (torch.float16, rank * cols // cfg.lqer_group)}
+        low_rank = tuple(LowRank(i, *(take(f"{name}.low{i}.{part}", *kind) for part, kind in parts.items()))
+                         for i in range(math.prod(banks)) if cfg.lqer_enabled and f"{name}.low{i}.a" in plain)
+        tensors[name] = Quantized(values.contiguous(), scales, cfg.quantizer if row.matrices else "scalar", low_rank)
+    if plain or (coded and not rans):
         raise ArtifactError(f"the artifact holds more than its model: {', '.join([*plain][:3]) or f'{len(coded)} bytes'}")
-    if compressor == "rans":
+    if rans:
         decode_codes(cut_streams(coded), [bank for row in table if row.matrices for bank in row_banks(row, tensors[row.name])])
     return tensors
-
-
-def low_rank_shapes(cfg: Config, row: Row) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Types and shapes of the parts of a LowRank of one matrix of a bank, by name."""
-    (rows, cols), rank = row.shape[-2:], cfg.lqer_rank
-    return {"a": (torch.int8, (rows, rank)), "a_scales": (torch.float16, (rank if cfg.lqer_column_scales else 1,)),
-            "b": (torch.int8, (rank, cols)), "b_scales": (torch.float16, (rank * cols // cfg.lqer_group,))}
 
 
 def row_banks(row: Row, quantized: Quantized) -> list[Bank]:
@@ -2780,20 +2801,15 @@ def compress(data: bytes, tick: Callable[[float, float], None], step: int = 1 <<
 
 
 def decompress(stream: bytes, limit: int) -> bytes:
-    """What a brotli stream holds, at most `limit` bytes; it is never expanded further."""
+    """What a brotli stream holds, at most `limit` bytes; it is never expanded much further."""
+    decoder = brotli.Decompressor()
     try:
-        decoder, parts, size, more = brotli.Decompressor(), [], 0, stream
-        while size <= limit and not decoder.is_finished():
-            piece = decoder.process(more, output_buffer_limit=1 << 20)
-            if not piece and not more and decoder.can_accept_more_data():
-                break
-            parts.append(piece)
-            size, more = size + len(piece), b""
+        found = decoder.process(stream, output_buffer_limit=limit + 1)
     except brotli.error as error:
         raise ArtifactError("a part of the artifact cannot be decompressed") from error
-    if size > limit or not decoder.is_finished():
+    if len(found) > limit or not decoder.is_finished():
         raise ArtifactError("a part of the artifact is cut short, or larger than a model can be")
-    return b"".join(parts)
+    return found
 
 
 def size_table(data: bytes, tensors: Tensors, cfg: Config) -> list[dict[str, str | int]]:
@@ -2836,29 +2852,15 @@ linecache.cache["packed.py"] = len(PACKED_SOURCE), None, PACKED_SOURCE.decode().
 exec(compile(PACKED_SOURCE, "packed.py", "exec"))
 '''
 PACKED_ESCAPES = (r"\\", r"\\\\"), ("\r", r"\\r"), ("\0(?=[0-7])", r"\\x00"), ("\0", r"\\0"), (r'"(?="|\Z)', r'\\"')
-Place = tuple[int, int]  # row, column
+BLIND_DECORATORS = {"property", "classmethod", "staticmethod", "lru_cache", "torch.no_grad"}
 
 
-def source_tokens(source: str) -> Iterator[tuple[str, Place, str]]:
-    """Kind, place and text of every token; an f-string, which Python 3.12 takes apart, is one."""
-    lines, opened = source.splitlines(True), []
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        kind, start, text = tokenize.tok_name[token.type], token.start, token.string
-        if kind == "FSTRING_START":
-            opened.append(start)
-        elif kind == "FSTRING_END":
-            (row, column), (last, end) = start, _ = opened.pop(), token.end
-            text = "".join([*lines[row - 1: last - 1], lines[last - 1][:end]])[column:]
-        if not opened:
-            yield kind, start, text
-
-
-def needless_spans(source: str) -> Iterator[tuple[Place, Place]]:
-    """The places, from and up to, of docstrings and of the annotations of functions that no decorator reads."""
+def needless_spans(source: str) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
+    """Rows and columns, from and up to, of docstrings and of the annotations of functions that no decorator reads."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) and len(node.body) > 1:
             yield (node.body[0].lineno, node.body[0].col_offset), (node.body[0].end_lineno, node.body[0].end_col_offset)
-        if isinstance(node, ast.FunctionDef) and not node.decorator_list:
+        if isinstance(node, ast.FunctionDef) and {ast.unparse(d).partition("(")[0] for d in node.decorator_list} <= BLIND_DECORATORS:
             for arg in ast.walk(node.args):
                 if isinstance(arg, ast.arg) and arg.annotation:
                     yield (arg.lineno, arg.col_offset + len(arg.arg)), (arg.end_lineno, arg.end_col_offset)
@@ -2868,22 +2870,28 @@ def needless_spans(source: str) -> Iterator[tuple[Place, Place]]:
 
 def shipped_source(source: str) -> str:
     """`source` without comments, docstrings, needless annotations and blanks: what the packed file runs."""
-    spans, pieces, depth, before = sorted(needless_spans(source)), [], 0, "\n"
-    for kind, place, text in source_tokens(source):
-        while spans and spans[0][1] <= place:
+    lines = [0, *itertools.accumulate(map(len, io.StringIO(source)))]  # where they begin
+    spans, shipped, depth, f_strings, end = sorted(needless_spans(source)), "\n", 0, 0, 0
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        kind, before = tokenize.tok_name[token.type], end
+        begin, end = (lines[row - 1] + column for row, column in (token.start, token.end))
+        text = source[begin:end]
+        while spans and spans[0][1] <= token.start:
             spans.pop(0)
         depth += (kind == "INDENT") - (kind == "DEDENT")
-        if kind == "NEWLINE":
-            text = "\n" if before != "\n" else ""
-        elif kind in ("COMMENT", "NL", "INDENT", "DEDENT", "ENDMARKER") or spans and spans[0][0] <= place:
-            continue
-        elif before == "\n":
-            pieces.append(" " * depth)
-        elif re.fullmatch(r"\w\w|['\"]{2}", before[-1] + text[0]):
-            pieces.append(" ")
-        pieces.append(text)
-        before = text or before
-    return "".join(pieces)
+        if f_strings:  # which Python takes apart from 3.12 on
+            text = source[before:end]
+        elif kind == "NEWLINE":
+            text = "" if shipped[-1] == "\n" else "\n"
+        elif kind in ("COMMENT", "NL", "INDENT", "DEDENT", "ENDMARKER") or spans and spans[0][0] <= token.start:
+            text = ""
+        elif shipped[-1] == "\n":
+            text = " " * depth + text
+        elif re.fullmatch(r"\w\w|['\"]{2}", shipped[-1] + text[0]):
+            text = " " + text
+        f_strings += (kind == "FSTRING_START") - (kind == "FSTRING_END")
+        shipped += text
+    return shipped[1:]
 
 
 def pack_code(source: str) -> bytes:
@@ -2914,22 +2922,16 @@ def counted_code() -> bytes:
 # a table that is picked by where in its code the guess lies and by how far off it may be: the element's misses in earlier vectors
 # times the vector's so far. All are fixed-point integers, so that every machine makes the same guesses: levels have 8 fractional
 # bits, L 16, moments 12. Matrix products go through float64, in which integers of this size are exact in any order of summation.
-# Symbols go through range asymmetric numeral systems (Duda, 2013; arXiv:1311.2540): up to RANS_MAX_LANES states of
+# Symbols go through range asymmetric numeral systems (Duda, 2013; arXiv:1311.2540): up to 1,024 states of
 # 32 bits take turns and share one list of 16-bit words. Encoding runs the symbols backwards, so that decoding reads forwards.
 
 RANS_BITS = 14
-RANS_MAX_LANES = 1024
-RANS_LANE_SYMBOLS = 8192
 RANS_LOW = 1 << 16
 RANS_SPREADS = 8
-RANS_ROOT_BITS = 6
-RANS_FEW_SYMBOLS = 1 << 20  # of a bank that may be better off with fewer spreads
 GUESS_EIGHTHS = np.array([1, 3, 5, 7, 10])  # of a code: guesses up to these have tables of their own, and so have those between
 GUESS_KINDS = len(GUESS_EIGHTHS) + 1 + 3
 RANS_MEAN_UNIT = 32
-PREDICT_MAX_ELEMENTS = 2048
 PREDICT_BLOCK = 64  # vectors of the first block; the later ones are an eighth of what is known
-PREDICT_GROUPS = 32
 PREDICT_MEMORY = 4096  # vectors after which a moment counts half
 PREDICT_PANEL = 64
 PREDICT_LIMIT = 1 << 17  # of guesses and innovations: no table can make them overflow
@@ -2951,48 +2953,46 @@ class Bank(NamedTuple):
         return self.codes.transpose(0, 2, 1) if self.across else self.codes
 
 
-class _Step(NamedTuple):
+class Step(NamedTuple):
     """Codes that are coded side by side, and what both sides know of them before; what is coded is code * sign - offset, modulo 256.
 
-    where: their place in the bank's vectors. signs: of the guesses. offsets: the codes next to large guesses, else 0. kinds: where
-    in its code a guess lies, below GUESS_KINDS, and as many more for quantizer 1 of a trellis. features: how far off it may be.
+    place: in the bank's vectors. signs: of the guesses. offsets: the codes next to large guesses, else 0. kinds: where in its code
+    a guess lies, below GUESS_KINDS, and as many more for quantizer 1 of a trellis. features: how far off it may be.
     """
 
-    where: tuple
+    place: tuple[slice, slice, slice]
     signs: np.ndarray
     offsets: np.ndarray
     kinds: np.ndarray
     features: np.ndarray
 
 
-def _frequencies(model: np.void) -> tuple[np.ndarray, np.ndarray]:
-    """The table of each context of a RANS_MODEL, and those in use: (tables, 256) int64, rows add up to 2**RANS_BITS; integers only."""
-    roots = model["roots"].reshape(-1, 256).astype(np.int64)
-    used = roots.any(1)
-    used[0] = True
-    squares = roots[used] ** 2
+def coder_tables(model: np.void) -> tuple[np.ndarray, np.ndarray]:
+    """Frequencies and where they start, for each context of a RANS_MODEL: (contexts, 256) int64, rows of 2**RANS_BITS; integers only."""
+    squares = model["roots"].reshape(-1, 256).astype(np.int64) ** 2
     scaled = squares * (1 << RANS_BITS) // np.maximum(squares.sum(1, keepdims=True), 1)
     scaled = np.where(squares > 0, np.maximum(scaled, 1), 0)
     scaled[np.arange(len(scaled)), scaled.argmax(1)] += (1 << RANS_BITS) - scaled.sum(1)
-    return np.cumsum(used) - 1, scaled
+    return scaled, np.cumsum(scaled, 1) - scaled
 
 
-def _contexts(model: np.void, step: _Step) -> np.ndarray:
-    """The table of each code of a step, 1-d."""
-    return (step.kinds * RANS_SPREADS + np.searchsorted(model["thresholds"].astype(np.int64), step.features, side="right")).ravel()
+def coder_contexts(model: np.void, kinds: np.ndarray, features: np.ndarray) -> np.ndarray:
+    """The table of each code."""
+    return kinds * RANS_SPREADS + np.searchsorted(model["thresholds"].astype(np.int64), features, side="right")
 
 
 def encode_codes(banks: list[Bank]) -> list[bytes]:
     """[tables, states, words of each bank], for decode_codes with banks of the same shapes."""
     models, slots, known = np.zeros(len(banks), RANS_MODEL), [], None
     for bank, model in zip(banks, models):
-        model["mean"] = int(round(float(np.abs(bank.codes.astype(np.int16)).mean()) * RANS_MEAN_UNIT))
-        known = _Predictor(bank, int(model["mean"]), known)
-        contexts, symbols, lengths = _fit_model(bank, known, model)
-        tables, frequencies = _frequencies(model)
-        contexts, starts = tables[contexts], np.cumsum(frequencies, 1) - frequencies
-        slots.append((frequencies[contexts, symbols].astype(np.uint16), starts[contexts, symbols].astype(np.uint16), lengths))
-    return [brotli.compress(models.tobytes(), quality=11), *_rans_encode(slots, _lane_count(banks))]
+        model["mean"] = round(float(np.abs(bank.codes.astype(np.int16)).mean()) * RANS_MEAN_UNIT)
+        known = Predictor(bank, int(model["mean"]), known)
+        steps = list(coding_steps(bank, known))
+        coded = [(bank.vectors[step.place] * step.signs - step.offsets).astype(np.uint8).ravel() for step in steps]  # modulo 256
+        symbols, ends = np.concatenate(coded), np.cumsum([len(part) for part in coded])[:-1]
+        contexts = fit_model(model, symbols, *(np.concatenate([step[i].ravel() for step in steps]) for i in (3, 4)))
+        slots.append([np.split(table[contexts, symbols].astype(np.uint16), ends) for table in coder_tables(model)])
+    return [brotli.compress(models.tobytes(), quality=11), *rans_encode(slots, rans_lanes(banks))]
 
 
 def decode_codes(streams: list[bytes], banks: list[Bank]) -> None:
@@ -3003,35 +3003,35 @@ def decode_codes(streams: list[bytes], banks: list[Bank]) -> None:
     models = decompress(streams[0], size)
     if len(models) != size:
         raise ArtifactError(f"the artifact's coder tables are {len(models)} bytes, they must be {size}")
-    decoder, known = _RansDecoder(streams[1], b"".join(streams[2:]), _lane_count(banks)), None
+    decoder, known = RansDecoder(streams[1], b"".join(streams[2:]), rans_lanes(banks)), None
     for bank, model in zip(banks, np.frombuffer(models, RANS_MODEL)):
-        tables, frequencies = _frequencies(model)
-        decoder.load(frequencies)
-        known = _Predictor(bank, int(model["mean"]), known)
-        for step in _steps(bank, known):
-            symbols = decoder.symbols(tables[_contexts(model, step)]).reshape(step.signs.shape)
-            bank.vectors[step.where] = step.signs * (symbols + step.offsets)  # modulo 256
+        decoder.load(*coder_tables(model))
+        known = Predictor(bank, int(model["mean"]), known)
+        for step in coding_steps(bank, known):
+            symbols = decoder.symbols(coder_contexts(model, step.kinds, step.features).ravel()).reshape(step.signs.shape)
+            bank.vectors[step.place] = step.signs * (symbols + step.offsets)  # modulo 256
     decoder.finish()
 
 
-def _lane_count(banks: list[Bank]) -> int:
+def rans_lanes(banks: list[Bank]) -> int:
     """States of the coder: many are fast, few are small."""
-    return min(RANS_MAX_LANES, 1 + sum(bank.codes.size for bank in banks) // RANS_LANE_SYMBOLS)
+    return min(1024, 1 + sum(bank.codes.size for bank in banks) // 8192)
 
 
-class _Predictor:
+class Predictor:
     """What is known of a bank's vectors while they are coded; the next bank begins with it.
 
-    moments: (elements, elements) int64, summed products of the elements' levels over `count` vectors, all matrices alike.
-    sums: (matrices, elements), of |level - guess| over the vectors so far. scale: mean |level|. agreed, energy: (matrices, 1, 1),
-    sums of guess * level and guess^2, which say what part of a guess to believe.
+    code: what a code is worth in the unit of guesses. moments: (elements, elements) int64, summed products of the elements' levels
+    over `count` vectors, all matrices alike. sums: (matrices, elements), of |level - guess| over the vectors so far. scale: mean
+    |level|. agreed, energy: (matrices, 1, 1), sums of guess * level and guess^2, which say what part of a guess to believe.
     """
 
-    def __init__(self, bank: Bank, mean: int, prior: _Predictor | None) -> None:
+    def __init__(self, bank: Bank, mean: int, prior: Predictor | None) -> None:
         matrices, _, elements = bank.vectors.shape
-        self.scale = mean * (16 if bank.trellis else 8)
+        self.code = 512 if bank.trellis else 256
+        self.scale = mean * self.code // RANS_MEAN_UNIT
         self.sums = np.zeros((matrices, elements), np.int64)
-        self.moments, self.count = np.zeros(2 * (elements * (elements <= PREDICT_MAX_ELEMENTS),), np.int64), 0
+        self.moments, self.count = np.zeros(2 * (elements * (elements <= 2048),), np.int64), 0  # wider: nothing is guessed
         if prior is not None and prior.count and prior.moments.shape == self.moments.shape:
             self.count = min(2 * elements, prior.count)  # vectors that those of other banks count for
             covariance = (prior.moments << 8) // prior.count * self.scale ** 2 // max(prior.scale, 1) ** 2
@@ -3041,22 +3041,31 @@ class _Predictor:
     def fit(self) -> None:
         """Take the moments as they are now for the guesses to come."""
         enough = self.count >= PREDICT_BLOCK // 2 and self.moments.any()
-        self.factor = _fit_predictor(self.moments, self.count) if enough else None
+        self.factor = fit_predictor(self.moments, self.count) if enough else None
 
     def spread(self, elements: slice, seen: int) -> np.ndarray:
         """Expected |level - guess| of some elements after `seen` vectors, (matrices, 1, elements), at least 1."""
         return np.maximum((self.sums[:, None, elements] + 2 * self.scale) // (seen + 2), 1)
 
-    def believed(self, guesses: np.ndarray) -> np.ndarray:
-        """What is left of guesses (matrices, vectors, elements) when each matrix believes the part that has been right so far."""
-        return guesses * np.clip((self.agreed << 8) // np.maximum(self.energy, 1), 0, 256) >> 8
+    def guess(self, innovations: np.ndarray, group: slice) -> tuple[np.ndarray, np.ndarray]:
+        """What a group's levels should be by the innovations (matrices, vectors, elements) of the elements before, and how much of it
+        each matrix believes: the part that has been right so far."""
+        guesses = np.zeros((*innovations.shape[:2], group.stop - group.start), np.int64)
+        if self.factor is not None:
+            sums = innovations[:, :, : group.start] @ self.factor[group, : group.start].T
+            guesses += np.clip(np.floor(sums / (1 << 16)), -PREDICT_LIMIT, PREDICT_LIMIT).astype(np.int64)
+        return guesses, guesses * np.clip((self.agreed << 8) // np.maximum(self.energy, 1), 0, 256) >> 8
 
-    def guess(self, innovations: np.ndarray, group: slice) -> np.ndarray:
-        """What a group's levels should be by the innovations (matrices, vectors, elements) of the elements before."""
-        if self.factor is None:
-            return np.zeros((*innovations.shape[:2], group.stop - group.start), np.int64)
-        sums = innovations[:, :, : group.start] @ self.factor[group, : group.start].T
-        return np.clip(np.floor(sums / (1 << 16)), -PREDICT_LIMIT, PREDICT_LIMIT).astype(np.int64)
+    def step(self, place: tuple[slice, slice, slice], guesses: np.ndarray, sizes: np.ndarray, quantizers: np.ndarray) -> Step:
+        """The step of a place in the vectors. Codes near 0 stay themselves, because there a trellis has levels of its own."""
+        code, distances = self.code, np.abs(guesses)
+        nearest = (distances + code // 2) // code
+        fraction = (5 * (distances - nearest * code) + code) // (2 * code)  # 0: up to -1/5 of a code, 1: between, 2: from 1/5
+        near = np.searchsorted(GUESS_EIGHTHS * code // 8, distances, side="right")
+        large = nearest > 1
+        kinds = np.where(large, len(GUESS_EIGHTHS) + 2 + fraction, near) + quantizers * GUESS_KINDS
+        features = np.minimum(self.spread(place[2], place[1].start) * sizes >> 8, 65534)
+        return Step(place, np.where(guesses < 0, -1, 1), nearest * large, kinds, features)
 
     def innovations(self, levels: np.ndarray, guesses: np.ndarray, group: slice) -> np.ndarray:
         """What a group's own elements leave of each other: its levels less all that L makes of the innovations before."""
@@ -3075,115 +3084,88 @@ class _Predictor:
         self.count = self.count * PREDICT_MEMORY // (PREDICT_MEMORY + len(flat)) + len(flat)
 
 
-def _steps(bank: Bank, known: _Predictor) -> Iterator[_Step]:
-    """The steps of a bank in order. Each must have been read, or written to bank.vectors, before the next is asked for."""
+def cut_range(whole: slice, size: int) -> list[slice]:
+    """A range in pieces of `size`; uncut if that is 0."""
+    return [slice(at, min(at + size, whole.stop)) for at in range(whole.start, whole.stop, size)] if size else [whole]
+
+
+def coding_steps(bank: Bank, known: Predictor) -> Iterator[Step]:
+    """The steps of a bank in order. Each must have been read, or written to bank.vectors, before the next is asked for.
+
+    Blocks of vectors are guessed by the moments of those before; a block goes by groups of elements, and a trellis in steps of so many
+    rows as it has segments. Blocks and groups end where such a step does.
+    """
     matrices, vectors, elements = bank.vectors.shape
-    lanes = trellis_segments(*bank.codes.shape[1:]) if bank.trellis else 1 << 20  # without a trellis nothing has to wait
-    shape = (matrices, vectors, lanes) if bank.across else (matrices, lanes, elements)
-    states = np.zeros(shape, np.int64) if bank.trellis else np.broadcast_to(np.int64(0), shape)
-    tall, wide = (1, lanes) if bank.across else (lanes, 1)  # blocks and groups end where a step of the trellis does
-    if not bank.trellis:
-        tall = wide = 1
-    width, begin = -(-max(2, elements // PREDICT_GROUPS) // wide) * wide, 0
-    while begin < vectors:
-        block = slice(begin, min(vectors, begin + -(-max(PREDICT_BLOCK, begin // 8) // tall) * tall))
+    lanes = trellis_segments(*bank.codes.shape[1:]) if bank.trellis else 0
+    tall, wide = (0, lanes) if bank.across else (lanes, 0)  # vectors and elements of a step; 0: all of the block, of the group
+    shape, next_states = (matrices, tall or vectors, wide or elements), trellis_next_states().numpy()
+    states = np.zeros(shape, np.int64) if lanes else np.broadcast_to(np.int64(0), shape)
+    width, end = -(-max(2, elements // 32) // (wide or 1)) * (wide or 1), 0
+    while end < vectors:
+        block = slice(end, min(vectors, end + -(-max(PREDICT_BLOCK, end // 8) // (tall or 1)) * (tall or 1)))
+        begin, end = block.start, block.stop
         known.fit()
-        levels, innovations = np.zeros((2, matrices, block.stop - begin, elements))
-        sizes = np.full((matrices, block.stop - begin, 1), 8 << 8, np.int64)  # of each vector's innovations so far, in spreads
-        for left in range(0, elements, width):
-            group = slice(left, min(elements, left + width))
-            guesses = known.guess(innovations, group)
-            believed = known.believed(guesses)
-            levels[:, :, group] = yield from _group_steps(bank, known, states, (block, group), believed, sizes // (8 + left))
+        levels, innovations = np.zeros((2, matrices, end - begin, elements))
+        believed = np.zeros(levels.shape, np.int64)
+        sizes = np.full((matrices, end - begin, 1), 8 << 8, np.int64)  # of each vector's innovations so far, in spreads
+        for group in cut_range(slice(0, elements), width):
+            guesses, believed[:, :, group] = known.guess(innovations, group)
+            size = sizes // (8 + group.start)
+            for down, along in itertools.product(cut_range(block, tall), cut_range(group, wide)):
+                here = np.s_[:, down.start - begin: down.stop - begin, along]
+                state = states[:, down, : along.stop - along.start] if bank.across else states[:, : down.stop - down.start, along]
+                quantizers = state & 1
+                yield known.step(np.s_[:, down, along], believed[here], size[here[:2]], quantizers)
+                level = bank.vectors[:, down, along].astype(np.int64)
+                if lanes:
+                    state[:], level = next_states[state, level & 1], trellis_levels(level, quantizers)
+                levels[here] = level
+                known.sums[:, along] += np.abs((level << 8) - believed[here]).sum(1)
             exact = levels[:, :, group].astype(np.int64) << 8
-            sizes += np.minimum((np.abs(exact - believed) << 8) // known.spread(group, block.stop), 1 << 12).sum(2, keepdims=True)
+            misses = (np.abs(exact - believed[:, :, group]) << 8) // known.spread(group, end)
+            sizes += np.minimum(misses, 1 << 12).sum(2, keepdims=True)
             innovations[:, :, group] = known.innovations(exact, guesses, group)
         known.learn(levels)
-        begin = block.stop
 
 
-def _group_steps(bank: Bank, known: _Predictor, states: np.ndarray, where: tuple[slice, slice], guesses: np.ndarray,
-                 sizes: np.ndarray) -> Generator[_Step, None, np.ndarray]:
-    """The steps of a group of elements of a block of vectors, down the trellis; returns their levels (matrices, vectors, elements)."""
-    next_states, levels, lanes = trellis_next_states().numpy(), np.empty_like(guesses), states.shape[2 if bank.across else 1]
-    for top in range(0, guesses.shape[2 if bank.across else 1], lanes):
-        ahead = slice(top, top + lanes)
-        part = np.s_[:, :, ahead] if bank.across else np.s_[:, ahead]
-        guess = guesses[part]
-        _, vectors, elements = guess.shape
-        first, element = (where[0].start, where[1].start + top) if bank.across else (where[0].start + top, where[1].start)
-        place = np.s_[:, first: first + vectors, element: element + elements]
-        state = states[:, place[1], :elements] if bank.across else states[:, :vectors, place[2]]
-        quantizers = state & 1
-        features = np.minimum(known.spread(place[2], first) * (sizes if bank.across else sizes[part]) >> 8, 65534)
-        signs, offsets, kinds = _split_guess(guess, 512 if bank.trellis else 256)
-        yield _Step(place, signs, offsets, kinds + quantizers * GUESS_KINDS, features)
-        level = bank.vectors[place].astype(np.int64)
-        if bank.trellis:
-            state[:], level = next_states[state, level & 1], trellis_levels(level, quantizers)
-        levels[part] = level
-        known.sums[:, place[2]] += np.abs((level << 8) - guess).sum(1)
-    return levels
-
-
-def _split_guess(guesses: np.ndarray, code: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Signs, offsets and kinds (see _Step) of guessed levels; `code` is what a code is worth in their unit.
-
-    Codes near 0 stay themselves, because there a trellis has levels of its own.
-    """
-    sizes = np.abs(guesses)
-    nearest = (sizes + code // 2) // code
-    fraction = (5 * (sizes - nearest * code) + code) // (2 * code) + len(GUESS_EIGHTHS) + 2  # up to -1/5 of a code, between, or from 1/5
-    kinds = np.searchsorted(GUESS_EIGHTHS * code // 8, sizes, side="right")
-    large = nearest > 1
-    return np.where(guesses < 0, -1, 1), nearest * large, np.where(large, fraction, kinds)
-
-
-def _fit_predictor(moments: np.ndarray, count: int) -> np.ndarray:
+def fit_predictor(moments: np.ndarray, count: int) -> np.ndarray:
     """L, float64 that holds integers with 16 fractional bits, from the summed x^T x of `count` vectors of levels, int64.
 
     What lies off the diagonal counts less the fewer vectors there were.
     """
     elements = len(moments)
     doubt = min(max((1 << 16) // 40, (1 << 15) * elements // count), (1 << 16) * 19 // 20)
-    matrix = (moments << 12) // count
-    diagonal = np.diagonal(matrix).copy()
-    matrix = matrix * ((1 << 16) - doubt) >> 16
-    np.fill_diagonal(matrix, diagonal)
+    matrix = (moments << 12) // count * ((1 << 16) - doubt * (1 - np.eye(elements, dtype=np.int64))) >> 16
     factor = np.zeros((elements, elements))
     for begin in range(0, elements, PREDICT_PANEL):
-        end = min(begin + PREDICT_PANEL, elements)
-        panel = matrix[begin:, begin:end].copy()
-        for j in range(end - begin):
-            below = np.clip((panel[j + 1 :, j] << 16) // max(int(panel[j, j]), 64), -(1 << 18), 1 << 18)
-            factor[begin + j + 1 :, begin + j] = below
-            panel[j + 1 :, j + 1 :] -= below[:, None] * panel[j + 1 : end - begin, j] >> 16
-        done = factor[end:, begin:end] @ panel[end - begin :].T.astype(np.float64)
+        panel = matrix[begin:, begin: begin + PREDICT_PANEL].copy()
+        width = panel.shape[1]
+        end = begin + width
+        for j in range(width):
+            below = np.clip((panel[j + 1:, j] << 16) // max(int(panel[j, j]), 64), -(1 << 18), 1 << 18)
+            factor[begin + j + 1:, begin + j] = below
+            panel[j + 1:, j + 1:] -= below[:, None] * panel[j + 1: width, j] >> 16
+        done = factor[end:, begin:end] @ panel[width:].T.astype(np.float64)
         matrix[end:, end:] -= np.floor(done / (1 << 16)).astype(np.int64)
     return factor
 
 
-def _fit_model(bank: Bank, known: _Predictor, model: np.void) -> tuple[np.ndarray, np.ndarray, list[int]]:
-    """Set the thresholds and frequencies of a model; contexts and symbols in coding order, 1-d, and the lengths of the steps."""
-    steps, coded = [], []
-    for step in _steps(bank, known):
-        steps.append(step)
-        coded.append((bank.vectors[step.where] * step.signs - step.offsets).astype(np.uint8).ravel())  # modulo 256
-    symbols, features = np.concatenate(coded), np.concatenate([step.features.ravel() for step in steps])
+def fit_model(model: np.void, symbols: np.ndarray, kinds: np.ndarray, features: np.ndarray) -> np.ndarray:
+    """Set the thresholds and frequencies of a model for these symbols, 1-d like their kinds and features; their contexts."""
 
     def fit(spreads: int) -> tuple[float, np.ndarray, np.ndarray, np.ndarray]:
-        """Bits with so many spreads, those of the tables roughly; thresholds; contexts; counts (contexts, 256)."""
+        """Bits with so many spreads, and about 6 for each root in the tables; thresholds; contexts; counts (contexts, 256)."""
         model["thresholds"] = (1 << 16) - 1
         model["thresholds"][: spreads - 1] = np.quantile(features, np.arange(1, spreads) / spreads, method="higher")
-        contexts = np.concatenate([_contexts(model, step) for step in steps])
+        contexts = coder_contexts(model, kinds, features)
         counts = np.bincount(contexts * 256 + symbols, minlength=model["roots"].size).reshape(-1, 256)
-        return entropy_bits(counts) + RANS_ROOT_BITS * np.count_nonzero(counts), model["thresholds"].copy(), contexts, counts
+        return entropy_bits(counts) + 6 * np.count_nonzero(counts), model["thresholds"].copy(), contexts, counts
 
-    choices = (1, 2, 4, RANS_SPREADS) if symbols.size < RANS_FEW_SYMBOLS else (RANS_SPREADS,)
+    choices = (1, 2, 4, RANS_SPREADS) if symbols.size < 1 << 20 else (RANS_SPREADS,)  # tables weigh in small banks alone
     _, model["thresholds"], contexts, counts = min(map(fit, choices), key=lambda found: found[0])
     roots = np.rint(255 * np.sqrt(counts / np.maximum(counts.max(1, keepdims=True), 1)))
     model["roots"] = np.where(counts > 0, np.maximum(roots, 1), 0).reshape(model["roots"].shape)
-    return contexts, symbols, [step.signs.size for step in steps]
+    return contexts
 
 
 def entropy_bits(counts: np.ndarray) -> float:
@@ -3192,31 +3174,26 @@ def entropy_bits(counts: np.ndarray) -> float:
     return float(-(counts * np.log2(np.where(counts > 0, share, 1.0))).sum())
 
 
-def _rans_encode(slots: list[tuple[np.ndarray, np.ndarray, list[int]]], lane_count: int) -> list[bytes]:
-    """[states, words of each bank] for banks of (frequencies, starts, lengths of the steps); last symbol first."""
-    state = np.full(lane_count, RANS_LOW, np.uint64)
-    streams: list[bytes] = []
-    for frequencies, starts, lengths in reversed(slots):
-        words: list[np.ndarray] = []
-        end = len(frequencies)
-        for length in reversed(lengths):
-            for begin in range(end - length + (length - 1) // lane_count * lane_count, end - length - 1, -lane_count):
-                stop = min(begin + lane_count, end)
-                frequency = frequencies[begin:stop].astype(np.uint64)
+def rans_encode(slots: list[tuple[list[np.ndarray], list[np.ndarray]]], lane_count: int) -> list[bytes]:
+    """[states, words of each bank] for the frequencies and starts of each bank's steps; last symbol first."""
+    state, streams = np.full(lane_count, RANS_LOW, np.uint64), []
+    for steps in reversed(slots):
+        words = []
+        for frequencies, starts in reversed(list(zip(*steps))):
+            for begin in reversed(range(0, len(frequencies), lane_count)):
+                frequency = frequencies[begin: begin + lane_count].astype(np.uint64)
                 lanes = state[: len(frequency)]
                 full = lanes >= frequency << np.uint64(32 - RANS_BITS)
                 words.append(lanes[full].astype("<u2"))
                 lanes[full] >>= np.uint64(16)
                 quotient = lanes // frequency
-                lanes += quotient * (np.uint64(1 << RANS_BITS) - frequency)
-                lanes += starts[begin:stop]
-            end -= length
+                lanes += quotient * (np.uint64(1 << RANS_BITS) - frequency) + starts[begin: begin + lane_count]
         streams.append(b"".join(word.tobytes() for word in reversed(words)))
     return [state.astype("<u4").tobytes(), *reversed(streams)]
 
 
-class _RansDecoder:
-    """Reads what _rans_encode wrote; the caller gives the same tables and contexts in the same order."""
+class RansDecoder:
+    """Reads what rans_encode wrote; the caller gives the same tables and contexts in the same order."""
 
     def __init__(self, states: bytes, words: bytes, lane_count: int) -> None:
         if len(states) != 4 * lane_count or len(words) % 2:
@@ -3225,28 +3202,26 @@ class _RansDecoder:
         self.words = np.frombuffer(words, "<u2").astype(np.uint32)
         self.position = 0
 
-    def load(self, frequencies: np.ndarray) -> None:
-        """Take (contexts, 256) tables, each row adding up to 2**RANS_BITS."""
+    def load(self, frequencies: np.ndarray, starts: np.ndarray) -> None:
+        """Take the tables of coder_tables."""
         if (frequencies < 0).any():
             raise ArtifactError("the artifact's coder tables are impossible")
         self.symbol_of_slot = np.repeat(np.tile(np.arange(256, dtype=np.uint8), len(frequencies)), frequencies.ravel())
-        self.frequency = frequencies.astype(np.uint32).ravel()
-        self.start = (np.cumsum(frequencies, 1) - frequencies).astype(np.uint32).ravel()
+        self.frequency, self.start = (table.astype(np.uint32).ravel() for table in (frequencies, starts))
 
     def symbols(self, context: np.ndarray) -> np.ndarray:
         """The next symbols, uint8 (n,), given the context of each."""
-        result = np.empty(len(context), np.uint8)
-        lane_count = len(self.state)
+        result, lane_count = np.empty(len(context), np.uint8), len(self.state)
         for begin in range(0, len(context), lane_count):
-            chunk = context[begin : begin + lane_count]
+            chunk = context[begin: begin + lane_count]
             lanes = self.state[: len(chunk)]
             slot = lanes & np.uint32((1 << RANS_BITS) - 1)
             symbol = self.symbol_of_slot[(chunk << RANS_BITS) + slot]
-            result[begin : begin + lane_count] = symbol
+            result[begin: begin + lane_count] = symbol
             entry = chunk * 256 + symbol
             lanes[:] = self.frequency[entry] * (lanes >> np.uint32(RANS_BITS)) + slot - self.start[entry]
             empty = np.flatnonzero(lanes < RANS_LOW)
-            fresh = self.words[self.position : self.position + len(empty)]
+            fresh = self.words[self.position: self.position + len(empty)]
             if len(fresh) < len(empty):
                 raise ArtifactError("the artifact's coder words end too early")
             self.position += len(empty)
@@ -3272,7 +3247,6 @@ class Score(NamedTuple):
     """What scoring some targets gave, and how long it took."""
 
     nats: float
-    tokens: int
     num_bytes: int
     time_ms: float
     losses: np.ndarray  # (targets of the validation set,) float32; NaN where another rank scored
@@ -3280,76 +3254,76 @@ class Score(NamedTuple):
     @property
     def val_loss(self) -> float:
         """Nats a token."""
-        return self.nats / max(self.tokens, 1)
+        return self.nats / max(len(self.losses), 1)
 
     @property
     def val_bpb(self) -> float:
         """Bits per byte of original text."""
         return self.nats / math.log(2) / max(self.num_bytes, 1)
 
-    def report(self, log: Log, name: str) -> Score:
-        """One line; ValueError if the score is no number."""
-        log.record("eval", name=name, val_loss=f"{self.val_loss:.8f}", val_bpb=f"{self.val_bpb:.8f}", tokens=self.tokens,
-                   bytes=self.num_bytes, time_ms=int(self.time_ms))
-        if not math.isfinite(self.nats):
-            raise ValueError(f"the score {name} is not finite: the weights or their adaptation diverged; lower the learning rates "
-                             "(TTT_LORA_LR and GLOBAL_TTT_LR if it is only the one with test-time training)")
-        return self
 
+def joint_score(run: Run, val: ValData, name: str, began: float, losses: np.ndarray, sums: np.ndarray, scored: int) -> Score:
+    """Of what all ranks have scored since `began`, this one `scored` targets: logged under `name`. A collective.
 
-def pack_segments(starts: np.ndarray, total: int, limit: int) -> list[tuple[int, int]]:
-    """Runs [first, last) of consecutive segments, each of up to `limit` tokens in sum; no segment is longer than that."""
-    ends = np.append(starts[1:], total)
-    runs, first = [], 0
-    while first < len(starts):
-        last = int(np.searchsorted(ends, starts[first] + limit, side="right"))
-        assert last > first, "a segment fits a batch"
-        runs.append((first, last))
-        first = last
-    return runs
-
-
-def evaluation_batch(run: Run, val: ValData, starts: np.ndarray) -> Batch:
-    """The batch of the consecutive segments that begin at `starts` (its last entry is where they end).
-
-    Under torch.compile it is filled up to the fixed size with segments that nobody scores, so that one graph serves all.
+    `sums` (batches or documents,) float64 are those of `losses`, 0 where another rank scored: so ranks do not change the total.
+    ValueError if it is no number.
     """
-    cfg, begin, end = run.cfg, int(starts[0]), int(starts[-1])
-    tokens, targets, local = val.tokens[begin:end], val.tokens[begin + 1: end + 1], starts[:-1] - begin
+    by_rank, counts = zip(*run.ranks.gather((sums, scored)))
+    assert sum(counts) == len(losses), "every target is scored exactly once"
+    score = Score(float(np.sum(by_rank, axis=0).sum()), val.num_bytes, since_ms(began), losses)
+    run.log.record("eval", name=name, val_loss=f"{score.val_loss:.8f}", val_bpb=f"{score.val_bpb:.8f}", tokens=len(losses),
+                   bytes=val.num_bytes, time_ms=int(score.time_ms))
+    if not math.isfinite(score.nats):
+        raise ValueError(f"the score {name} is not finite: the weights or their adaptation diverged; lower the learning rates "
+                         "(TTT_LORA_LR and GLOBAL_TTT_LR if it is only the one with test-time training)")
+    return score
+
+
+def pack_segments(lengths: np.ndarray, limit: int) -> list[range]:
+    """Consecutive segments of these lengths in batches of up to `limit` tokens; no segment is longer than that."""
+    bounds, cuts = np.append(0, np.cumsum(lengths)), [0]
+    while cuts[-1] < len(lengths):
+        cuts.append(int(np.searchsorted(bounds, bounds[cuts[-1]] + limit, side="right")) - 1)
+        assert cuts[-1] > cuts[-2], "a segment fits a batch"
+    return [range(first, last) for first, last in itertools.pairwise(cuts)]
+
+
+def segment_batch(run: Run, entries: np.ndarray, starts: np.ndarray, lengths: np.ndarray, size: int) -> Batch:
+    """The batch of the segments of `entries` (N,) at `starts`, in that order; each target is the entry behind its token.
+
+    Under torch.compile it is filled up to `size` tokens with segments that nobody scores, so that few graphs serve all.
+    """
+    local, count = np.cumsum(lengths) - lengths, int(lengths.sum())
+    at = np.arange(count) + np.repeat(starts - local, lengths)
+    tokens, targets = entries[at], entries[at + 1]
     if run.compile:
-        size = cfg.val_batch_tokens // 8
-        local = np.append(local, np.arange(end - begin, size, cfg.eval_seq_len))
-        tokens, targets = (np.pad(a, (0, size - len(a))) for a in (tokens, targets))
-    return make_batch(tokens, targets, local, cfg.eval_seq_len, run.device)
+        local = np.append(local, np.arange(count, size, run.cfg.eval_seq_len))
+        tokens, targets = (np.pad(a, (0, size - count)) for a in (tokens, targets))
+    return make_batch(tokens, targets, local, run.cfg.eval_seq_len, run.device)
 
 
 @torch.no_grad()
 def evaluate(run: Run, model: GPT, val: ValData, name: str, depth: int) -> Score:
     """Score every target of the validation set once at `depth` and log it under `name`."""
-    cfg, ranks, began = run.cfg, run.ranks, time.perf_counter()
+    cfg, ranks, began, count = run.cfg, run.ranks, time.perf_counter(), len(val.tokens) - 1
     forward, schedule, progress = compiled(run, model), loop_schedule(cfg, depth), Progress(run.log)
-    count = len(val.tokens) - 1
     starts = segment_starts(val.tokens[:-1], count, cfg.eval_seq_len)
-    runs = pack_segments(starts, count, cfg.val_batch_tokens // 8)
-    bounds = np.append(starts, count)
-    losses = np.full(count, np.nan, dtype=np.float32)
-    sums = np.zeros(len(runs))
-    scored = 0
-    for first_of_round in range(0, len(runs), ranks.world):
-        run.ranks.check_stop()
+    lengths, size = np.diff(starts, append=count), cfg.val_batch_tokens // 8
+    batches = pack_segments(lengths, size)
+    losses, sums, scored = np.full(count, np.nan, dtype=np.float32), np.zeros(len(batches)), 0
+    for first_of_round in range(0, len(batches), ranks.world):
+        ranks.check_stop()
         i = first_of_round + ranks.rank
-        if i >= len(runs):
+        if i >= len(batches):
             continue
-        first, last = runs[i]
-        begin, end = int(bounds[first]), int(bounds[last])
-        part = forward(evaluation_batch(run, val, bounds[first: last + 1]), schedule)[: end - begin].float().cpu().numpy()
-        losses[begin:end] = part
+        begin, tokens = int(starts[batches[i].start]), int(lengths[batches[i]].sum())
+        batch = segment_batch(run, val.tokens, starts[batches[i]], lengths[batches[i]], size)
+        part = forward(batch, schedule)[:tokens].float().cpu().numpy()
+        losses[begin: begin + tokens] = part
         sums[i] = part.sum(dtype=np.float64)
-        scored += end - begin
-        progress(f"eval_{name}", i + 1, len(runs))
-    gathered = ranks.gather((sums, scored))
-    assert sum(n for _, n in gathered) == count, "every target is scored exactly once"
-    return Score(float(sum(s for s, _ in gathered).sum()), count, val.num_bytes, since_ms(began), losses).report(run.log, name)
+        scored += tokens
+        progress(f"eval_{name}", i + 1, len(batches))
+    return joint_score(run, val, name, began, losses, sums, scored)
 
 
 # ======================================================================================================================
@@ -3380,11 +3354,10 @@ TTT_LANES = 8
 class PhasePlan(NamedTuple):
     """A part of the scoring order (longest documents first), how it is dealt to the ranks, and what is learned after it."""
 
-    documents: range
     batches: tuple[range, ...]  # neighbours in the scoring order, at most TTT_BATCH_SIZE
     ranks: tuple[tuple[int, ...], ...]  # for each rank, its batches in the order it runs them
     seconds: tuple[float, ...]  # reckoned, for each rank, with the constants above
-    learns: range  # whose text the global SGD learns from then, shortest first; empty after the last part
+    learns: range = range(0)  # whose text the global SGD learns from then, shortest first; empty after the last part
     warm: frozenset[int] = frozenset()  # batches that take over A from the one that their rank ran before
 
 
@@ -3397,19 +3370,20 @@ def chunk_bounds(cfg: Config, length: int) -> list[int]:
     return bounds
 
 
-def adapter_shapes(cfg: Config) -> dict[str, tuple[str, int, int]]:
-    """Adapters by name: the site that they add to, the width in and the width out."""
-    d, k = cfg.model_dim, cfg.kv_dim
-    shapes = {"head": ("head", d, cfg.vocab_size), "k": ("attn_in", d, k), "mlp": ("mlp_bypass", d, d), "attn": ("attn_bypass", d, d),
-              "q": ("attn_in", d, d), "v": ("attn_in", d, k)}
-    enabled = {"k": cfg.ttt_k_lora, "mlp": cfg.ttt_mlp_lora, "attn": cfg.ttt_o_lora, "q": cfg.ttt_q_lora, "v": cfg.ttt_v_lora}
-    return {name: shape for name, shape in shapes.items() if enabled.get(name, True)}
+def adapter_shapes(cfg: Config) -> dict[str, tuple[int, int]]:
+    """Adapters by name, in the order in which they are drawn: their visits and the width out; the width in is MODEL_DIM.
+
+    q, k and v add to their parts of the site attn_in, the others to the site or bypass of their name.
+    """
+    visits, d, k = loop_schedule(cfg, cfg.eval_loop_depth).visits, cfg.model_dim, cfg.kv_dim
+    table = [("head", 1, cfg.vocab_size, True), ("k", visits, k, cfg.ttt_k_lora), ("mlp", visits, d, cfg.ttt_mlp_lora),
+             ("attn", visits, d, cfg.ttt_o_lora), ("q", visits, d, cfg.ttt_q_lora), ("v", visits, k, cfg.ttt_v_lora)]
+    return {name: (visits, out) for name, visits, out, enabled in table if enabled}
 
 
 def adapter_values(cfg: Config) -> int:
     """Values of one document's adapters."""
-    visits = loop_schedule(cfg, cfg.eval_loop_depth).visits
-    return sum(cfg.ttt_lora_rank * (i + o) * (1 if name == "head" else visits) for name, (_, i, o) in adapter_shapes(cfg).items())
+    return sum(visits * cfg.ttt_lora_rank * (cfg.model_dim + out) for visits, out in adapter_shapes(cfg).values())
 
 
 def chunk_seconds(cfg: Config, bounds: np.ndarray, live: np.ndarray) -> np.ndarray:
@@ -3421,40 +3395,33 @@ def chunk_seconds(cfg: Config, bounds: np.ndarray, live: np.ndarray) -> np.ndarr
     return cfg.ttt_grad_steps * (tokens / TTT_TOKENS_PER_SECOND + beside)
 
 
-def deal(costs: np.ndarray, hands: int) -> list[list[int]]:
-    """Indices of `costs` dealt to `hands`, the dearest first, each to whom has least; every hand in ascending order."""
-    held, sums = [[] for _ in range(hands)], np.zeros(hands)
+def batch_seconds(cfg: Config, lengths: np.ndarray) -> float:
+    """Reckoned seconds of a batch of documents of `lengths`, descending."""
+    bounds = np.array(chunk_bounds(cfg, int(lengths[0])))
+    return chunk_seconds(cfg, bounds, (lengths[:, None] > bounds[:-1]).sum(0)).sum()
+
+
+def deal(costs: np.ndarray, hands: int) -> np.ndarray:
+    """The hand that each of `costs` goes to, (n,): they are dealt the dearest first, each to whom has least."""
+    hand_of, sums = np.zeros(len(costs), np.int64), np.zeros(hands)
     for index in np.argsort(-costs, kind="stable"):
-        hand = int(sums.argmin())
-        held[hand].append(int(index))
-        sums[hand] += costs[index]
-    return [sorted(indices) for indices in held]
-
-
-def phase_ends(cfg: Config, count: int) -> list[tuple[int, int]]:
-    """(documents scored, documents learned from) at each pause for global SGD.
-
-    A pause comes with the first whole batch, cut from the short end, at which as many are scored as are learned from and left out.
-    """
-    prefix, size = min(cfg.phased_ttt_prefix_docs, count) if cfg.phased_ttt_enabled else 0, cfg.ttt_batch_size
-    ends: dict[int, int] = {}
-    for phase in range(1, cfg.phased_ttt_num_phases + 1):
-        learned = prefix * phase // cfg.phased_ttt_num_phases
-        end = count - (count - learned - cfg.phased_ttt_leave_out) // size * size
-        if learned and 0 < end < count:
-            ends[end] = learned
-    return sorted(ends.items())
+        hand_of[index] = sums.argmin()
+        sums[hand_of[index]] += costs[index]
+    return hand_of
 
 
 def plan_ttt(cfg: Config, lengths: np.ndarray, world: int) -> list[PhasePlan]:
-    """The plan of test-time training for documents of `lengths`, descending, on `world` ranks: the same on every rank."""
-    ends, plans, begin = [*phase_ends(cfg, len(lengths)), (len(lengths), 0)], [], 0
-    if cfg.ttt_warm_start_a or cfg.ttt_short_chunks:
-        plan_part = partial(plan_lanes, cfg, lengths=lengths, world=world)
-    else:
-        plan_part = partial(plan_phase, cfg, **document_costs(cfg, lengths), world=world)
-    for end, learned in ends:
-        plans.append(plan_part(range(begin, end))._replace(learns=range(end - 1, end - 1 - learned, -1)))
+    """The plan of test-time training for documents of `lengths`, descending, on `world` ranks: the same on every rank.
+
+    A pause for global SGD comes with the first whole batch, cut from the short end, at which as many are scored as are learned from
+    and left out.
+    """
+    count, size, phases = len(lengths), cfg.ttt_batch_size, cfg.phased_ttt_num_phases if cfg.phased_ttt_enabled else 0
+    learned = [min(cfg.phased_ttt_prefix_docs, count) * phase // phases for phase in range(1, phases + 1)]
+    pauses = {count - (count - n - cfg.phased_ttt_leave_out) // size * size: n for n in learned if n}
+    plans, begin, plan_part = [], 0, plan_lanes if cfg.ttt_warm_start_a or cfg.ttt_short_chunks else plan_phase
+    for end, n in [*((end, n) for end, n in sorted(pauses.items()) if end < count), (count, 0)]:
+        plans.append(plan_part(cfg, range(begin, end), lengths, world)._replace(learns=range(end - 1, end - 1 - n, -1)))
         begin = end
     return plans
 
@@ -3463,32 +3430,22 @@ def plan_lanes(cfg: Config, part: range, lengths: np.ndarray, world: int) -> Pha
     """Whole batches, cut from the short end, dealt to TTT_LANES lanes, and the lanes to the ranks."""
     cuts = [part.start, *range(part.stop, part.start, -cfg.ttt_batch_size)[::-1]]
     batches = [range(a, b) for a, b in itertools.pairwise(cuts)]
-    costs = []
-    for batch in batches:
-        bounds, members = np.array(chunk_bounds(cfg, int(lengths[batch.start]))), lengths[batch.start: batch.stop]
-        costs.append(chunk_seconds(cfg, bounds, (members[:, None] > bounds[:-1]).sum(0)).sum())
-    lanes = deal(np.array(costs), TTT_LANES)
-    ranks = deal(np.array([sum(costs[i] for i in lane) for lane in lanes]), world)
-    warm = [b for lane in lanes for a, b in itertools.pairwise(lane) if len(batches[a]) == len(batches[b])]
-    dealt = [[i for lane in hand for i in lanes[lane]] for hand in ranks]
-    return PhasePlan(part, tuple(batches), tuple(map(tuple, dealt)), tuple(float(sum(costs[i] for i in hand)) for hand in dealt),
-                     range(0), frozenset(warm if cfg.ttt_warm_start_a else ()))
+    costs = np.array([batch_seconds(cfg, lengths[batch]) for batch in batches])
+    lane_of = deal(costs, TTT_LANES)
+    rank_of = deal(np.bincount(lane_of, costs, TTT_LANES), world)[lane_of]
+    order = np.argsort(lane_of, kind="stable")
+    warm = [b for a, b in itertools.pairwise(order) if lane_of[a] == lane_of[b] and len(batches[a]) == len(batches[b])]
+    return PhasePlan(tuple(batches), tuple(tuple(order[rank_of[order] == rank].tolist()) for rank in range(world)),
+                     tuple(np.bincount(rank_of, costs, world).tolist()), warm=frozenset(warm if cfg.ttt_warm_start_a else ()))
 
 
-def document_costs(cfg: Config, lengths: np.ndarray) -> dict[str, list[float]]:
-    """What plan_phase needs of documents of `lengths`, descending."""
+def plan_phase(cfg: Config, part: range, lengths: np.ndarray, world: int) -> PhasePlan:
+    """The soonest end of several ways to cut: few batches share the steps' fixed costs, many take the longest documents apart."""
     bounds = np.array(chunk_bounds(cfg, int(lengths[0])))
-    alone = np.cumsum(chunk_seconds(cfg, bounds, np.ones(len(bounds) - 1)))
-    beside = np.cumsum(chunk_seconds(cfg, bounds, np.zeros(len(bounds) - 1)))
+    alone, none = (np.cumsum(chunk_seconds(cfg, bounds, np.full(len(bounds) - 1, live))) for live in (1, 0))
     last_chunk = np.searchsorted(bounds, lengths) - 1
-    return {"work": np.append(0.0, np.cumsum((alone - beside)[last_chunk])).tolist(), "beside": beside[last_chunk].tolist()}
-
-
-def plan_phase(cfg: Config, part: range, work: list[float], beside: list[float], world: int) -> PhasePlan:
-    """The soonest end of several ways to cut: few batches share the steps' fixed costs, many take the longest documents apart.
-
-    work[i] is what the documents before place i cost by their tokens, beside[i] what the steps of a batch cost whose longest is i.
-    """
+    work = np.append(0.0, np.cumsum((alone - none)[last_chunk])).tolist()  # what the tokens of all documents before one cost
+    beside = none[last_chunk].tolist()  # what else the steps of a batch cost whose longest document it is
 
     def fill(end: float, pieces: int) -> PhasePlan | None:
         """Batches of at most a piece of the time until `end`, each to the rank that is free first, the last ones cut to the room left."""
@@ -3496,15 +3453,15 @@ def plan_phase(cfg: Config, part: range, work: list[float], beside: list[float],
         while first < part.stop:
             rank = seconds.index(min(seconds))
             room = end - seconds[rank]
-            last = max(bisect.bisect_right(work, work[first] + min(room, end / pieces) - beside[first]) - 1, first + 1)
-            last = min(last, first + cfg.ttt_batch_size, part.stop)
+            fitting = bisect.bisect_right(work, work[first] + min(room, end / pieces) - beside[first]) - 1
+            last = min(max(fitting, first + 1), first + cfg.ttt_batch_size, part.stop)
             cost = work[last] - work[first] + beside[first]
             if cost > room:
                 return None
             held[rank].append(len(batches))
             batches.append(range(first, last))
             seconds[rank], first = seconds[rank] + cost, last
-        return PhasePlan(part, tuple(batches), tuple(map(tuple, held)), tuple(seconds), range(0))
+        return PhasePlan(tuple(batches), tuple(map(tuple, held)), tuple(seconds))
 
     best = fill(math.inf, 1)
     for pieces in (1, 2, 3, 4, 6, 8, 12, 16):
@@ -3523,22 +3480,19 @@ class Adapters:
     out, rank) starts at 0. A document that has ended is left out by taking fewer of the first axis.
     """
 
-    def __init__(self, run: Run, schedule: Schedule, documents: int) -> None:
-        cfg, self.documents, self.initial = run.cfg, documents, {}
-        self.shapes, self.parts = adapter_shapes(cfg), attn_in_parts(cfg)
+    def __init__(self, run: Run, documents: int) -> None:
+        cfg, device = run.cfg, run.device
+        self.cfg, self.documents, self.shapes, self.parts = cfg, documents, adapter_shapes(cfg), attn_in_parts(cfg)
         self.scale = cfg.ttt_lora_alpha / cfg.ttt_lora_rank if cfg.ttt_lora_alpha else 1.0
-        generator = torch.Generator().manual_seed(cfg.seed)
-        self.values: dict[str, Tensor] = {}
-        for name, (_, i, o) in self.shapes.items():
-            visits = 1 if name == "head" else schedule.visits
-            draw = torch.rand(visits, 1, cfg.ttt_lora_rank, i, generator=generator) * 2 - 1
-            self.initial[name] = (draw / math.sqrt(i)).transpose(0, 1).to(run.device)
-            self.values[f"a.{name}"] = torch.empty(documents, visits, cfg.ttt_lora_rank, i, device=run.device)
-            self.values[f"b.{name}"] = torch.empty(documents, visits, o, cfg.ttt_lora_rank, device=run.device)
+        self.initial, self.values, generator = {}, {}, torch.Generator().manual_seed(cfg.seed)
+        for name, (visits, out) in self.shapes.items():
+            draw = torch.rand(visits, 1, cfg.ttt_lora_rank, cfg.model_dim, generator=generator) * 2 - 1
+            self.initial[name] = (draw / math.sqrt(cfg.model_dim)).transpose(0, 1).to(device)
+            self.values[f"a.{name}"] = torch.empty(documents, visits, cfg.ttt_lora_rank, cfg.model_dim, device=device)
+            self.values[f"b.{name}"] = torch.empty(documents, visits, out, cfg.ttt_lora_rank, device=device)
         self.first, self.second = ({name: torch.empty_like(t) for name, t in self.values.items()} for _ in range(2))
-        self.steps = {name: torch.zeros((), device=run.device) for name in self.values}
-        self.cfg, self.updates, self.lr = cfg, torch.zeros((), device=run.device), torch.tensor(cfg.ttt_lora_lr, device=run.device)
-        self.capturable = run.device.type == "cuda"
+        self.steps = {name: torch.zeros((), device=device) for name in self.values}  # all the same: AdamW counts for each
+        self.lr = torch.tensor(cfg.ttt_lora_lr, device=device)
 
     @torch.no_grad()
     def reset(self, warm: bool = False) -> None:
@@ -3547,7 +3501,7 @@ class Adapters:
             if not warm:
                 self.values[f"a.{name}"].copy_(initial.expand_as(self.values[f"a.{name}"]))
             self.values[f"b.{name}"].zero_()
-        for tensor in (*self.first.values(), *self.second.values(), *self.steps.values(), self.updates):
+        for tensor in (*self.first.values(), *self.second.values(), *self.steps.values()):
             tensor.zero_()
 
     def live(self, documents: int) -> dict[str, Tensor]:
@@ -3557,35 +3511,35 @@ class Adapters:
     def bind(self, live: dict[str, Tensor]) -> Linear:
         """`linear` for one forward: each visit's slice is taken here, once, so that its gradient is gathered once."""
         by_visit = {name: tensor.unbind(1) for name, tensor in live.items()}
-        names, parts, scale = {name: site for name, (site, _, _) in self.shapes.items()}, self.parts, self.scale
 
-        def delta(name: str, visit: int, x: Tensor) -> Tensor:
+        def adapted(name: str, visit: int, x: Tensor, y: Tensor | None) -> Tensor | None:
+            """y (..., out) with the adapter's term, if there is one of this name."""
+            if name not in self.shapes:
+                return y
             a, b = by_visit[f"a.{name}"][visit].to(x.dtype), by_visit[f"b.{name}"][visit].to(x.dtype)
             delta = (x.unflatten(0, (a.size(0), -1)) @ a.mT @ b.mT).flatten(0, 1)
-            return delta if scale == 1 else scale * delta
+            delta = delta if self.scale == 1 else self.scale * delta
+            return delta if y is None else y + delta
 
         def linear(site: Site, x: Tensor, w: Tensor | None) -> Tensor | None:
             y, (_, visit, place) = plain_linear(site, x, w), site
             if place == "attn_in":
-                cut = zip(parts, y.split(list(parts.values()), dim=-1))
-                return torch.cat([part + delta(name, visit, x) if name in names else part for name, part in cut], dim=-1)
-            here = [delta(name, visit, x) for name in names if names[name] == place]
-            return sum(here, start=y) if y is not None and here else here[0] if here else y
+                return torch.cat([adapted(name, visit, x, part) for name, part in zip(self.parts, y.split([*self.parts.values()], -1))], -1)
+            return adapted(place.removesuffix("_bypass"), visit, x, y)
 
         return linear
 
     @torch.no_grad()
     def learn(self, loss: Tensor, live: dict[str, Tensor]) -> None:
         """One AdamW step on `loss`. The gradients are never accumulated: a captured graph writes them anew each time."""
-        cfg, count = self.cfg, next(iter(live.values())).size(0)
+        cfg, count, steps = self.cfg, next(iter(live.values())).size(0), [self.steps[name] for name in live]
         grads = [grad.contiguous() for grad in torch.autograd.grad(loss, list(live.values()))]  # the compiler's may have other strides
         if cfg.ttt_lora_lr_power:
-            self.updates += 1
-            self.lr.copy_(cfg.ttt_lora_lr * self.updates**cfg.ttt_lora_lr_power)
+            self.lr.copy_(cfg.ttt_lora_lr * (steps[0] + 1) ** cfg.ttt_lora_lr_power)
         fused_adamw(
             [t.detach() for t in live.values()], grads, [self.first[n][:count] for n in live], [self.second[n][:count] for n in live], [],
-            [self.steps[n] for n in live], fused=True, capturable=self.capturable, amsgrad=False, maximize=False, beta1=cfg.ttt_beta1,
-            beta2=cfg.ttt_beta2, lr=self.lr if cfg.ttt_lora_lr_power else cfg.ttt_lora_lr, weight_decay=cfg.ttt_weight_decay, eps=1e-10)
+            steps, fused=True, capturable=self.lr.is_cuda, amsgrad=False, maximize=False, beta1=cfg.ttt_beta1, beta2=cfg.ttt_beta2,
+            lr=self.lr if cfg.ttt_lora_lr_power else cfg.ttt_lora_lr, weight_decay=cfg.ttt_weight_decay, eps=1e-10)
         if cfg.ttt_warm_start_a and count < self.documents:  # an A that will be taken over decays until its whole batch has ended
             torch._foreach_mul_([self.values[f"a.{name}"][count:] for name in self.shapes], 1 - self.lr * cfg.ttt_weight_decay)
 
@@ -3600,7 +3554,7 @@ class Documents:
         order = np.argsort(-(ends - starts), kind="stable")
         self.starts, self.lengths = starts[order], (ends - starts)[order]
         self.byte_sums = np.add.reduceat(np.append(val.byte_counts[1:], 0).astype(np.int64), starts)[order]
-        self.hints: tuple[np.ndarray, np.ndarray] | None = None  # (N,) by entry: a token, -1 where there is none, and its beta, then 0
+        self.hints: tuple[np.ndarray, np.ndarray] | None = None  # (N,) of the entry behind: a token, -1 for none, and its beta
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -3634,8 +3588,8 @@ def ngram_hints(documents: Documents, order: int) -> NgramHints:
     that occur once, nearly all, are told by their hashes; the others are compared token by token.
     """
     width, tokens, by_start = order - 1, documents.tokens, np.argsort(documents.starts)
-    rng, keys = np.random.default_rng(0), np.zeros(len(tokens), np.uint64)  # a target's entry: hash of the tokens before it
-    factors = rng.integers(2**63, size=width, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
+    keys = np.zeros(len(tokens), np.uint64)  # by the entry of a target: hash of the tokens before it
+    factors = np.random.default_rng(0).integers(2**63, size=width, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
     for begin in range(width, len(tokens), 1 << 18):  # what a processor's cache holds
         part = keys[begin: begin + (1 << 18)]
         for back, factor in enumerate(factors, 1):
@@ -3644,11 +3598,10 @@ def ngram_hints(documents: Documents, order: int) -> NgramHints:
         part *= np.uint64(0x9E3779B97F4A7C15)
     seen, repeats = np.sort(keys), np.zeros(1 << 24, bool)
     repeats[seen[1:][seen[1:] == seen[:-1]] >> np.uint64(40)] = True
-    crosses = (documents.starts[:, None] + np.arange(1, width)).ravel()  # contexts that begin before their document
-    whole = repeats[keys >> np.uint64(40)]
-    whole[:width], whole[crosses[crosses < len(tokens)]] = False, False
-    at = np.flatnonzero(whole)
+    at = np.flatnonzero(repeats[keys >> np.uint64(40)])
     document = by_start[np.searchsorted(documents.starts[by_start], at) - 1]
+    inside = at - documents.starts[document] >= width
+    at, document = at[inside], document[inside]
     at = at[np.lexsort((at, document, keys[at]))]  # occurrences of one context side by side, in scoring order
     return count_followers(at, keys[at], tokens[at[:, None] + np.arange(-width, 0)], tokens[at].astype(np.int64))
 
@@ -3687,31 +3640,29 @@ class Chunk(NamedTuple):
 
     def tensors(self) -> list[Tensor]:
         """All that a captured step reads."""
-        return [t for t in (*self.batch[:5], self.rows, self.weights, self.hints, self.betas) if t is not None]
+        return [t for t in (*self.batch[:5], *self[1:]) if t is not None]
 
 
-def make_chunk(run: Run, documents: Documents, members: range, begin: int, end: int) -> Chunk:
-    """The chunk from position `begin` to `end` of `members`, which may run over the documents' number: those are empty."""
-    cfg, cached, count = run.cfg, run.cfg.ttt_context == "cache", len(members)
-    starts, lengths = np.zeros((2, count), np.int64)
-    known = members.stop - members.start - max(0, members.stop - len(documents))
-    starts[:known], lengths[:known] = (a[members.start: members.start + known] for a in (documents.starts, documents.lengths))
-    stops = np.minimum(end, lengths)
-    firsts = np.full(count, begin) if cached else np.maximum(0, stops - cfg.ttt_eval_seq_len)
-    width = end - begin if cached else max(int((stops - firsts).max()), end - begin if run.compile else 1)
-    place, chunk = firsts[:, None] + np.arange(width), begin + np.arange(end - begin)
-    at = np.where(place < stops[:, None], starts[:, None] + place, 0)
-    tokens, targets = (np.where(place < stops[:, None], documents.tokens[at + shift], 0).ravel() for shift in (0, 1))
-    before = documents.tokens[np.where(begin < lengths, starts + begin - 1, 0)].astype(np.int64) if cached and begin else None
-    batch = make_batch(tokens, targets, np.arange(count) * width, width, run.device, begin if cached else 0, before)
-    weights = ((chunk < stops[:, None]) & (end < lengths)[:, None]) / np.float32(end - begin)
-    rows = np.arange(count)[:, None] * width + np.clip(chunk - firsts[:, None], 0, width - 1)
-    hints = []
-    if documents.hints is not None:
-        entries = np.where(chunk < stops[:, None], starts[:, None] + 1 + chunk, 0).ravel()  # the first entry is nobody's target
-        hints = [to_device(values[entries], run.device) for values in documents.hints]
-    scored = None if cached else to_device(rows.ravel(), run.device)
-    return Chunk(batch, scored, to_device(weights.astype(np.float32).ravel(), run.device), *hints)
+def make_chunk(run: Run, documents: Documents, starts: np.ndarray, lengths: np.ndarray, begin: int, end: int) -> Chunk:
+    """The chunk from position `begin` to `end` of documents with these starts and lengths; a length of 0 makes an empty row."""
+    cfg, cached, size = run.cfg, run.cfg.ttt_context == "cache", end - begin
+    starts, stops = starts[:, None], np.minimum(end, lengths)[:, None]
+    firsts = np.full_like(stops, begin) if cached else np.maximum(0, stops - cfg.ttt_eval_seq_len)
+    width = size if cached else max(int((stops - firsts).max()), size if run.compile else 1)
+    chunk = np.arange(begin, end)
+
+    def entries(places: np.ndarray) -> np.ndarray:
+        """Where these places of every document are in the data; those behind its end are filled up with the first entry."""
+        return np.where(places < stops, starts + places, 0).ravel()
+
+    seen, scored = entries(firsts + np.arange(width)), entries(chunk)
+    before = documents.tokens[entries(np.array([begin - 1]))] if cached and begin else None
+    batch = make_batch(documents.tokens[seen], documents.tokens[seen + 1], np.arange(len(starts)) * width, width, run.device,
+                       begin if cached else 0, before)
+    rows = np.arange(len(starts))[:, None] * width + np.clip(chunk - firsts, 0, width - 1)
+    weights = np.repeat((end < lengths) / np.float32(size), size)
+    hints = [to_device(values[scored], run.device) for values in documents.hints or ()]
+    return Chunk(batch, None if cached else to_device(rows.ravel(), run.device), to_device(weights, run.device), *hints)
 
 
 class KVCache:
@@ -3721,13 +3672,12 @@ class KVCache:
     sees at most, itself included. Where the current chunk begins is a tensor, so that a captured graph can advance it.
     """
 
-    def __init__(self, run: Run, schedule: Schedule, documents: int, places: int) -> None:
-        cfg = run.cfg
-        assert all(places % size == 0 for size in cfg.chunk_sizes), "a chunk never runs across the end of the ring"
-        shape = (schedule.visits, documents, cfg.num_kv_heads, places, cfg.head_dim)
+    def __init__(self, run: Run, documents: int) -> None:
+        cfg, largest = run.cfg, run.cfg.chunk_sizes[-1]
+        self.places = -(-cfg.ttt_eval_seq_len // largest) * largest
+        shape = (loop_schedule(cfg, cfg.eval_loop_depth).visits, documents, cfg.num_kv_heads, self.places, cfg.head_dim)
         self.keys, self.values = (torch.zeros(shape, dtype=run.dtype, device=run.device) for _ in range(2))
         self.begin = torch.zeros((), dtype=torch.int64, device=run.device)
-        self.places = places
 
     def bind(self, documents: int, size: int, seen: int, made: list[tuple[Tensor, Tensor]]) -> Attend:
         """`attend` for one forward: a chunk of `size` tokens looks at the first `seen` places and at itself.
@@ -3770,20 +3720,24 @@ class TTTScorer:
     """
 
     def __init__(self, run: Run, model: GPT) -> None:
-        self.run, self.schedule = run, loop_schedule(run.cfg, run.cfg.eval_loop_depth)
-        self.adapters: Adapters | None = None
-        self.cache: KVCache | None = None
+        schedule, documents = loop_schedule(run.cfg, run.cfg.eval_loop_depth), max(run.cfg.ttt_batch_size, 2)
+        self.run, self.adapters = run, Adapters(run, documents)
+        self.cache = KVCache(run, documents) if run.cfg.ttt_context == "cache" else None
+        self.captures = run.device.type == "cuda" and self.cache is not None
         self.captured: dict[tuple[int, int, int], tuple[torch.cuda.CUDAGraph, Chunk, Tensor]] = {}
-        self.captures = run.device.type == "cuda" and run.cfg.ttt_context == "cache"
+        # A step has the next of these numbers of documents (one alone the compiler would take for a constant) and of places in sight.
+        self.live_sizes: range | list[int] = range(2 if run.compile else 1, documents + 1)
+        self.seen_sizes: range | list[int] = range(self.cache.places + 1 if self.cache else 1)
+        if self.captures:
+            self.live_sizes = sorted({max(2, -(-documents // share)) for share in (1, 2, 4, 8)})
+            self.seen_sizes = sorted({min(256 << i, self.cache.places) for i in range(self.cache.places.bit_length())})
         self.steps = self.forwarded = 0  # steps, and tokens that went through the model
-        schedule = self.schedule
 
-        def losses_of(batch: Batch, adapters: Adapters, live: dict[str, Tensor], rows: Tensor | None, also: Tensor | None,
-                      cache: KVCache | None, seen: int) -> tuple[Tensor, list]:
+        def losses_of(batch: Batch, live: dict[str, Tensor], rows: Tensor | None, also: Tensor | None, seen: int) -> tuple[Tensor, list]:
             made: list[tuple[Tensor, Tensor]] = []
             documents = next(iter(live.values())).size(0)
-            attend = None if cache is None else cache.bind(documents, batch.max_seqlen, seen, made)
-            return model(batch, schedule, adapters.bind(live), attend, rows, also), made
+            attend = None if self.cache is None else self.cache.bind(documents, batch.max_seqlen, seen, made)
+            return model(batch, schedule, self.adapters.bind(live), attend, rows, also), made
 
         self.losses_of = compiled(run, losses_of, dynamic=True)
 
@@ -3792,53 +3746,24 @@ class TTTScorer:
 
         warm: A begins where the batch before, one of the same size, left it.
         """
-        lengths = documents.lengths[members.start: members.stop]
+        own, spare = slice(members.start, members.stop), self.adapters.documents - len(members)
+        starts, lengths = (np.pad(values[own], (0, spare)) for values in (documents.starts, documents.lengths))
         longest = int(lengths[0])
         bounds = chunk_bounds(self.run.cfg, longest)
-        self._make_room(len(members), longest)
         self.adapters.reset(warm)
         if self.cache is not None:
             self.cache.begin.zero_()
-        result = torch.zeros(self.adapters.documents, bounds[-1], device=self.run.device)
-        for begin, end in zip(bounds, bounds[1:]):
-            live = self._rounded(int((lengths > begin).sum()))
-            chunk = make_chunk(self.run, documents, range(members.start, members.start + live), begin, end)
+        result = torch.zeros(len(lengths), bounds[-1], device=self.run.device)
+        for begin, end in itertools.pairwise(bounds):
+            live = self.live_sizes[bisect.bisect_left(self.live_sizes, int((lengths > begin).sum()))]
+            chunk = make_chunk(self.run, documents, starts[:live], lengths[:live], begin, end)
             result[:live, begin:end] = self._step(chunk, live, begin, trains=end < longest).view(live, -1)
             self.steps, self.forwarded = self.steps + 1, self.forwarded + len(chunk.batch.tokens)
-        return [losses[:length] for length, losses in zip(lengths, result.cpu().numpy())]
-
-    def _make_room(self, count: int, longest: int) -> None:
-        """Adapters and cache for `count` documents, kept from batch to batch; on CUDA for TTT_BATCH_SIZE, once."""
-        cfg, cuda = self.run.cfg, self.run.device.type == "cuda"
-        count = max(cfg.ttt_batch_size, 2) if cuda else max(count, 2)
-        if self.adapters is None or self.adapters.documents < count:
-            self.adapters, self.cache = Adapters(self.run, self.schedule, count), None
-        if cfg.ttt_context == "cache":
-            largest, limit = cfg.chunk_sizes[-1], cfg.ttt_eval_seq_len
-            places = -(-(limit if cuda else min(longest, limit)) // largest) * largest
-            if self.cache is None or self.cache.places != places:
-                self.cache = KVCache(self.run, self.schedule, self.adapters.documents, places)
-
-    def _rounded(self, live: int) -> int:
-        """Documents in a step: those that have not ended; one more for a lone one where the compiler would take 1 for a constant;
-        where steps are captured, one of a few numbers."""
-        if self.captures:
-            sizes = [-(-self.adapters.documents // share) for share in (1, 2, 4, 8)]
-            return max(2, min(size for size in sizes if size >= live))
-        return max(live, 2) if self.run.compile else live
-
-    def _places_in_sight(self, begin: int) -> int:
-        """Places that a chunk from position `begin` on looks at: the filled ones, where captured rounded up to one of a few numbers."""
-        if self.cache is None:
-            return 0
-        filled = min(begin, self.cache.places)
-        if self.captures:
-            filled = 2 ** max(8, math.ceil(math.log2(max(filled, 1))))
-        return min(filled, self.cache.places)
+        return [losses[:length] for length, losses in zip(lengths[: len(members)], result.cpu().numpy())]
 
     def _step(self, chunk: Chunk, live: int, begin: int, trains: bool) -> Tensor:
         """The losses of a chunk, computed before the step on them; where captured they are overwritten by the next such step."""
-        seen = self._places_in_sight(begin)
+        seen = self.seen_sizes[bisect.bisect_left(self.seen_sizes, min(begin, self.seen_sizes[-1]))]
         if (key := (live, chunk.batch.max_seqlen, seen)) not in self.captured:
             return self._losses_and_learn(chunk, live, seen, trains)
         graph, kept, losses = self.captured[key]
@@ -3852,7 +3777,7 @@ class TTTScorer:
         leaves, hints = self.adapters.live(live), chunk.hints
         also = None if hints is None else hints.clamp_min(0)
         with torch.set_grad_enabled(trains):
-            forward = partial(self.losses_of, chunk.batch, self.adapters, leaves, chunk.rows, also, self.cache, seen)
+            forward = partial(self.losses_of, chunk.batch, leaves, chunk.rows, also, seen)
             losses, made = forward()
             scored = losses.detach().clone()
             for again in range(self.run.cfg.ttt_grad_steps if trains else 0):
@@ -3869,21 +3794,22 @@ class TTTScorer:
         """Compile and run everything on random tokens, and capture what will be replayed, before the clock."""
         if not self.run.compile:
             return
-        cfg, largest = self.run.cfg, self.run.cfg.chunk_sizes[-1]
-        longest = min(cfg.ttt_eval_seq_len, 640) + 3
-        documents = self._random_documents(np.linspace(longest, largest + 1, max(2, cfg.ttt_batch_size)).astype(int))
+        cfg, largest, count = self.run.cfg, self.run.cfg.chunk_sizes[-1], self.adapters.documents
+        self.adapters.reset()
         if self.run.device.type == "cuda" and not self.captures:
-            self._run_widest_step()
-        if self.captures:
-            self._make_room(cfg.ttt_batch_size, longest)
-            pool = torch.cuda.graph_pool_handle()
-            for live in sorted({self._rounded(n) for n in range(1, cfg.ttt_batch_size + 1)}):
-                for size in cfg.chunk_sizes:
-                    chunk = make_chunk(self.run, documents, range(live), 0, size)
-                    for seen in sorted({self._places_in_sight(begin) for begin in range(0, self.cache.places + 1, size)}):
-                        self.captured[live, size, seen] = self._capture(chunk, live, seen, pool)
+            # A full batch with whole windows comes before all others, which then take their memory out of its blocks. Windows grow from
+            # chunk to chunk: without this no block that the allocator kept would fit the next, and it would keep all.
+            begin, end = chunk_bounds(cfg, cfg.ttt_eval_seq_len)[-2:]
+            documents = self._random_documents(np.full(count, end + 1))
+            for _ in range(2):
+                self._step(make_chunk(self.run, documents, documents.starts, documents.lengths, begin, end), count, begin, trains=True)
+        documents = self._random_documents(np.linspace(min(cfg.ttt_eval_seq_len, 640) + 3, largest + 1, count).astype(int))
+        pool = torch.cuda.graph_pool_handle() if self.captures else None
+        for live, size, seen in itertools.product(self.live_sizes, cfg.chunk_sizes, self.seen_sizes) if self.captures else ():
+            chunk = make_chunk(self.run, documents, documents.starts[:live], documents.lengths[:live], 0, size)
+            self.captured[live, size, seen] = self._capture(chunk, live, seen, pool)
         for _ in range(2):
-            self.score(documents, range(len(documents)))
+            self.score(documents, range(count))
         self.steps = self.forwarded = 0
 
     def _random_documents(self, lengths: np.ndarray) -> Documents:
@@ -3894,19 +3820,6 @@ class TTTScorer:
         documents = Documents(ValData(tokens, np.ones_like(tokens), len(lengths)))
         documents.hints = (tokens.astype(np.int64), np.ones(len(tokens), np.float32)) if cfg.ngram_tilt_enabled else None
         return documents
-
-    def _run_widest_step(self) -> None:
-        """A full batch with whole windows, before all others: they then take their memory out of its blocks.
-
-        Windows grow from chunk to chunk; without this no block that the allocator kept would fit the next, and it would keep all.
-        """
-        cfg, count = self.run.cfg, max(2, self.run.cfg.ttt_batch_size)
-        begin, end = chunk_bounds(cfg, cfg.ttt_eval_seq_len)[-2:]
-        documents = self._random_documents(np.full(count, end + 1))
-        self._make_room(count, end + 1)
-        self.adapters.reset()
-        for _ in range(2):
-            self._step(make_chunk(self.run, documents, range(count), begin, end), count, begin, trains=True)
 
     def _capture(self, chunk: Chunk, live: int, seen: int, pool: tuple[int, int]) -> tuple[torch.cuda.CUDAGraph, Chunk, Tensor]:
         """Record a step. What adapters and cache hold is lost: a reset comes next."""
@@ -3920,33 +3833,6 @@ class TTTScorer:
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             losses.copy_(self._losses_and_learn(chunk, live, seen, trains=True))
         return graph, chunk, losses
-
-    def report_work(self, targets: int) -> None:
-        """One line: steps of the rank that had most, forwards of a token on average over all ranks, memory at its peak."""
-        steps, forwarded = zip(*self.run.ranks.gather((self.steps, self.forwarded)))
-        memory = {"peak_mb": torch.cuda.max_memory_allocated() >> 20} if self.run.device.type == "cuda" else {}
-        self.run.log.record("ttt_work", context=self.run.cfg.ttt_context, chunk=self.run.cfg.ttt_chunk_size, steps=max(steps),
-                            forwards_per_target=f"{sum(forwarded) / targets:.3f}", **memory)
-
-
-def sgd_batches(run: Run, entries: np.ndarray) -> Iterator[tuple[Batch, int]]:
-    """This rank's share of a chunk of text, `entries` with one token more than the chunk: batches, and how many of their tokens count.
-
-    Sequences start at documents and every EVAL_SEQ_LEN tokens within one. Under torch.compile a batch is filled up a little with a
-    sequence that does not count.
-    """
-    cfg, tokens, targets = run.cfg, entries[:-1], entries[1:]
-    starts = segment_starts(tokens, len(tokens), cfg.eval_seq_len)
-    sizes, limit = np.diff(starts, append=len(tokens)), cfg.global_ttt_batch_seqs * cfg.eval_seq_len
-    own = np.array(deal(sizes, run.ranks.world)[run.ranks.rank], dtype=np.int64)
-    forward_of = (np.cumsum(sizes[own]) - 1) // limit
-    for part in np.unique(forward_of):
-        chosen = own[forward_of == part]
-        index = np.concatenate([np.arange(starts[s], starts[s] + sizes[s]) for s in chosen])
-        local, count = np.cumsum(sizes[chosen]) - sizes[chosen], len(index)
-        if run.compile:
-            index, local = np.append(index, np.zeros(256 - count % 256, np.int64)), np.append(local, count)
-        yield make_batch(tokens[index], targets[index], local, max(cfg.eval_seq_len, 256), run.device), count
 
 
 class GlobalSGD:
@@ -3970,39 +3856,45 @@ class GlobalSGD:
 
         A collective.
         """
-        cfg, began, size = self.run.cfg, time.perf_counter(), self.run.cfg.global_ttt_chunk_tokens
-        chunks, progress = -(-(len(text) - 1) // size), Progress(self.run.log)
+        cfg, began, size, progress = self.run.cfg, time.perf_counter(), self.run.cfg.global_ttt_chunk_tokens, Progress(self.run.log)
+        chunks = max((len(text) - 2) // size, 0)
         sgd = torch.optim.SGD(self.params, lr=cfg.global_ttt_lr, momentum=cfg.global_ttt_momentum)
-        total = torch.zeros((), device=self.run.device)
-        for i in range(chunks - 1):
-            for group in sgd.param_groups:
-                group["lr"] = cfg.global_ttt_lr * 0.5 * (1 + math.cos(math.pi * i / (chunks - 1)))
-            loss = torch.zeros((), device=self.run.device)
+        loss = total = torch.zeros((), device=self.run.device)
+        for i in range(chunks):
+            sgd.param_groups[0]["lr"] = cfg.global_ttt_lr * 0.5 * (1 + math.cos(math.pi * i / chunks))
             for _ in range(cfg.global_ttt_epochs):
                 loss = self._gradients(text[i * size: (i + 1) * size + 1])
                 if cfg.global_ttt_grad_clip > 0:
                     torch.nn.utils.clip_grad_norm_(self.params, cfg.global_ttt_grad_clip)
                 sgd.step()
-            total += loss
-            progress(f"ttt_sgd_{phase}", i + 1, chunks - 1)
+            total = total + loss
+            progress(f"ttt_sgd_{phase}", i + 1, chunks)
         self._release()
-        loss = total.item() / max(chunks - 1, 1)
-        self.run.log.record("ttt_sgd", phase=phase, tokens=len(text), chunks=max(chunks - 1, 0), loss=f"{loss:.4f}",
-                            time_ms=int(since_ms(began)))
-        return since_ms(began)
+        loss, time_ms = total.item() / max(chunks, 1), since_ms(began)
+        self.run.log.record("ttt_sgd", phase=phase, tokens=len(text), chunks=chunks, loss=f"{loss:.4f}", time_ms=int(time_ms))
+        return time_ms
 
     def _gradients(self, entries: np.ndarray) -> Tensor:
-        """Gradients of the mean loss of a chunk over all ranks, into the parameters' .grad; the loss."""
-        loss = torch.zeros((), device=self.run.device)
+        """Gradients of the mean loss of a chunk over all ranks, into the parameters' .grad; the loss.
+
+        `entries` are one more than the chunk has. Its sequences, which start at documents and every EVAL_SEQ_LEN tokens within one, are
+        dealt to the ranks.
+        """
+        run, count, loss = self.run, len(entries) - 1, torch.zeros((), device=self.run.device)
         for param in self.params:
             param.requires_grad_(True).grad = torch.zeros_like(param)
-        for batch, count in sgd_batches(self.run, entries):
-            part = self.forward(batch)[:count].sum() / (len(entries) - 1)
-            part.backward()
-            loss += part.detach()
+        starts = segment_starts(entries[:-1], count, run.cfg.eval_seq_len)
+        lengths = np.diff(starts, append=count)
+        own = np.flatnonzero(deal(lengths, run.ranks.world) == run.ranks.rank)
+        for part in pack_segments(lengths[own], run.cfg.global_ttt_batch_seqs * run.cfg.eval_seq_len):
+            tokens = int(lengths[own[part]].sum())
+            batch = segment_batch(run, entries, starts[own[part]], lengths[own[part]], tokens + 256 - tokens % 256)
+            share = self.forward(batch)[:tokens].sum() / count
+            share.backward()
+            loss += share.detach()
         for param in self.params:
-            self.run.ranks.sum(param.grad)
-        return self.run.ranks.sum(loss)
+            run.ranks.sum(param.grad)
+        return run.ranks.sum(loss)
 
     def _release(self) -> None:
         for param in self.params:
@@ -4018,36 +3910,29 @@ class TTTProgress:
 
     def __init__(self, run: Run, plans: list[PhasePlan], documents: Documents) -> None:
         self.run, self.documents, self.plans = run, documents, plans
-        self.began, self.sgd_ms, self.warned = time.perf_counter(), 0.0, False
+        self.began, self.sgd_ms, self.warned, self.done = time.perf_counter(), 0.0, False, 0
+        self.scored = np.zeros(4)  # of this rank: documents, nats, bytes, and its share in the time of the plan
         self.reckoned = sum(max(plan.seconds) for plan in plans)
         self.sgd_tokens = [sum(int(documents.lengths[d]) + 1 for d in plan.learns) for plan in plans]
-        self.batches, self.done = sum(len(plan.ranks[run.ranks.rank]) for plan in plans), 0
-        self.docs, self.nats, self.bytes, self.share = 0, 0.0, 0, 0.0
+        self.batches = sum(len(plan.ranks[run.ranks.rank]) for plan in plans)
         imbalance = max(max(plan.seconds) / max(sum(plan.seconds) / len(plan.seconds), 1e-9) for plan in plans) - 1
         run.log.record("ttt_plan", h100_ms=int(1e3 * self.reckoned), batches=sum(len(plan.batches) for plan in plans), phases=len(plans),
                        imbalance=f"{imbalance:.4f}", sgd_docs=",".join(str(len(plan.learns)) for plan in plans[:-1]) or 0)
 
     def add(self, phase: int, members: range, nats: float) -> None:
-        """A batch of this rank in `phase`, counted from 0, is scored."""
+        """A batch of this rank in `phase`, counted from 0, is scored. Rank 0 speaks now and then, for all."""
         ranks, plan, self.done = self.run.ranks, self.plans[phase], self.done + 1
-        self.docs, self.nats = self.docs + len(members), self.nats + nats
-        self.bytes += int(self.documents.byte_sums[members.start: members.stop].sum())
-        self.share += plan.seconds[ranks.rank] / len(plan.ranks[ranks.rank]) / sum(plan.seconds) * max(plan.seconds) / self.reckoned
-        ranks.post("ttt", json.dumps([self.docs, self.nats, self.bytes, self.share]))
-        if ranks.rank == 0 and (self.done % max(1, self.batches // 20) == 0 or self.done in (1, self.batches)):
-            self._report(phase)
-
-    def learned(self, time_ms: float) -> None:
-        """A pass of the global SGD took so long."""
-        self.sgd_ms += time_ms
-
-    def _report(self, phase: int) -> None:
-        docs, nats, num_bytes, share = map(sum, zip(*map(json.loads, self.run.ranks.posted("ttt").values())))
+        share = plan.seconds[ranks.rank] / len(plan.ranks[ranks.rank]) / sum(plan.seconds) * max(plan.seconds) / self.reckoned
+        self.scored += len(members), nats, self.documents.byte_sums[members.start: members.stop].sum(), share
+        ranks.post("ttt", json.dumps(self.scored.tolist()))
+        if ranks.rank or self.done % max(1, self.batches // 20) and self.done not in (1, self.batches):
+            return
+        docs, nats, num_bytes, share = np.sum([json.loads(note) for note in ranks.posted("ttt").values()], axis=0)
         elapsed, budget = since_ms(self.began), 1e3 * self.run.cfg.eval_budget_seconds
         sgd_ms = self.sgd_ms * sum(self.sgd_tokens) / max(sum(self.sgd_tokens[:phase]), 1)
         whole = (elapsed - self.sgd_ms) / max(share, 1e-9) + sgd_ms
-        self.run.log.record("ttt", docs=f"{docs}/{len(self.documents)}", phase=f"{phase + 1}/{len(self.plans)}",
-                            val_bpb=f"{nats / math.log(2) / max(num_bytes, 1):.5f}", bytes=num_bytes, time_ms=int(elapsed),
+        self.run.log.record("ttt", docs=f"{docs:.0f}/{len(self.documents)}", phase=f"{phase + 1}/{len(self.plans)}",
+                            val_bpb=f"{nats / math.log(2) / max(num_bytes, 1):.5f}", bytes=int(num_bytes), time_ms=int(elapsed),
                             left_ms=int(max(0.0, whole - elapsed)))
         if budget and whole > budget and not self.warned:
             self.warned = True
@@ -4064,7 +3949,7 @@ def take_hints(run: Run, documents: Documents) -> None:
         found = [values[betas > 0] for values in (hints.at, hints.top, betas)]
     at, top, betas = run.ranks.agree(found)
     documents.hints = np.full(len(documents.tokens), -1), np.zeros(len(documents.tokens), np.float32)
-    documents.hints[0][at], documents.hints[1][at] = top, betas
+    documents.hints[0][at - 1], documents.hints[1][at - 1] = top, betas
     run.log.record("tilt", hints=len(at), targets=int(documents.lengths.sum()), time_ms=int(since_ms(began)))
 
 
@@ -4085,22 +3970,23 @@ def score_with_ttt(run: Run, model: GPT, val: ValData) -> Score:
     if run.cfg.ngram_tilt_enabled:
         take_hints(run, documents)
     losses = np.full(len(val.tokens) - 1, np.nan, np.float32)
-    nats = np.zeros(len(documents))  # float64, by place in the scoring order; a document is scored on one rank
+    nats, scored = np.zeros(len(documents)), 0  # float64, by place in the scoring order
     for phase, plan in enumerate(plans):
         for index in plan.ranks[ranks.rank]:
             members = plan.batches[index]
             for document, part in zip(members, scorer.score(documents, members, index in plan.warm)):
                 nats[document] = part.sum(dtype=np.float64)
                 losses[documents.starts[document]:][: len(part)] = part
+                scored += len(part)
             progress.add(phase, members, float(nats[members.start: members.stop].sum()))
         if plan.learns:
             text = np.concatenate([documents.text(d) for d in plan.learns])
-            progress.learned(sgd.learn(text, f"{phase + 1}/{len(plans) - 1}"))
-    total = np.sum(ranks.gather(nats), axis=0)
-    assert int(documents.lengths.sum()) == len(losses), "every target belongs to one document"
-    score = Score(float(total.sum()), len(losses), val.num_bytes, since_ms(began), losses)
-    scorer.report_work(score.tokens)
-    return score.report(run.log, "quantized_ttt")
+            progress.sgd_ms += sgd.learn(text, f"{phase + 1}/{len(plans) - 1}")
+    steps, forwarded = zip(*ranks.gather((scorer.steps, scorer.forwarded)))
+    memory = {"peak_mb": torch.cuda.max_memory_allocated() >> 20} if run.device.type == "cuda" else {}
+    run.log.record("ttt_work", context=run.cfg.ttt_context, chunk=run.cfg.ttt_chunk_size, steps=max(steps),
+                   forwards_per_target=f"{sum(forwarded) / len(losses):.3f}", **memory)
+    return joint_score(run, val, "quantized_ttt", began, losses, nats, scored)
 
 
 # ======================================================================================================================
@@ -4129,30 +4015,36 @@ def sign_bit(dtype: torch.dtype) -> int:
     return 16 if dtype == torch.bfloat16 else 0
 
 
-def mlp_up_reference(x: Tensor, w_up: Tensor) -> Tensor:
-    """What mlp_kernel computes going forward, (T, h): the activation, rounded to where its last bit says that z was negative."""
-    z, bit = F.linear(x.float(), w_up.float()), sign_bit(x.dtype)
+def mlp_up_reference(x: Tensor, factor: Tensor, w_up: Tensor) -> Tensor:
+    """What mlp_kernel computes going forward, (T, h): the activation of z = factor (T, 1) times x @ w_up^T.
+
+    It is rounded to where its last bit says whether z was negative.
+    """
+    z, bit = factor * F.linear(x.float(), w_up.float()), sign_bit(x.dtype)
     bits = F.leaky_relu(z, 0.5).square().view(torch.int32)
     even, odd = (bits + (1 << bit)) >> bit + 1 << bit + 1, (bits >> bit + 1 << bit + 1) + (1 << bit)
     return torch.where(z < 0, odd, even).view(torch.float32).to(x.dtype)
 
 
-def mlp_up_backward_reference(grad: Tensor, w_down: Tensor, hidden: Tensor) -> Tensor:
-    """What mlp_kernel computes going backward: the gradient (T, h) of the pre-activation, from `grad` (T, d) of the MLP's output.
+def mlp_up_backward_reference(grad: Tensor, factor: Tensor, w_down: Tensor, hidden: Tensor) -> Tensor:
+    """What mlp_kernel computes going backward: the gradient (T, h) of x @ w_up^T, from `grad` (T, d) of the MLP's output.
 
     d/dz leaky(z)^2 is 2 z or z / 2: that is 2 or -1 times the root of the activation.
     """
     negative = (hidden.float().view(torch.int32) >> sign_bit(hidden.dtype)) & 1 == 1
     root = hidden.float().sqrt()
-    return F.linear(grad, w_down.t()) * torch.where(negative, -root, 2 * root).to(grad.dtype)
+    return F.linear(grad, w_down.t()) * (factor * torch.where(negative, -root, 2 * root)).to(grad.dtype)
 
 
 if triton is not None:
 
     @triton.jit
-    def mlp_kernel(a_desc, b_desc, hidden_desc, out_desc, rows, columns, depth, BACKWARD: tl.constexpr, BIT: tl.constexpr,
+    def mlp_kernel(a_desc, b_desc, hidden_desc, out_desc, factors, rows, columns, depth, BACKWARD: tl.constexpr, BIT: tl.constexpr,
                    TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr, PROGRAMS: tl.constexpr):
-        """out = leaky(a @ b^T)^2 with the sign in bit BIT; or, BACKWARD, out = (a @ b) * d leaky(z)^2 / dz by what hidden kept of z."""
+        """out = leaky(z)^2 with z = f a @ b^T, f a row's factor, and its sign in bit BIT; or, BACKWARD, the gradient of a @ b^T.
+
+        That is f (a @ b) d leaky(z)^2 / dz, by what hidden kept of z.
+        """
         tiles_n = tl.cdiv(columns, TILE_N)
         tiles = tl.cdiv(rows, TILE_M) * tiles_n
         HALF: tl.constexpr = TILE_N // 2
@@ -4166,22 +4058,24 @@ if triton is not None:
                     total = tl.dot(a, b_desc.load([k, column]), total, input_precision="ieee")
                 else:
                     total = tl.dot(a, b_desc.load([column, k]).T, total, input_precision="ieee")
+            at = row + tl.arange(0, TILE_M)
+            total = total * tl.load(factors + at, mask=at < rows, other=0.0)[:, None]
             halves = tl.permute(tl.reshape(total, (TILE_M, 2, HALF)), (0, 2, 1))   # half the staging memory a store
             left, right = tl.split(halves)
             for half in tl.static_range(2):
                 z = left if half == 0 else right
-                at = column + half * HALF
+                side = column + half * HALF
                 if BACKWARD:
-                    hidden = hidden_desc.load([row, at]).to(tl.float32)
+                    hidden = hidden_desc.load([row, side]).to(tl.float32)
                     negative = (hidden.to(tl.int32, bitcast=True) >> BIT) & 1
                     root = tl.sqrt(hidden)
-                    out_desc.store([row, at], (z * tl.where(negative == 1, -root, 2 * root)).to(out_desc.dtype))
+                    out_desc.store([row, side], (z * tl.where(negative == 1, -root, 2 * root)).to(out_desc.dtype))
                 else:
                     leaky = tl.where(z < 0, 0.5 * z, z)
                     bits = (leaky * leaky).to(tl.int32, bitcast=True)
                     even = ((bits + (1 << BIT)) >> (BIT + 1)) << (BIT + 1)         # the nearest with a last bit of 0, or of 1
                     odd = ((bits >> (BIT + 1)) << (BIT + 1)) + (1 << BIT)
-                    out_desc.store([row, at], tl.where(z < 0, odd, even).to(tl.float32, bitcast=True).to(out_desc.dtype))
+                    out_desc.store([row, side], tl.where(z < 0, odd, even).to(tl.float32, bitcast=True).to(out_desc.dtype))
 
     @triton.jit
     def exclude_self_kernel(y, v, gate, grad, out, grad_v, grad_gate, rows, v_stride, BACKWARD: tl.constexpr, KV: tl.constexpr,
@@ -4238,7 +4132,7 @@ if triton is not None:
         tl.store(out + row * width + column, value.to(out.dtype.element_ty), mask=column < width)
 
 
-def launch_mlp_kernel(a: Tensor, b: Tensor, hidden: Tensor, out: Tensor, backward: bool,
+def launch_mlp_kernel(a: Tensor, factor: Tensor, b: Tensor, hidden: Tensor, out: Tensor, backward: bool,
                       tile: tuple[int, int, int] = MLP_TILE) -> None:
     """Run mlp_kernel over contiguous matrices whose rows are multiples of 16 bytes (Hopper's copy engine asks for that)."""
     tile_m, tile_n, tile_k = tile
@@ -4250,47 +4144,50 @@ def launch_mlp_kernel(a: Tensor, b: Tensor, hidden: Tensor, out: Tensor, backwar
         TensorDescriptor.from_tensor(b, [tile_k, tile_n] if backward else [tile_n, tile_k]),
         TensorDescriptor.from_tensor(hidden, [tile_m, tile_n // 2]),
         TensorDescriptor.from_tensor(out, [tile_m, tile_n // 2]),
-        rows, columns, depth, backward, sign_bit(out.dtype), tile_m, tile_n, tile_k, programs, num_warps=8, num_stages=3)
+        factor, rows, columns, depth, backward, sign_bit(out.dtype), tile_m, tile_n, tile_k, programs, num_warps=8, num_stages=3)
 
 
 @torch.library.custom_op(f"{OPERATORS}::mlp_up", mutates_args=())
-def mlp_up_op(x: Tensor, w_up: Tensor) -> Tensor:
-    """mlp_up_reference by the kernel: (T, d), (h, d) -> (T, h)."""
+def mlp_up_op(x: Tensor, factor: Tensor, w_up: Tensor) -> Tensor:
+    """mlp_up_reference by the kernel: (T, d), (T, 1) float32, (h, d) -> (T, h)."""
     out = x.new_empty((x.size(0), w_up.size(0)))
-    launch_mlp_kernel(x, w_up, out, out, backward=False)
+    launch_mlp_kernel(x, factor, w_up, out, out, backward=False)
     return out
 
 
 @torch.library.custom_op(f"{OPERATORS}::mlp_up_backward", mutates_args=())
-def mlp_up_backward_op(grad: Tensor, w_down: Tensor, hidden: Tensor) -> Tensor:
-    """mlp_up_backward_reference by the kernel: (T, d), (d, h), (T, h) -> (T, h)."""
+def mlp_up_backward_op(grad: Tensor, factor: Tensor, w_down: Tensor, hidden: Tensor) -> Tensor:
+    """mlp_up_backward_reference by the kernel: (T, d), (T, 1) float32, (d, h), (T, h) -> (T, h)."""
     out = torch.empty_like(hidden)
-    launch_mlp_kernel(grad, w_down, hidden, out, backward=True)
+    launch_mlp_kernel(grad, factor, w_down, hidden, out, backward=True)
     return out
 
 
-mlp_up_op.register_fake(lambda x, w_up: x.new_empty((x.size(0), w_up.size(0))))
-mlp_up_backward_op.register_fake(lambda grad, w_down, hidden: torch.empty_like(hidden))
+mlp_up_op.register_fake(lambda x, factor, w_up: x.new_empty((x.size(0), w_up.size(0))))
+mlp_up_backward_op.register_fake(lambda grad, factor, w_down, hidden: torch.empty_like(hidden))
 
 
 class FusedMLP(torch.autograd.Function):
-    """down(leaky_relu(up(x), 0.5)^2) around the two fused products; the others are plain, for the compiler to place.
+    """down(leaky_relu(factor * up(x), 0.5)^2) around the two fused products; the others are plain, for the compiler to place.
 
     Nothing but the activation is kept for the backward: the sign that squaring loses lies in its last bit, which costs it
-    half a bit of precision and saves writing, keeping and reading the pre-activation, (T, h) a visit.
+    half a bit of precision and saves writing, keeping and reading the pre-activation, (T, h) a visit. The norm's factor (T, 1)
+    comes apart from x, so that the normalised input is never written either.
     """
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
-        hidden = mlp_up_op(x, w_up)
-        ctx.save_for_backward(x, w_up, w_down, hidden)
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, factor: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
+        hidden = mlp_up_op(x, factor, w_up)
+        ctx.save_for_backward(x, factor, w_up, w_down, hidden)
         return F.linear(hidden, w_down)
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x, w_up, w_down, hidden = ctx.saved_tensors
-        grad_before = mlp_up_backward_op(grad, w_down, hidden)
-        return grad_before @ w_up, grad_before.t() @ x, grad.t() @ hidden
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        x, factor, w_up, w_down, hidden = ctx.saved_tensors
+        grad_before = mlp_up_backward_op(grad, factor, w_down, hidden)
+        grad_x = grad_before @ w_up
+        grad_factor = (grad_x.float() * x.float()).sum(-1, keepdim=True) / factor
+        return grad_x, grad_factor, grad_before.t() @ x, grad.t() @ hidden
 
 
 @torch.compiler.assume_constant_result
@@ -4304,11 +4201,11 @@ def kernels_take(x: Tensor) -> bool:
     return triton is not None and x.device.type != "cpu" and x.dtype in (torch.bfloat16, torch.float16) and has_tma()
 
 
-def fused_mlp(x: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
-    """F.linear(mlp_up(x, w_up), w_down), all of one dtype. x (T, d), w_up (h, d), w_down (d, h) -> (T, d)."""
+def fused_mlp(x: Tensor, divisor: float, w_up: Tensor, w_down: Tensor) -> Tensor:
+    """The MLP of rms_norm(x) / divisor, all of one dtype. x (T, d), w_up (h, d), w_down (d, h) -> (T, d)."""
     if kernels_take(x) and x.dtype != torch.float16 and x.size(1) % 8 == 0 and w_up.size(0) % 8 == 0:
-        return FusedMLP.apply(x, w_up, w_down)
-    return F.linear(mlp_up(x, w_up), w_down)
+        return FusedMLP.apply(x, norm_factor(x) / divisor, w_up, w_down)
+    return F.linear(mlp_up(rms_norm(x, divisor), w_up), w_down)
 
 
 def launch_exclude_self(tensors: tuple[Tensor, ...], y: Tensor, v: Tensor, backward: bool) -> None:
@@ -4453,8 +4350,11 @@ def open_log(cfg: Config, ranks: Ranks) -> Log:
         path = next(name for name in names if not name.exists())
     try:
         log, free = Log(path), shutil.disk_usage(path.parent).free
-        if cfg.losses_path and not Path(cfg.losses_path).exists():
-            Path(cfg.losses_path).parent.mkdir(parents=True, exist_ok=True)
+        if cfg.losses_path:
+            losses = Path(cfg.losses_path)
+            losses.parent.mkdir(parents=True, exist_ok=True)
+            require(not losses.is_dir(), f"LOSSES_PATH={cfg.losses_path} is a folder")
+            tempfile.TemporaryFile(dir=losses.parent).close()  # it is written after training, which must not be in vain
     except OSError as error:
         raise ValueError(f"cannot write to {error.filename or path.parent}: {error.strerror}; set ARTIFACT_DIR or LOSSES_PATH to a place "
                          "you may write to") from error
@@ -4728,4 +4628,6 @@ def main(environ: Mapping[str, str] = os.environ, arguments: tuple[str, ...] = (
 
 
 if __name__ == "__main__":
+    if sys.argv[1:]:  # --help and the like end with their reader
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     sys.exit(main(arguments=tuple(sys.argv[1:])))

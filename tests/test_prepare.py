@@ -148,9 +148,7 @@ def test_blocks_hold_all_documents_whatever_their_size(
         patch.setattr(prepare, "BLOCK_BYTES", size)
         for block in documents.blocks():
             assert block.first == len(found) % count
-            texts_of_block, faults = block.texts(replace_surrogates=False)
-            assert not faults
-            found += [text.decode() for text in texts_of_block]
+            found += [prepare.document_text(line, replace_surrogates=False).decode() for line in block.lines]
     assert found == texts * 2
     assert [source["documents"] for source in documents.finished] == [count, count]
     assert [source["sha256"] for source in documents.finished] == [hashlib.sha256(path.read_bytes()).hexdigest()] * 2
@@ -332,7 +330,7 @@ def test_a_full_disk_is_said_and_the_same_command_goes_on(
 
 def interrupt(folder: Path) -> None:
     """Leave an unfinished build with two finished train shards."""
-    go_on = prepare.Build.open
+    go_on = prepare.Build._open
 
     def stop(build: prepare.Build, name: str) -> object:
         if name == prepare.TRAIN_TOKENS.format(2):
@@ -340,7 +338,7 @@ def interrupt(folder: Path) -> None:
         return go_on(build, name)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(prepare.Build, "open", stop)
+        patch.setattr(prepare.Build, "_open", stop)
         prepare.build(small(folder))
     assert (folder / "set/build.json").exists() and len(list((folder / "set").glob("fineweb_train_*.bin"))) == 2
 
@@ -369,7 +367,7 @@ def drop_last(folder: Path) -> None:
 
 UNFINISHED = {
     "val_docs": (lambda folder: None, {"val_docs": 5}, "unfinished build with another val_docs"),
-    "skip_bad": (lambda folder: None, {"skip_bad": True}, "unfinished build with another skip_bad"),
+    "shard_entries": (lambda folder: None, {"shard_entries": 901}, "unfinished build with another shard_entries"),
     "documents": (change_first, {}, "not what the unfinished build.*val_000000.bin entry 1: "),
     "no documents": (lambda folder: (folder / "few.jsonl").write_text(""), {}, "0 documents in all"),
     "fewer documents": (drop_last, {}, "not what the unfinished build.*train_00000[0-9].bin"),
