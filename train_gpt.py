@@ -1079,30 +1079,23 @@ class SpanLayout(NamedTuple):
         return self.per_micro * self.span_tokens
 
 
-class TokenStream:
-    """All shards end to end, again and again."""
-
-    def __init__(self, shards: list[np.ndarray]) -> None:
-        self.shards = shards
-        self.ends = np.cumsum([len(s) for s in shards])
-
-    def read(self, start: int, count: int) -> np.ndarray:
-        """`count` entries from position `start` of the endless stream."""
-        parts, start = [], start % int(self.ends[-1])
-        while count > 0:
-            index = int(np.searchsorted(self.ends, start, side="right"))
-            offset = start - (int(self.ends[index - 1]) if index else 0)
-            parts.append(np.asarray(self.shards[index][offset: offset + count]))
-            count -= len(parts[-1])
-            start = (start + len(parts[-1])) % int(self.ends[-1])
-        return np.concatenate(parts)
+def read_stream(shards: list[np.ndarray], start: int, count: int) -> np.ndarray:
+    """`count` entries from position `start` of all shards end to end, again and again."""
+    ends, parts = np.cumsum([len(shard) for shard in shards]), []
+    while count > 0:
+        start %= int(ends[-1])
+        index = int(np.searchsorted(ends, start, side="right"))
+        offset = start - (int(ends[index]) - len(shards[index]))
+        parts.append(np.asarray(shards[index][offset: offset + count]))
+        count, start = count - len(parts[-1]), start + len(parts[-1])
+    return np.concatenate(parts)
 
 
 class TrainLoader:
     """The micro-batches of one rank, step by step, prepared one step ahead in a background thread."""
 
-    def __init__(self, stream: TokenStream, layout: SpanLayout, cfg: Config, ranks: Ranks) -> None:
-        self.stream, self.layout, self.cfg, self.ranks = stream, layout, cfg, ranks
+    def __init__(self, shards: list[np.ndarray], cfg: Config, ranks: Ranks) -> None:
+        self.shards, self.layout, self.cfg, self.ranks = shards, SpanLayout.plan(cfg, ranks.world), cfg, ranks
         device = ranks.device  # a thread starts on GPU 0, and pinning memory there would cost every rank a context on it
         choose = (torch.cuda.set_device, (device,)) if device.type == "cuda" else (None, ())
         self.pool = ThreadPoolExecutor(1, "loader", *choose)
@@ -1124,7 +1117,8 @@ class TrainLoader:
 
     def _prepare(self, position: int) -> list[Batch]:
         span, size, share = self.layout.span_tokens, self.layout.micro_tokens, self.layout.per_rank * self.layout.span_tokens
-        entries, batches, longest = self.stream.read(position + self.ranks.rank * share, share + 1), [], min(self.cfg.train_seq_len, span)
+        entries, longest = read_stream(self.shards, position + self.ranks.rank * share, share + 1), min(self.cfg.train_seq_len, span)
+        batches = []
         for first in range(0, share, size):
             tokens, targets = entries[first: first + size], entries[first + 1: first + size + 1]
             batches.append(make_batch(tokens, targets, segment_starts(tokens, span, longest), longest, self.ranks.device))
@@ -4401,19 +4395,20 @@ def prepare(run: Run, environ: Mapping[str, str]) -> tuple[list[np.ndarray], Val
     return train, val
 
 
-def train_and_export(run: Run, shards: list[np.ndarray], val: ValData, checkpoint: Checkpoint, layout: SpanLayout) -> bytes:
+def train_and_export(run: Run, shards: list[np.ndarray], val: ValData, checkpoint: Checkpoint) -> bytes:
     """Everything from the first weights to the artifact, whose bytes all ranks get; from a checkpoint, if there is one.
 
     Before Stopped leaves it, a checkpoint has been written.
     """
-    cfg, log = run.cfg, run.log
+    cfg, log, loader = run.cfg, run.log, TrainLoader(shards, run.cfg, run.ranks)
+    layout = loader.layout
     check_memory(run, layout)
     model = GPT(cfg, run.dtype)
     model.init_weights(cfg.seed)
     model.to(run.device)
     log(f"model of {sum(p.numel() for p in model.parameters()):,} parameters; a step is {layout.spans} spans of "
         f"{layout.span_tokens} tokens, {layout.per_rank // layout.per_micro} forwards of {layout.micro_tokens} tokens a rank")
-    trainer = Trainer(run, model, TrainLoader(TokenStream(shards), layout, cfg, run.ranks))
+    trainer = Trainer(run, model, loader)
     trainer.warm_up()
     checkpoint.resume(trainer)
     run.ranks.keeps_signals = True  # what is trained is saved first
@@ -4539,9 +4534,10 @@ def run_stages(run: Run, environ: Mapping[str, str]) -> int:
         for text in words:
             run.log(f"warning: {text}")
         return score_and_finish(run, val, data, {})
-    layout, checkpoint = SpanLayout.plan(cfg, run.ranks.world), Checkpoint(run)
+    SpanLayout.plan(cfg, run.ranks.world)  # says at once if the ranks do not divide the batch
+    checkpoint = Checkpoint(run)
     shards, val = prepare(run, environ)
-    data = checkpoint.exported() or train_and_export(run, shards, val, checkpoint, layout)
+    data = checkpoint.exported() or train_and_export(run, shards, val, checkpoint)
     status = score_and_finish(run, val, data, {name: checkpoint.record[name] for name in ("steps", "train_ms")})
     checkpoint.done()
     return status
