@@ -27,7 +27,6 @@ does not cross: a document or a piece of one. *sidecar*: for each validation tok
 
 from __future__ import annotations
 
-import ast
 import bisect
 import difflib
 import fcntl
@@ -47,7 +46,6 @@ import sys
 import tempfile
 import threading
 import time
-import tokenize
 import traceback
 import typing
 import warnings
@@ -1079,30 +1077,23 @@ class SpanLayout(NamedTuple):
         return self.per_micro * self.span_tokens
 
 
-class TokenStream:
-    """All shards end to end, again and again."""
-
-    def __init__(self, shards: list[np.ndarray]) -> None:
-        self.shards = shards
-        self.ends = np.cumsum([len(s) for s in shards])
-
-    def read(self, start: int, count: int) -> np.ndarray:
-        """`count` entries from position `start` of the endless stream."""
-        parts, start = [], start % int(self.ends[-1])
-        while count > 0:
-            index = int(np.searchsorted(self.ends, start, side="right"))
-            offset = start - (int(self.ends[index - 1]) if index else 0)
-            parts.append(np.asarray(self.shards[index][offset: offset + count]))
-            count -= len(parts[-1])
-            start = (start + len(parts[-1])) % int(self.ends[-1])
-        return np.concatenate(parts)
+def read_stream(shards: list[np.ndarray], start: int, count: int) -> np.ndarray:
+    """`count` entries from position `start` of all shards end to end, again and again."""
+    ends, parts = np.cumsum([len(shard) for shard in shards]), []
+    while count > 0:
+        start %= int(ends[-1])
+        index = int(np.searchsorted(ends, start, side="right"))
+        offset = start - (int(ends[index]) - len(shards[index]))
+        parts.append(np.asarray(shards[index][offset: offset + count]))
+        count, start = count - len(parts[-1]), start + len(parts[-1])
+    return np.concatenate(parts)
 
 
 class TrainLoader:
     """The micro-batches of one rank, step by step, prepared one step ahead in a background thread."""
 
-    def __init__(self, stream: TokenStream, layout: SpanLayout, cfg: Config, ranks: Ranks) -> None:
-        self.stream, self.layout, self.cfg, self.ranks = stream, layout, cfg, ranks
+    def __init__(self, shards: list[np.ndarray], cfg: Config, ranks: Ranks) -> None:
+        self.shards, self.layout, self.cfg, self.ranks = shards, SpanLayout.plan(cfg, ranks.world), cfg, ranks
         device = ranks.device  # a thread starts on GPU 0, and pinning memory there would cost every rank a context on it
         choose = (torch.cuda.set_device, (device,)) if device.type == "cuda" else (None, ())
         self.pool = ThreadPoolExecutor(1, "loader", *choose)
@@ -1124,7 +1115,8 @@ class TrainLoader:
 
     def _prepare(self, position: int) -> list[Batch]:
         span, size, share = self.layout.span_tokens, self.layout.micro_tokens, self.layout.per_rank * self.layout.span_tokens
-        entries, batches, longest = self.stream.read(position + self.ranks.rank * share, share + 1), [], min(self.cfg.train_seq_len, span)
+        entries, longest = read_stream(self.shards, position + self.ranks.rank * share, share + 1), min(self.cfg.train_seq_len, span)
+        batches = []
         for first in range(0, share, size):
             tokens, targets = entries[first: first + size], entries[first + 1: first + size + 1]
             batches.append(make_batch(tokens, targets, segment_starts(tokens, span, longest), longest, self.ranks.device))
@@ -2687,8 +2679,6 @@ def open_artifact(data: bytes) -> tuple[Config, str, dict[str, Tensor], bytes]:
     """
     if len(data) < ARTIFACT_PREFIX.size or data[:8] != ARTIFACT_MAGIC:
         raise ArtifactError("this is not an artifact of this train_gpt.py (wrong first bytes)")
-    if len(data) > ARTIFACT_MAX_FILE_BYTES:
-        raise ArtifactError(f"{len(data)} bytes are more than an artifact may have ({ARTIFACT_MAX_FILE_BYTES})")
     _, packed_bytes, digest = ARTIFACT_PREFIX.unpack_from(data)
     body = data[ARTIFACT_PREFIX.size:]
     if hashlib.sha256(data[:12] + body).digest() != digest:
@@ -2819,99 +2809,99 @@ def size_table(data: bytes, tensors: Tensors, cfg: Config) -> list[dict[str, str
     knows nothing but the tensor (and the quantizer of a trellis).
     """
     coded = data[ARTIFACT_PREFIX.size + ARTIFACT_PREFIX.unpack_from(data)[1]:]
-    lengths, rows, rest = iter(cut_streams(coded)[2:] if coded else ()), [], len(data)
+    sizes, rows, rest = map(len, cut_streams(coded)[2:] if coded else ()), [], len(data)
     for row in parameter_table(cfg):
         if row.matrices:
-            weights, size = math.prod(row.shape), sum(map(len, itertools.islice(lengths, len(row.matrices))))
-            rows.append({"tensor": row.name, "weights": weights,
-                         **({"bytes": size, "bits_per_weight": f"{8 * size / weights:.4f}"} if size else {}),
-                         "entropy": f"{table_entropy(tensors[row.name]) / weights:.4f}"})
+            codes, size = tensors[row.name].codes.int(), sum(itertools.islice(sizes, len(row.matrices)))
+            quantizers = trellis_quantizers(codes) if tensors[row.name].method == "trellis" else 0
+            counts = np.bincount((codes + 128 + 256 * quantizers).ravel().numpy(), minlength=512).reshape(2, 256)
+            rows.append({"tensor": row.name, "weights": codes.numel(),
+                         **({"bytes": size, "bits_per_weight": f"{8 * size / codes.numel():.4f}"} if size else {}),
+                         "entropy": f"{entropy_bits(counts) / codes.numel():.4f}"})
             rest -= size
     return [*rows, {"tensor": "rest", "bytes": rest}]
-
-
-def table_entropy(quantized: Quantized) -> float:
-    """Bits of the codes with one frequency table a quantizer."""
-    symbols = quantized.codes.int() + 128
-    if quantized.method == "trellis":
-        symbols = symbols + 256 * trellis_quantizers(quantized.codes)
-    return entropy_bits(np.bincount(symbols.ravel().numpy(), minlength=512).reshape(2, 256))
 
 
 # ---- code ----
 # The rules count the code with the model. What a record folder ships as its train_gpt.py, and what therefore counts, is the
 # packed file (`python train_gpt.py --pack`): a few readable lines that run a brotli payload, which is this source less what it
-# runs without. The readable source lies beside it in source/; a run from either makes the same artifact.
+# runs without: comments, docstrings, blanks, most annotations, and what packs it, which stands under `if not PACKED`. The readable
+# source lies beside it in source/; a run from either makes the same artifact.
 
-PACKED_HEAD = b'''# coding: latin-1
-"""train_gpt.py, packed to count few bytes; source/train_gpt.py beside it is what it runs, to be read."""
+PACKED = "PACKED_SOURCE" in globals()
+
+if not PACKED:
+    import ast
+    import tokenize
+
+    PACKED_HEAD = b'''# coding: latin-1
+"""Packed: source/train_gpt.py beside it is what it runs, to be read."""
 import brotli, linecache
 PACKED_SOURCE = brotli.decompress("""'''
-PACKED_TAIL = b'''""".encode("latin-1"))
+    PACKED_TAIL = b'''""".encode("latin-1"))
 linecache.cache["packed.py"] = len(PACKED_SOURCE), None, PACKED_SOURCE.decode().splitlines(True), "packed.py"
 exec(compile(PACKED_SOURCE, "packed.py", "exec"))
 '''
-PACKED_ESCAPES = (r"\\", r"\\\\"), ("\r", r"\\r"), ("\0(?=[0-7])", r"\\x00"), ("\0", r"\\0"), (r'"(?="|\Z)', r'\\"')
-BLIND_DECORATORS = {"property", "classmethod", "staticmethod", "lru_cache", "torch.no_grad"}
+    PACKED_ESCAPES = (r"\\", r"\\\\"), ("\r", r"\\r"), ("\0(?=[0-7])", r"\\x00"), ("\0", r"\\0"), (r'"(?="|\Z)', r'\\"')
+    BLIND_DECORATORS = {"property", "classmethod", "staticmethod", "lru_cache", "torch.no_grad"}
 
+    def needless_spans(source: str) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
+        """Rows and columns, from and up to, of what is not shipped; annotations stay where a decorator may read them."""
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.If) and ast.unparse(node.test) == "not PACKED":
+                yield (node.lineno, node.col_offset), (node.end_lineno, node.end_col_offset)
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) and len(node.body) > 1:
+                yield (node.body[0].lineno, node.body[0].col_offset), (node.body[0].end_lineno, node.body[0].end_col_offset)
+            if isinstance(node, ast.FunctionDef) and {ast.unparse(d).partition("(")[0] for d in node.decorator_list} <= BLIND_DECORATORS:
+                for arg in ast.walk(node.args):
+                    if isinstance(arg, ast.arg) and arg.annotation:
+                        yield (arg.lineno, arg.col_offset + len(arg.arg)), (arg.end_lineno, arg.end_col_offset)
+                if (last := node.returns) is not None:
+                    yield (last.lineno, last.col_offset - len("-> ")), (last.end_lineno, last.end_col_offset)
 
-def needless_spans(source: str) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
-    """Rows and columns, from and up to, of docstrings and of the annotations of functions that no decorator reads."""
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) and len(node.body) > 1:
-            yield (node.body[0].lineno, node.body[0].col_offset), (node.body[0].end_lineno, node.body[0].end_col_offset)
-        if isinstance(node, ast.FunctionDef) and {ast.unparse(d).partition("(")[0] for d in node.decorator_list} <= BLIND_DECORATORS:
-            for arg in ast.walk(node.args):
-                if isinstance(arg, ast.arg) and arg.annotation:
-                    yield (arg.lineno, arg.col_offset + len(arg.arg)), (arg.end_lineno, arg.end_col_offset)
-            if node.returns:
-                yield (node.returns.lineno, node.returns.col_offset - len("-> ")), (node.returns.end_lineno, node.returns.end_col_offset)
+    def shipped_source(source: str) -> str:
+        """`source` without all that: what the packed file runs."""
+        lines = [0, *itertools.accumulate(map(len, io.StringIO(source)))]  # where they begin
+        spans, shipped, depth, f_strings, end = sorted(needless_spans(source)), "\n", 0, 0, 0
+        for token in tokenize.generate_tokens(io.StringIO(source).readline):
+            kind, before = tokenize.tok_name[token.type], end
+            begin, end = (lines[row - 1] + column for row, column in (token.start, token.end))
+            text = source[begin:end]
+            while spans and spans[0][1] <= token.start:
+                spans.pop(0)
+            needless = bool(spans) and spans[0][0] <= token.start
+            depth += (kind == "INDENT") - (kind == "DEDENT")
+            if f_strings and not needless:  # which Python takes apart from 3.12 on
+                text = source[before:end]
+            elif kind == "NEWLINE":
+                text = "" if shipped[-1] == "\n" else "\n"
+            elif kind in ("COMMENT", "NL", "INDENT", "DEDENT", "ENDMARKER") or needless:
+                text = ""
+            elif shipped[-1] == "\n":
+                text = " " * depth + text
+            elif re.fullmatch(r"\w\w|['\"]{2}", shipped[-1] + text[0]):
+                text = " " + text
+            f_strings += (kind == "FSTRING_START") - (kind == "FSTRING_END")
+            shipped += text
+        return shipped[1:]
 
-
-def shipped_source(source: str) -> str:
-    """`source` without comments, docstrings, needless annotations and blanks: what the packed file runs."""
-    lines = [0, *itertools.accumulate(map(len, io.StringIO(source)))]  # where they begin
-    spans, shipped, depth, f_strings, end = sorted(needless_spans(source)), "\n", 0, 0, 0
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        kind, before = tokenize.tok_name[token.type], end
-        begin, end = (lines[row - 1] + column for row, column in (token.start, token.end))
-        text = source[begin:end]
-        while spans and spans[0][1] <= token.start:
-            spans.pop(0)
-        depth += (kind == "INDENT") - (kind == "DEDENT")
-        if f_strings:  # which Python takes apart from 3.12 on
-            text = source[before:end]
-        elif kind == "NEWLINE":
-            text = "" if shipped[-1] == "\n" else "\n"
-        elif kind in ("COMMENT", "NL", "INDENT", "DEDENT", "ENDMARKER") or spans and spans[0][0] <= token.start:
-            text = ""
-        elif shipped[-1] == "\n":
-            text = " " * depth + text
-        elif re.fullmatch(r"\w\w|['\"]{2}", shipped[-1] + text[0]):
-            text = " " + text
-        f_strings += (kind == "FSTRING_START") - (kind == "FSTRING_END")
-        shipped += text
-    return shipped[1:]
-
-
-def pack_code(source: str) -> bytes:
-    """The packed file that runs `source`; of itself, unpacked, it is made again to the byte."""
-    payload = brotli.compress(shipped_source(source).encode(), quality=11, lgwin=24).decode("latin-1")
-    for pattern, escape in PACKED_ESCAPES:
-        payload = re.sub(pattern, escape, payload)
-    return PACKED_HEAD + payload.encode("latin-1") + PACKED_TAIL
+    def pack_code(source: str) -> bytes:
+        """The packed file that runs `source`; of itself, unpacked, it is made again to the byte."""
+        payload = brotli.compress(shipped_source(source).encode(), quality=11, lgwin=24).decode("latin-1")
+        for pattern, escape in PACKED_ESCAPES:
+            payload = re.sub(pattern, escape, payload)
+        return PACKED_HEAD + payload.encode("latin-1") + PACKED_TAIL
 
 
 def own_source() -> str:
     """The source of this program: the readable one, or, where it runs packed, what the packed file holds."""
-    packed = globals().get("PACKED_SOURCE")
-    return packed.decode() if packed else Path(__file__).read_text(encoding="utf-8")
+    return globals()["PACKED_SOURCE"].decode() if PACKED else Path(__file__).read_text(encoding="utf-8")
 
 
 @lru_cache(maxsize=1)
 def counted_code() -> bytes:
     """The packed file, whichever runs: what a record folder ships, and what counts."""
-    return Path(__file__).read_bytes() if "PACKED_SOURCE" in globals() else pack_code(own_source())
+    return Path(__file__).read_bytes() if PACKED else pack_code(own_source())
 
 
 # ---- entropy coder ("rans") ----
@@ -2972,6 +2962,7 @@ def coder_tables(model: np.void) -> tuple[np.ndarray, np.ndarray]:
     squares = model["roots"].reshape(-1, 256).astype(np.int64) ** 2
     scaled = squares * (1 << RANS_BITS) // np.maximum(squares.sum(1, keepdims=True), 1)
     scaled = np.where(squares > 0, np.maximum(scaled, 1), 0)
+    # The largest takes what is missing, or gives what is too much. It has it: s rare symbols are raised to 1, and s (256 - s) <= 2**14.
     scaled[np.arange(len(scaled)), scaled.argmax(1)] += (1 << RANS_BITS) - scaled.sum(1)
     return scaled, np.cumsum(scaled, 1) - scaled
 
@@ -3204,8 +3195,6 @@ class RansDecoder:
 
     def load(self, frequencies: np.ndarray, starts: np.ndarray) -> None:
         """Take the tables of coder_tables."""
-        if (frequencies < 0).any():
-            raise ArtifactError("the artifact's coder tables are impossible")
         self.symbol_of_slot = np.repeat(np.tile(np.arange(256, dtype=np.uint8), len(frequencies)), frequencies.ravel())
         self.frequency, self.start = (table.astype(np.uint32).ravel() for table in (frequencies, starts))
 
@@ -4314,17 +4303,17 @@ def output_path(cfg: Config, suffix: str) -> Path:
 def open_log(cfg: Config, ranks: Ranks) -> Log:
     """The run's log, which a run that goes on appends to; that of an evaluation gets the first free name."""
     path = output_path(cfg, ".log")
-    if ranks.rank == 0 and cfg.eval_only:
+    if ranks.rank:
+        return Log(path, enabled=False)
+    if cfg.eval_only:
         names = (output_path(cfg, f".eval{n}.log") for n in itertools.count(1))
         path = next(name for name in names if not name.exists())
     try:
-        log = Log(path, enabled=ranks.rank == 0)
-        free = shutil.disk_usage(path.parent).free if log.enabled else math.inf
-        if log.enabled and cfg.losses_path:
+        log, free = Log(path), shutil.disk_usage(path.parent).free
+        if cfg.losses_path:
             losses = Path(cfg.losses_path)
             losses.parent.mkdir(parents=True, exist_ok=True)
-            if losses.is_dir():
-                raise ValueError(f"LOSSES_PATH={cfg.losses_path} is a folder")
+            require(not losses.is_dir(), f"LOSSES_PATH={cfg.losses_path} is a folder")
             tempfile.TemporaryFile(dir=losses.parent).close()  # it is written after training, which must not be in vain
     except OSError as error:
         raise ValueError(f"cannot write to {error.filename or path.parent}: {error.strerror}; set ARTIFACT_DIR or LOSSES_PATH to a place "
@@ -4372,19 +4361,20 @@ def prepare(run: Run, environ: Mapping[str, str]) -> tuple[list[np.ndarray], Val
     return train, val
 
 
-def train_and_export(run: Run, shards: list[np.ndarray], val: ValData, checkpoint: Checkpoint, layout: SpanLayout) -> bytes:
+def train_and_export(run: Run, shards: list[np.ndarray], val: ValData, checkpoint: Checkpoint) -> bytes:
     """Everything from the first weights to the artifact, whose bytes all ranks get; from a checkpoint, if there is one.
 
     Before Stopped leaves it, a checkpoint has been written.
     """
-    cfg, log = run.cfg, run.log
+    cfg, log, loader = run.cfg, run.log, TrainLoader(shards, run.cfg, run.ranks)
+    layout = loader.layout
     check_memory(run, layout)
     model = GPT(cfg, run.dtype)
     model.init_weights(cfg.seed)
     model.to(run.device)
     log(f"model of {sum(p.numel() for p in model.parameters()):,} parameters; a step is {layout.spans} spans of "
         f"{layout.span_tokens} tokens, {layout.per_rank // layout.per_micro} forwards of {layout.micro_tokens} tokens a rank")
-    trainer = Trainer(run, model, TrainLoader(TokenStream(shards), layout, cfg, run.ranks))
+    trainer = Trainer(run, model, loader)
     trainer.warm_up()
     checkpoint.resume(trainer)
     run.ranks.keeps_signals = True  # what is trained is saved first
@@ -4510,9 +4500,10 @@ def run_stages(run: Run, environ: Mapping[str, str]) -> int:
         for text in words:
             run.log(f"warning: {text}")
         return score_and_finish(run, val, data, {})
-    layout, checkpoint = SpanLayout.plan(cfg, run.ranks.world), Checkpoint(run)
+    SpanLayout.plan(cfg, run.ranks.world)  # says at once if the ranks do not divide the batch
+    checkpoint = Checkpoint(run)
     shards, val = prepare(run, environ)
-    data = checkpoint.exported() or train_and_export(run, shards, val, checkpoint, layout)
+    data = checkpoint.exported() or train_and_export(run, shards, val, checkpoint)
     status = score_and_finish(run, val, data, {name: checkpoint.record[name] for name in ("steps", "train_ms")})
     checkpoint.done()
     return status

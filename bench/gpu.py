@@ -287,8 +287,7 @@ def part_steps(bench: Bench) -> None:
     """The training step at each depth, then where its time goes."""
     run = bench.make_run()
     g.resolve_attention(run.cfg.attn_backend, bench.device)
-    layout = g.SpanLayout.plan(run.cfg, 1)
-    loader = g.TrainLoader(g.TokenStream(bench.stream()), layout, run.cfg, run.ranks)
+    loader = g.TrainLoader(bench.stream(), run.cfg, run.ranks)
     trainer = g.Trainer(run, bench.make_model(run), loader)
     context = statistics.mean(mean_context(batch) for _ in range(3) for batch in loader.next())
     bench.add("tokens a token attends to", context, "tokens", f"attention: {g.attention_backend.name}")
@@ -413,8 +412,7 @@ def compiled(bench: Bench, function: Callable[..., Tensor]) -> Callable[..., Ten
 
 def time_attention(bench: Bench) -> None:
     cfg, tokens = bench.cfg, bench.cfg.micro_batch_tokens
-    layout = g.SpanLayout.plan(cfg, 1)
-    loader = g.TrainLoader(g.TokenStream(bench.stream()), layout, cfg, g.Ranks(device=bench.device))
+    loader = g.TrainLoader(bench.stream(), cfg, g.Ranks(device=bench.device))
     batch = loader.next()[0]
     tokens = batch.tokens.numel()
     inputs = [bench.random(tokens, heads, cfg.head_dim) for heads in (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads)]
@@ -533,8 +531,7 @@ def part_quantize(bench: Bench) -> None:
     """Hessians from two steps' batches, GPTQ of all matrices, packing."""
     run = bench.make_run(gptq_calibration_batches=2)
     g.resolve_attention(run.cfg.attn_backend, bench.device)
-    layout = g.SpanLayout.plan(run.cfg, 1)
-    loader = g.TrainLoader(g.TokenStream(bench.stream()), layout, run.cfg, run.ranks)
+    loader = g.TrainLoader(bench.stream(), run.cfg, run.ranks)
     model = bench.make_model(run)
     g.collect_hessians(run, model, loader)
     began = time.perf_counter()
