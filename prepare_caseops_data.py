@@ -14,7 +14,7 @@ fineweb_val_bytes_000000.bin, with the bytes of the original text behind every t
 the validation set, all the others are for training, less those that are equal to a validation document: that have the
 same tokens, since tokens are all that a model sees.
 
-What a right set of shards is stands in train_gpt.py (`dataset_shards`, `read_shard`), which is imported where it is
+What a right set of shards is stands in train_gpt.py (`Dataset`, `read_shard`), which is imported where it is
 asked, because it brings torch along.
 
 Contents: settings | documents | sample | train a tokenizer | files | encode | build | download | verify | main
@@ -779,8 +779,9 @@ def standing(request: BuildRequest, tokenizer: Tokenizer) -> dict[str, Any] | No
                          " --force, or choose another --out")
     import train_gpt
     try:
-        for kind in train_gpt.SHARD_KINDS:
-            train_gpt.read_shards(request.out, kind)
+        dataset = train_gpt.Dataset(request.out)
+        for kind in dataset.paths:
+            dataset.read(kind)
     except ValueError as error:
         raise ValueError(f"the data set in {request.out} is not whole: {error}; --force does that") from None
     (request.out / JOURNAL).unlink(missing_ok=True)  # a kill between the manifest and this leaves it
@@ -1024,9 +1025,9 @@ class Verification:
                     "VOCAB_SIZE": str(self.tokenizer.vocab_size), "CASEOPS_VERSION": self.tokenizer.transform.name}
         faults = []
         try:
-            self.shards = {kind: list(zip(paths, train_gpt.read_shards(self.folder, kind)))
-                           for kind, paths in train_gpt.dataset_shards(self.folder).items() if paths}
-            self.val = train_gpt.check_dataset(train_gpt.Config.from_env(settings))
+            dataset = train_gpt.Dataset(self.folder)
+            self.shards = {kind: list(zip(paths, dataset.read(kind))) for kind, paths in dataset.paths.items() if paths}
+            _, self.val = train_gpt.check_dataset(train_gpt.Config.from_env(settings), dataset)
         except ValueError as error:
             faults = [str(error)]
         lengths = [len(shard) for shards in self.shards.values() for _, shard in shards]

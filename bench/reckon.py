@@ -99,7 +99,7 @@ def read_lengths(path: Path) -> np.ndarray:
 
 def lengths_of_data(cfg: g.Config) -> np.ndarray:
     """Document lengths in scoring order of the validation shards in DATA_PATH."""
-    tokens = np.concatenate(g.read_shards(cfg.shards_dir, "val"))
+    tokens = np.concatenate(g.Dataset(cfg.shards_dir).read("val"))
     return np.asarray(g.Documents(g.ValData(tokens, np.ones_like(tokens), int((tokens == g.BOS_ID).sum()))).lengths)
 
 
@@ -158,7 +158,7 @@ def ttt_parts(cfg: g.Config, lengths: np.ndarray, plans: Sequence[g.PhasePlan], 
     took = HINT_SECONDS * int(lengths.sum())
     parts = [Part("n-gram hints, on the host", took, (took,) * world, f"order {cfg.ngram_tilt_order}")] if cfg.ngram_tilt_enabled else []
     for i, plan in enumerate(plans, 1):
-        note = f"{len(plan.documents)} documents in {len(plan.batches)} batches"
+        note = f"{sum(map(len, plan.batches))} documents in {len(plan.batches)} batches"
         parts.append(Part(f"ttt phase {i}/{len(plans)}", max(plan.seconds), plan.seconds, note))
         if len(plan.learns):
             took, chunks = sgd_seconds(cfg, lengths[list(plan.learns)], world)
@@ -209,7 +209,7 @@ def published_plan(cfg: g.Config, lengths: np.ndarray, world: int) -> list[g.Pha
             ranks[rank].append(i)
             heapq.heappush(queue, (free + published_batch_seconds(int(lengths[batch.start]), len(batch)), rank))
         seconds = tuple(took for took, _ in sorted(queue, key=lambda item: item[1]))
-        plans.append(g.PhasePlan(range(begin, end), mine, tuple(map(tuple, ranks)), seconds, range(end - 1, end - 1 - learns, -1)))
+        plans.append(g.PhasePlan(mine, tuple(map(tuple, ranks)), seconds, range(end - 1, end - 1 - learns, -1)))
         begin = end
     return plans
 

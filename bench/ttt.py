@@ -68,8 +68,8 @@ class ExperimentalAdapters(g.Adapters):
 
     options: dict[str, str]
 
-    def __init__(self, run: g.Run, schedule: g.Schedule, documents: int) -> None:
-        super().__init__(run, schedule, documents)
+    def __init__(self, run: g.Run, documents: int) -> None:
+        super().__init__(run, documents)
         self.used = 0  # documents that have had an adapter since the last reset
         if sites := self.options.get("sites"):
             for name in set(self.shapes) - set(sites.split(",")):
@@ -108,7 +108,7 @@ class ExperimentalScorer(g.TTTScorer):
 
     def forward(self, batch: g.Batch, leaves: dict[str, Tensor], seen: int) -> tuple[Tensor, list]:
         """Losses, and keys and values, of the chunk that begins at the cache's `begin`."""
-        return self.losses_of(batch, self.adapters, leaves, None, None, self.cache, seen)
+        return self.losses_of(batch, leaves, None, None, seen)
 
     def losses_before(self, leaves: dict[str, Tensor], live: int, seen: int) -> Tensor:
         """Losses of the chunk before, which sees what it saw when it was scored, with the adapters of now.

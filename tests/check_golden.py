@@ -183,7 +183,7 @@ def ttt_losses(run: tg.Run, model: tg.GPT, documents: list[np.ndarray], first_a:
     tokens = np.concatenate([*(d[:-1] for d in documents), documents[-1][-1:]]).astype(np.uint16)
     order = sorted(range(len(documents)), key=lambda i: -len(documents[i]))  # as the program scores them
     scorer = tg.TTTScorer(run, model)
-    adapters = scorer.adapters = tg.Adapters(run, scorer.schedule, len(documents))
+    adapters = scorer.adapters = tg.Adapters(run, len(documents))
     adapters.initial = {site: torch.from_numpy(first_a[site][:, order]).transpose(0, 1) for site in adapters.initial}
     found = scorer.score(tg.Documents(tg.ValData(tokens, np.ones_like(tokens), len(documents))), range(len(documents)))
     return [found[order.index(i)] for i in range(len(documents))]
@@ -206,7 +206,7 @@ def ttt_by_plan(run: tg.Run, model: tg.GPT, batches: list[list[np.ndarray]], fir
     for index, members in enumerate(plan.batches):
         assert (index in plan.warm) == (not first_a[index]), "A begins anew where theirs does"
         if index not in plan.warm:
-            adapters = scorer.adapters = tg.Adapters(run, scorer.schedule, len(members))
+            adapters = scorer.adapters = tg.Adapters(run, len(members))
             adapters.initial = {site: torch.from_numpy(a[:, ::-1].copy()).transpose(0, 1) for site, a in first_a[index].items()}
         losses = scorer.score(known, members, index in plan.warm)[::-1]  # ours has the longest document first
         yield losses, {name: t.flip(0).transpose(0, 1).numpy() for name, t in scorer.adapters.values.items()}

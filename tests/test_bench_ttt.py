@@ -159,8 +159,8 @@ def test_adapters_on_some_sites_only_learn_there_and_meta_moves_where_the_next_b
         scorer.score(documents, range(2))
         adapters = scorer.adapters
         assert sorted(adapters.values) == sorted(adapters.steps) == ["a.attn", "a.k", "b.attn", "b.k"]
-        begun, ended = adapters.initial["k"].clone(), adapters.values["a.k"].clone()
-        b_ended = adapters.values["b.attn"].clone()
+        begun, ended = adapters.initial["k"].clone(), adapters.values["a.k"][:2].clone()
+        b_ended = adapters.values["b.attn"][:2].clone()
         scorer.score(documents, range(1))  # resets first
     torch.testing.assert_close(adapters.initial["k"], (begun + ended.mean(0, keepdim=True)) / 2)
     torch.testing.assert_close(adapters.initial_b["attn"], b_ended.mean(0, keepdim=True) / 2)

@@ -253,7 +253,7 @@ def test_killed_at_any_change_of_a_file_the_same_command_ends_with_the_same_byte
             break
         if not (tmp_path / "set/manifest.json").exists():
             with pytest.raises(ValueError, match="unfinished build|no train shards|is not a folder"):  # never trained on
-                train_gpt.read_shards(tmp_path / "set", "train")
+                train_gpt.Dataset(tmp_path / "set").read("train")
         if step % 2:
             kills.dies(step // 3, prepare, lambda: prepare.build(small(tmp_path)))
         prepare.build(small(tmp_path))
@@ -276,7 +276,7 @@ def test_killed_while_it_replaces_another_data_set(tmp_path: Path) -> None:
         whole = (tmp_path / "set/manifest.json").exists() and contents(tmp_path / "set") in (old, expected)
         if not whole:
             with pytest.raises(ValueError, match="unfinished build"):
-                train_gpt.read_shards(tmp_path / "set", "train")
+                train_gpt.Dataset(tmp_path / "set").read("train")
         prepare.build(forced)
         assert_finished(tmp_path / "set", expected)
     assert not whole
@@ -489,17 +489,18 @@ def test_data_tokenizer_and_artifact_of_different_versions_refuse_each_other(of_
         artifact = config(version, version, version)  # as its header carries them
         for data in VERSIONS:
             adopted, _ = train_gpt.adopt_settings(config(data, data, data), artifact, {"CASEOPS_VERSION": data})
+            dataset = train_gpt.Dataset(of_versions[data].out)
             for cfg in (config(data, data, version), adopted):
                 if data == version:
-                    assert train_gpt.check_dataset(cfg).documents == 4 and "sha256" in train_gpt.check_tokenizer(cfg)
+                    assert train_gpt.check_dataset(cfg, dataset)[1].documents == 4 and "sha256" in train_gpt.check_tokenizer(cfg, dataset)
                     continue
                 with pytest.raises(ValueError, match=f"is of CASEOPS_VERSION={data}, this run or its artifact of {version}: neither"):
-                    train_gpt.check_dataset(cfg)
+                    train_gpt.check_dataset(cfg, dataset)
                 with pytest.raises(ValueError, match="is not the tokenizer that the data in"):
-                    train_gpt.check_tokenizer(config(data, version, data))
+                    train_gpt.check_tokenizer(config(data, version, data), dataset)
     plain_pieces = replace(config(V1.name, V1.name, V1.name), caseops_enabled=False)  # would charge operators as text
     with pytest.raises(ValueError, match="this run or its artifact of CASEOPS_ENABLED=0"):
-        train_gpt.check_dataset(plain_pieces)
+        train_gpt.load_val(plain_pieces)
 
 
 @pytest.mark.parametrize("kind", ["lossless", "nfkc"])

@@ -231,12 +231,12 @@ def test_a_later_token_changes_no_earlier_score_to_the_last_bit(context: str, do
         after = score_all(run, val._replace(tokens=tokens))
         np.testing.assert_array_equal(after[changed: changed + at - 1], before[changed: changed + at - 1])
         assert (after[changed + at - 1: changed + length - 1] != before[changed + at - 1: changed + length - 1]).mean() > 0.9
-        part = next(p.documents for p in g.plan_ttt(run.cfg, documents.lengths, 1) if order in p.documents)
+        scored = next(stop for p in g.plan_ttt(run.cfg, documents.lengths, 1) if order < (stop := p.batches[-1].stop))
         for start in map(int, starts):
             other, same = place_in_order[start], slice(start, start + int(documents.lengths[place_in_order[start]]))
-            if other != order and other < part.stop:  # earlier, or adapted beside it: they never see each other
+            if other != order and other < scored:  # earlier, or adapted beside it: they never see each other
                 np.testing.assert_array_equal(after[same], before[same])
-            if other >= part.stop:
+            if other >= scored:
                 assert (after[same] != before[same]).any(), "the global SGD has learnt from the changed document"
 
 
@@ -289,12 +289,12 @@ def test_global_sgd_is_plain_sgd_with_momentum_over_the_chunks_but_the_last() ->
 # ------------------------------------------------------------------------------------------------------------- the cache
 
 
-def test_places_that_hold_nothing_yet_are_out_of_sight(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_places_that_hold_nothing_yet_are_out_of_sight() -> None:
     run = make_run(ttt_context="cache", ttt_chunk_size=8, ttt_eval_seq_len=32)
     model, documents = make_model(run), g.Documents(make_val(tiny.documents(2, seed=17, shortest=50, longest=60)))
     exact = g.TTTScorer(run, model).score(documents, range(2))
-    monkeypatch.setattr(g.TTTScorer, "_places_in_sight", lambda self, begin: self.cache.places)  # a GPU rounds up
     rounded = g.TTTScorer(run, model)
+    rounded.seen_sizes = [rounded.cache.places]  # a GPU rounds up
     for _ in range(2):  # the second time the places hold what the first left there
         for one, other in zip(exact, rounded.score(documents, range(2))):
             np.testing.assert_allclose(one, other, atol=1e-5)
@@ -302,8 +302,7 @@ def test_places_that_hold_nothing_yet_are_out_of_sight(monkeypatch: pytest.Monke
 
 def test_the_cache_is_a_ring_that_never_holds_more_than_the_limit() -> None:
     run = make_run(ttt_context="cache", ttt_chunk_size=8, ttt_eval_seq_len=24)
-    schedule = g.loop_schedule(run.cfg, 1)
-    cache = g.KVCache(run, schedule, documents=2, places=24)
+    cache = g.KVCache(run, documents=2)
     generator = torch.Generator().manual_seed(0)
     heads, kv_heads, dim = run.cfg.num_heads, run.cfg.num_kv_heads, run.cfg.head_dim
     stream = [torch.randn(2, 40, n, dim, generator=generator) for n in (heads, kv_heads, kv_heads)]
@@ -311,8 +310,9 @@ def test_the_cache_is_a_ring_that_never_holds_more_than_the_limit() -> None:
         q, k, v = (t[:, begin: begin + 8].flatten(0, 1) for t in stream)
         fresh: list[tuple[Tensor, Tensor]] = []
         attend = cache.bind(2, 8, min(begin, 24), fresh)
-        out = [attend(visit, q, k, v) for visit in range(schedule.visits)][-1].unflatten(0, (2, 8))
+        out = [attend(visit, q, k, v) for visit in range(len(cache.keys))][-1].unflatten(0, (2, 8))
         cache.store(fresh)
+        assert cache.places == 24
         past = slice(max(0, begin + 8 - 24), begin + 8)
         keys, values = (t[:, past].transpose(1, 2) for t in stream[1:])
         mask = torch.ones(8, keys.size(2), dtype=torch.bool).tril(keys.size(2) - 8)

@@ -28,6 +28,11 @@ def heavy_tailed(count: int) -> np.ndarray:
 LENGTHS = heavy_tailed(50_000)
 
 
+def scored_by(plan: g.PhasePlan) -> int:
+    """Documents that are scored when the plan has ended."""
+    return plan.batches[-1].stop
+
+
 def window_tokens(lengths: np.ndarray) -> np.ndarray:
     """Tokens that the record's steps forward for a batch of documents, step by step: the longest one's windows for all that go on."""
     ends = np.arange(48, lengths[0] + 48, 48)
@@ -47,7 +52,6 @@ def test_every_document_is_in_one_batch_and_every_batch_on_one_rank(world: int) 
     plans = g.plan_ttt(RECORD, LENGTHS, world)
     assert [d for plan in plans for batch in plan.batches for d in batch] == list(range(50_000))
     for plan in plans:
-        assert [d for batch in plan.batches for d in batch] == list(plan.documents)
         assert max(map(len, plan.batches)) <= RECORD.ttt_batch_size
         assert len(plan.ranks) == world and sorted(sum(plan.ranks, ())) == list(range(len(plan.batches)))
 
@@ -100,14 +104,14 @@ def test_the_plan_is_a_function_of_lengths_and_settings_and_the_phases_do_not_de
     before = LENGTHS.copy()
     plans = {world: g.plan_ttt(cfg, LENGTHS, world) for world in WORLDS}
     assert g.plan_ttt(cfg, before, 8) == plans[8] and np.array_equal(before, LENGTHS)
-    assert all([(p.documents, p.learns) for p in plans[world]] == [(p.documents, p.learns) for p in plans[1]] for world in WORLDS)
+    assert all([(scored_by(p), p.learns) for p in plans[world]] == [(scored_by(p), p.learns) for p in plans[1]] for world in WORLDS)
 
 
 def test_the_record_learns_from_the_shortest_of_what_is_scored_and_leaves_the_longest_out() -> None:
     plans = g.plan_ttt(RECORD, LENGTHS, 8)
     assert len(plans) == 4 and len(plans[-1].learns) == 0
     for plan, learned in zip(plans, (666, 1333, 2000)):
-        scored = plan.documents.stop
+        scored = scored_by(plan)
         assert (50_000 - scored) % 64 == 0, "whole batches, cut from the short end, are left"
         assert list(plan.learns) == list(range(scored - 1, scored - 1 - learned, -1))
         assert (np.diff(LENGTHS[plan.learns.start: plan.learns.stop: -1]) >= 0).all(), "from short to long"
@@ -120,8 +124,9 @@ def test_a_pause_comes_with_the_first_whole_batch_at_which_enough_is_scored(
         leave_out: int, count: int, expected: list[tuple[int, int]]) -> None:
     cfg = make_run(phased_ttt_enabled=1, phased_ttt_prefix_docs=20, phased_ttt_num_phases=3, phased_ttt_leave_out=leave_out,
                    ttt_batch_size=4).cfg
-    assert g.phase_ends(cfg, count) == expected
-    assert g.phase_ends(g.replace(cfg, phased_ttt_enabled=False), count) == []
+    for settings, pauses in ((cfg, expected), (g.replace(cfg, phased_ttt_enabled=False), [])):
+        plans = g.plan_ttt(settings, np.full(count, 9), 2)
+        assert [(scored_by(plan), len(plan.learns)) for plan in plans] == [*pauses, (count, 0)]
 
 
 def test_the_global_sgd_is_given_those_documents_with_the_bos_behind_each(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,7 +159,7 @@ def test_lanes_of_whole_batches_do_not_depend_on_the_ranks() -> None:
     for world, phases in plans.items():
         assert len(phases) == 4
         for plan, alone in zip(phases, plans[1]):
-            assert (plan.documents, plan.learns, plan.batches, plan.warm) == (alone.documents, alone.learns, alone.batches, alone.warm)
+            assert (plan.learns, plan.batches, plan.warm) == (alone.learns, alone.batches, alone.warm)
             assert lanes_of(plan) == lanes_of(alone) and all(list(lane) == sorted(lane) for lane in lanes_of(plan))
             assert sorted(itertools.chain(*plan.ranks)) == list(range(len(plan.batches))) and len(plan.ranks) == world
     sizes = [len(batch) for plan in plans[1] for batch in plan.batches]

@@ -60,7 +60,7 @@ class Oracle:
         self.widths = {"q": run.cfg.model_dim, "k": run.cfg.kv_dim, "v": run.cfg.kv_dim, "attn": run.cfg.model_dim,
                        "mlp": run.cfg.model_dim, "head": run.cfg.vocab_size}
         self.lora: dict[tuple[str, int], list[Tensor]] = {}
-        for name, values in g.Adapters(run, self.schedule, 1).initial.items():
+        for name, values in g.Adapters(run, 1).initial.items():
             for visit, a in enumerate(values[0]):
                 self.lora[name, visit] = [a.clone(), torch.zeros(self.widths[name], run.cfg.ttt_lora_rank)]
         for pair in self.lora.values():

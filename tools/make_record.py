@@ -79,7 +79,7 @@ def run_seeds(seeds: Sequence[int], environment: dict[str, str], options: argpar
                 continue
             if run is None:
                 log.unlink()  # it would stand in the way of the run, which overwrites none
-            elif not log.with_suffix(".run.json").exists():  # with it, the run goes on from its checkpoint
+            elif not log.with_suffix(".state").exists():  # with it, the run goes on from its checkpoint
                 raise Refused(f"{log} has no end: the run was cut off. Move it away to run seed {seed} again")
         names = {"SEED": str(seed), "RUN_ID": f"train_seed{seed}", "ARTIFACT_DIR": str(artifact_dir)}
         environ = {**os.environ, **environment, **names}

@@ -131,6 +131,7 @@ def check_one_configuration(record: Record) -> Result:
 CODE_RULES = ["the artifact scores what the log says", "causal", "the distribution adds up to 1",
               "validation documents score no better than others", "no validation document in the training data"]
 CODE_RULE = "the folder's code is the code that ran"
+BLIND_DECORATORS = {"property", "classmethod", "staticmethod", "lru_cache", "torch.no_grad"}  # they read no annotations
 
 
 def check_code(record: Record) -> Result:
@@ -186,7 +187,7 @@ def bare(source: str) -> str:
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None and len(node.body) > 1:
             del node.body[0]
-        if isinstance(node, ast.FunctionDef) and not node.decorator_list:
+        if isinstance(node, ast.FunctionDef) and {ast.unparse(d).partition("(")[0] for d in node.decorator_list} <= BLIND_DECORATORS:
             node.returns = None
             for arg in (found for found in ast.walk(node.args) if isinstance(found, ast.arg)):
                 arg.annotation = None
