@@ -658,8 +658,8 @@ class Totals:
         """(tokens, charges) of the good ones among documents that have none of the forbidden keys; all are counted."""
         good = [document for document in documents if not document.fault]
         kept = [document for document in good if document.key not in forbidden]
-        tokens, charges = (np.concatenate([Encoded().tokens, *parts]) for parts in
-                           ([document.tokens for document in kept], [document.charges for document in kept]))
+        parts = [Encoded(), *kept]  # never nothing, which numpy does not join
+        tokens, charges = np.concatenate([part.tokens for part in parts]), np.concatenate([part.charges for part in parts])
         self.skipped += len(documents) - len(good)
         self.dropped += len(good) - len(kept)
         self.documents += len(kept)
