@@ -74,7 +74,7 @@ class Tokenizer:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         if not self.path.is_file():
-            raise ValueError(f"no tokenizer at {self.path}: give a SentencePiece .model file with --sp")
+            raise ValueError(f"no tokenizer at {self.path}: name a SentencePiece .model file (--sp; of tools/verify.py --tokenizer)")
         model = self.path.read_bytes()
         self.sha256 = hashlib.sha256(model).hexdigest()
         try:
@@ -163,11 +163,10 @@ LARGEST_CHARGE = (1 << 16) - 1
 
 
 class Encoded(NamedTuple):
-    """Documents as they go into shards: flat arrays, and one entry a document."""
-    tokens: np.ndarray      # (n,) uint16, BOS before each document
-    charges: np.ndarray     # (n,) uint16 original bytes, or empty where none were asked for
-    lengths: np.ndarray     # (documents,) int64 tokens of each, BOS included; 0 for one that cannot be encoded
-    faults: dict[int, str]  # those documents, and why
+    """A document as it goes into shards."""
+    tokens: np.ndarray = np.zeros(0, dtype=np.uint16)   # (T,), BOS first; none if it cannot be encoded
+    charges: np.ndarray = np.zeros(0, dtype=np.uint16)  # (T,) original bytes; none if they were not asked for
+    fault: str = ""                                     # why it cannot be encoded
 
 
 class Encoder:
@@ -177,21 +176,16 @@ class Encoder:
         self.tokenizer, self.with_charges = tokenizer, with_charges
         self.processor = tokenizer.processor
 
-    def encode(self, documents: list[bytes]) -> Encoded:
+    def encode(self, documents: list[bytes]) -> list[Encoded]:
         """The UTF-8 of documents, one by one."""
-        tokens, charges = [np.zeros(0, dtype=np.uint16)], [np.zeros(0, dtype=np.uint16)]
-        faults: dict[int, str] = {}
-        lengths = np.zeros(len(documents), dtype=np.int64)
-        for index, document in enumerate(documents):
-            try:
-                ids, their_charges = self.one(document.decode())
-            except ValueError as error:
-                faults[index] = str(error)
-                continue
-            tokens.append(np.append(np.uint16(BOS), ids))
-            charges += [np.zeros(1, dtype=np.uint16), their_charges] if self.with_charges else []
-            lengths[index] = 1 + len(ids)
-        return Encoded(np.concatenate(tokens), np.concatenate(charges), lengths, faults)
+        return list(map(self._encoded, documents))
+
+    def _encoded(self, document: bytes) -> Encoded:
+        try:
+            ids, charges = self.one(document.decode())
+        except ValueError as error:
+            return Encoded(fault=str(error))
+        return Encoded(np.append(np.uint16(BOS), ids), np.append(np.uint16(0), charges) if self.with_charges else charges)
 
     def one(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """(ids, charges) of one text, (T,) uint16 each, without BOS; no charges unless they are asked for.
@@ -243,15 +237,13 @@ class Encoder:
 
 # ------------------------------------------------------------------------------------------------- fast exact encoding
 # Bytes that UTF-8 never has: before each document, encoded as BOS; before a space, encoded as CAPNEXT; before the space of a word
-# that is taken to begin with a capital; in place of such a space if CaseOps gives it.
-DOCUMENT, MARK, TITLED, TITLED_SPACE = 0xFF, 0xFE, 0xFD, 0xFC
+# that is taken to begin with a capital; in place of such a space if CaseOps gives it; between parts that are transformed together.
+DOCUMENT, MARK, TITLED, TITLED_SPACE, BETWEEN = 0xFF, 0xFE, 0xFD, 0xFC, 0xFB
+NEVER_TEXT = re.compile(f"[{chr(0xDC00 + TITLED)}-{chr(0xDC00 + DOCUMENT)}]")  # all but BETWEEN, as `surrogateescape` decodes them
 LONG_DOCUMENT = 1 << 22  # bytes from which on a document goes to `Encoder`, which takes little memory for it
 KEY_BYTES = 15  # longer parts are too rare for the table
-TABLE_ENTRIES = 1 << 20  # what bounds the memory of an encoder: about 100 bytes each
+SLOTS = 1 << 21  # of the table, what bounds the memory of an encoder: about 50 bytes each
 COUNT_BITS = 32  # of a span of the table: how many ids a part has
-SEPARATOR, IS_TITLED = "\ue005", "\ue006"  # between parts that go to SentencePiece in one text; for `TITLED` there
-PARTS_AT_ONCE = 500
-SPECIAL = [SPACE.encode(), b"\xee\x80", bytes([DOCUMENT]), bytes([MARK])]  # the second: what operators begin with
 ASCII_LETTERS = np.array([chr(byte).isalpha() and byte < 128 for byte in range(256)])
 LETTER, DIGIT, OTHER, WIDE = range(4)  # kinds of bytes; WIDE is a space, and what is not ASCII
 # By the length of a part, at most 16: the bytes of its key that are its own, and its length in the last one.
@@ -272,19 +264,23 @@ class FastEncoder:
     def __init__(self, tokenizer: Tokenizer, with_charges: bool) -> None:
         assert tokenizer.by_word
         self.tokenizer, self.with_charges = tokenizer, with_charges
-        self.plain = Encoder(tokenizer)
+        self.plain = Encoder(tokenizer, with_charges)
         self.cuts, self.between = self._cut_table(), self._between_table()
         self.table = PartTable()
 
-    def encode(self, documents: list[bytes]) -> Encoded:
+    def encode(self, documents: list[bytes]) -> list[Encoded]:
         """The UTF-8 of documents, all together; there is none that it cannot encode."""
-        groups = itertools.groupby(documents, lambda document: len(document) >= LONG_DOCUMENT)
-        found = [self.plain.encode(list(group)).tokens if long else self._tokens(list(group)) for long, group in groups]
-        tokens = np.concatenate([self.table.ids[:0], *found])
+        found: list[Encoded] = []
+        for long, group in itertools.groupby(documents, lambda document: len(document) >= LONG_DOCUMENT):
+            found += (self.plain.encode if long else self._encode_together)(list(group))
+        assert len(found) == len(documents)
+        return found
+
+    def _encode_together(self, documents: list[bytes]) -> list[Encoded]:
+        tokens = self._tokens(documents)
         charges = self.tokenizer.lossless_charges(tokens) if self.with_charges else tokens[:0]
-        lengths = np.diff(np.flatnonzero(tokens == BOS), append=len(tokens))
-        assert len(lengths) == len(documents)
-        return Encoded(tokens, charges, lengths, {})
+        starts = [*np.flatnonzero(tokens == BOS).tolist(), len(tokens)]
+        return [Encoded(tokens[start:end], charges[start:end]) for start, end in itertools.pairwise(starts)]
 
     def _cut_table(self) -> np.ndarray:
         """(65536,) bool for each pair of bytes (the second one high): may it be cut?"""
@@ -327,9 +323,7 @@ class FastEncoder:
         offsets, counts = read_spans(self._part_spans(text + bytes(KEY_BYTES), starts))
         take = np.repeat(offsets - np.cumsum(counts) + counts, counts)
         take += np.arange(len(take))
-        tokens = self.table.ids[take]
-        self.table.forget_temporary()
-        return tokens
+        return self.table.ids[take]
 
     def _part_spans(self, text: bytes, starts: np.ndarray) -> np.ndarray:
         """The table's span for every part; parts that it lacks are put in."""
@@ -347,129 +341,81 @@ class FastEncoder:
         return spans
 
     def _add(self, text: bytes, keys: np.ndarray, places: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """Spans for parts that the table lacks: short ones stay in it, long ones only for this block."""
+        """Spans for parts that the table lacks, which are put in."""
         parts = [text[place:place + length] for place, length in zip(places.tolist(), lengths.tolist())]
         where = {part: index for index, part in enumerate(parts)}
-        spans: dict[bytes, int] = {}
-        for stays in (True, False):
-            group, ids, counts = self._values([part for part in where if (len(part) <= KEY_BYTES) == stays])
-            new = self.table.append(ids, counts)
-            spans.update(zip(group, new.tolist()))
-            if stays:
-                self.table.keep(keys[[where[part] for part in group]], new)
-        return np.array([spans[part] for part in parts])
+        first = list(where.values())
+        spans = self.table.put(keys[first], lengths[first] <= KEY_BYTES, self._values(list(where)))
+        span_of = dict(zip(where, spans.tolist()))
+        return np.array([span_of[part] for part in parts])
 
-    def _values(self, parts: list[bytes]) -> tuple[list[bytes], np.ndarray, np.ndarray]:
-        """(the parts in another order, flat ids, number of ids by part)."""
-        simple, others = [], []
-        for part in parts:  # simple: not with an operator or with what `Encoder` must see alone
-            (simple if part.isascii() or not any(special in part for special in SPECIAL) else others).append(part)
-        ids, counts = self._simple_ids(simple)
-        values = [self._value(part) for part in others]
-        return (simple + others, np.concatenate([ids, *values]),
-                np.concatenate([counts, np.array(list(map(len, values)), dtype=np.int64)]))
+    def _values(self, parts: list[bytes]) -> list[list[int]]:
+        """The ids of each part."""
+        forms = self._forms(parts)
+        values = self.tokenizer.processor.encode(forms, num_threads=1)
+        for index, (part, form) in enumerate(zip(parts, forms)):
+            if not form:
+                values[index] = [BOS if part[0] == DOCUMENT else self.tokenizer.names.index(CAPNEXT)]
+            elif SPACE in form:
+                values[index] = self.plain.lossless_ids(form).tolist()
+        return values
 
-    def _value(self, part: bytes) -> np.ndarray:
-        """The ids of any part."""
-        if part[0] in (DOCUMENT, MARK):
-            return np.array([BOS if part[0] == DOCUMENT else self.tokenizer.names.index(CAPNEXT)], dtype=np.uint16)
-        return self.plain.lossless_ids(self._form(part)[part[0] in (TITLED, TITLED_SPACE):])
-
-    def _form(self, text: bytes) -> str:
-        """The CaseOps form of parts; of those that begin with `TITLED` or `TITLED_SPACE`, behind `IS_TITLED`."""
-        transform = self.tokenizer.transform
-        if not transform.titled_after:
-            return transform.words(text.decode())
-        text = text.replace(bytes([TITLED]), IS_TITLED.encode()).replace(bytes([TITLED_SPACE]), (IS_TITLED + " ").encode())
-        return swap_titles(transform.words(text.decode()), IS_TITLED)
-
-    def _simple_ids(self, parts: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
-        """(flat ids, number by part) of simple parts: many in one text, each after an operator, which joins nothing."""
-        separator = SEPARATOR.encode()
-        found = [np.zeros(0, dtype=np.uint16)]
-        for start in range(0, len(parts), PARTS_AT_ONCE):
-            form = self._form(separator + separator.join(parts[start:start + PARTS_AT_ONCE]))
-            found.append(self.plain.ids(form.replace(SEPARATOR, ESC).replace(IS_TITLED, "")))
-        ids = np.concatenate(found)
-        is_separator = ids == self.tokenizer.names.index(ESC)
-        counts = np.diff(np.flatnonzero(is_separator), append=len(ids)) - 1 if parts else np.zeros(0, dtype=np.int64)
-        assert len(counts) == len(parts)
-        return ids[~is_separator], counts
+    def _forms(self, parts: list[bytes]) -> list[str]:
+        """The CaseOps form of each part, made of all in one text; none of `DOCUMENT` and `MARK`."""
+        text = bytes([BETWEEN]).join(parts).decode(errors="surrogateescape")  # what UTF-8 never has is a lone surrogate there
+        titled, titled_space, between = (chr(0xDC00 + byte) for byte in (TITLED, TITLED_SPACE, BETWEEN))
+        form = swap_titles(self.tokenizer.transform.words(text.replace(titled_space, titled + " ")), titled)
+        return NEVER_TEXT.sub("", form).split(between)
 
 
 class PartTable:
-    """A hash table from parts of up to `KEY_BYTES` bytes to their ids, looked up in bulk; full, it takes no more.
+    """A hash table from parts of up to `KEY_BYTES` bytes to their ids, looked up in bulk. A slot keeps what first comes into it.
 
     A key is 16 bytes: the part, zeros, and its length in the last byte, so that different parts have different keys and
     a match is exact. What the table has for a part is a span, one int64, never 0: where its ids begin in `ids`, and their
-    number (`read_spans`). Spans with keys stay; ids without are temporary and are forgotten at the end of a block.
+    number (`read_spans`). Parts that find their slot taken, and long ones, have spans only until the next `put`: the frequent
+    parts come early, when nearly all slots are free.
     """
 
     def __init__(self) -> None:
-        slots = 1 << (2 * TABLE_ENTRIES - 1).bit_length()  # at least half of them stay free: zeros, which no key and no span is
-        self.slot_keys, self.slot_spans = np.zeros((slots, 2), dtype=np.uint64), np.zeros(slots, dtype=np.int64)
-        self.shift = np.uint64(64 - slots.bit_length() + 1)
-        self.kept, self.kept_ids, self.used_ids = 0, 1, 1
+        self.slot_keys, self.slot_spans = np.zeros((SLOTS, 2), dtype=np.uint64), np.zeros(SLOTS, dtype=np.int64)
+        self.kept_ids = 1  # so many of `ids` stay
         self.ids = np.zeros(1 << 16, dtype=np.uint16)
 
     def _home(self, keys: np.ndarray) -> np.ndarray:
-        """The slot where the search for a key begins."""
+        """The slot of each key."""
         mixed = keys[:, 1] * np.uint64(0x9E3779B97F4A7C15)
         mixed ^= keys[:, 0]
         mixed *= np.uint64(0xD6E8FEB86659FD93)
         mixed ^= mixed >> np.uint64(32)
         mixed *= np.uint64(0xD6E8FEB86659FD93)
-        mixed >>= self.shift
+        mixed >>= np.uint64(65 - SLOTS.bit_length())
         return mixed.view(np.int64)
 
     def find(self, keys: np.ndarray) -> np.ndarray:
         """(n, 2) keys -> (n,) spans, 0 where there is none."""
         slots = self._home(keys)
-        astray = self._without(slots, keys)
-        while len(astray):  # look in the next slot, unless a free one ends the search
-            astray = astray[self.slot_spans[slots[astray]] > 0]
-            slots[astray] = (slots[astray] + 1) % len(self.slot_spans)
-            astray = astray[self._without(slots[astray], keys[astray])]
-        return self.slot_spans[slots]
-
-    def _without(self, slots: np.ndarray, keys: np.ndarray) -> np.ndarray:
-        """The indices of the keys that are not in their slots."""
         halves_differ = self.slot_keys.take(slots, axis=0) != keys
-        return np.flatnonzero(halves_differ.view(np.uint16))
+        spans = self.slot_spans[slots]
+        spans[np.flatnonzero(halves_differ.view(np.uint16))] = 0
+        return spans
 
-    def append(self, ids: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        """New spans, temporary until `keep`, from flat ids and the number of ids of each."""
-        first, self.used_ids = self.used_ids, self.used_ids + len(ids)
-        if self.used_ids > len(self.ids):
-            self.ids = np.concatenate([self.ids, np.zeros(self.used_ids, dtype=np.uint16)])
-        self.ids[first:self.used_ids] = ids
-        return (first + np.cumsum(counts) - counts) << COUNT_BITS | counts
-
-    def keep(self, keys: np.ndarray, spans: np.ndarray) -> None:
-        """Give the first temporary spans these (distinct, new) keys, as far as there is room; they stay.
-
-        Where several want the same slot the first, often the most frequent, gets it.
-        """
-        room = TABLE_ENTRIES - self.kept
-        keys, spans = keys[:room], spans[:room]
-        if not len(keys):
-            return
-        self.kept += len(keys)
-        self.kept_ids = int(sum(read_spans(spans[-1])))
-        slots = self._home(keys)
-        todo = np.arange(len(keys))[::-1]  # of several rows assigned to one place numpy keeps the last
-        while len(todo):
-            to_free = todo[self.slot_spans[slots[todo]] == 0]
-            self.slot_keys[slots[to_free]] = keys[to_free]
-            lost = self._without(slots[todo], keys[todo])
-            placed = np.delete(todo, lost)
-            self.slot_spans[slots[placed]] = spans[placed]
-            todo = todo[lost]
-            slots[todo] = (slots[todo] + 1) % len(self.slot_spans)
-
-    def forget_temporary(self) -> None:
-        """Drop the ids without keys."""
-        self.used_ids = self.kept_ids
+    def put(self, keys: np.ndarray, may_stay: np.ndarray, values: list[list[int]]) -> np.ndarray:
+        """Spans for the ids of distinct new keys: of those that may stay (mask), the first in each free slot do."""
+        slots, counts = self._home(keys), np.array(list(map(len, values)))
+        stay = np.flatnonzero(may_stay & (self.slot_spans[slots] == 0))
+        stay = stay[np.unique(slots[stay], return_index=True)[1]]
+        order = np.concatenate([stay, np.delete(np.arange(len(keys)), stay)])
+        ends = self.kept_ids + np.cumsum(counts[order])
+        if ends[-1] > len(self.ids):
+            self.ids = np.concatenate([self.ids, np.zeros(ends[-1], dtype=np.uint16)])
+        in_order = itertools.chain.from_iterable(values[index] for index in order.tolist())
+        self.ids[self.kept_ids:ends[-1]] = np.fromiter(in_order, dtype=np.uint16)
+        spans = np.empty(len(keys), dtype=np.int64)
+        spans[order] = (ends - counts[order]) << COUNT_BITS | counts[order]
+        self.slot_keys[slots[stay]], self.slot_spans[slots[stay]] = keys[stay], spans[stay]
+        self.kept_ids += int(counts[stay].sum())
+        return spans
 
 
 def read_spans(spans: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

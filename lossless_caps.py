@@ -28,6 +28,7 @@ from functools import cached_property, lru_cache
 
 TITLE, ALLCAPS, CAPNEXT, ESC = "\ue001", "\ue002", "\ue003", "\ue004"
 OPERATORS = TITLE + ALLCAPS + CAPNEXT + ESC
+LONG_TEXT = 1 << 20  # characters that are transformed at once
 OPERATOR_BYTES = 3  # every operator character is three bytes of UTF-8; it counts where it is literal text
 
 # All patterns begin with one set of characters, which lets the regular expression engine skip the rest of the text.
@@ -113,6 +114,11 @@ class Transform:
     def words(self, text: str) -> str:
         """`encode` without `spaced_after` and `titled_after`: then the form of a part of a text is the part of its form, cut
         anywhere but in words and after spaces."""
+        if len(text) > LONG_TEXT:  # a list of all its words would take ten times its memory
+            return "".join(self._words(part[0]) for part in re.finditer(rf"(?s).{{1,{LONG_TEXT}}}[^ ]*", text))
+        return self._words(text)
+
+    def _words(self, text: str) -> str:
         parts = (_CHANGED if self.capitals else _LITERAL).split(text)
         if len(parts) > 1:
             parts[1::2] = [_write_inside(found) if "a" <= before[-1:] <= "z" and found[0] not in OPERATORS

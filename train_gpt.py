@@ -51,7 +51,7 @@ import tokenize
 import traceback
 import typing
 import warnings
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import Field, dataclass, field, fields, replace
@@ -94,6 +94,12 @@ OPERATORS = __name__.strip("_")  # namespace of the operators: two copies of thi
 # ======================================================================================================================
 
 
+def require(holds: Any, words: str) -> None:
+    """ValueError with `words`, which say what is wrong and what to do, unless `holds`."""
+    if not holds:
+        raise ValueError(words)
+
+
 class Check(NamedTuple):
     """What a setting may be: words for the error message, and the test."""
 
@@ -117,6 +123,10 @@ def one_of(*words: str) -> Check:
     return Check("one of " + ", ".join(words), lambda value: value in words)
 
 
+def matching(text: str, pattern: str) -> Check:
+    return Check(text, lambda value: re.fullmatch(pattern, value) is not None)
+
+
 def each(check: Check, most: int = 16) -> Check:
     return Check(f"up to {most} numbers with commas between, each {check.text}",
                  lambda value: len(value) <= most and all(map(check.accepts, value)))
@@ -124,13 +134,16 @@ def each(check: Check, most: int = 16) -> Check:
 
 TEXT = Check("text without line breaks, up to 1000 characters",
              lambda v: len(v) <= 1000 and v.encode(errors="replace").decode().isprintable())
+WORD = matching("a name of letters, digits and '_'", "[A-Za-z0-9_]{1,100}")
+FILE_NAME = matching("up to 100 of the letters a-z A-Z, digits, '.', '_' and '-'", "[A-Za-z0-9_.-]{0,100}")
+INTERVAL = matching("a whole number of steps, or of seconds with an s behind it", "([1-9][0-9]{0,8}s?)?")
 FLAG = Check("0 or 1", lambda value: True)
 SECONDS, RATE = between(0, 1e7), between(0, 10)
 
 
-def setting(default: Any, doc: str, check: Check, model: bool = False, score: bool = False) -> Any:
-    """A field of Config: default, one line of documentation, what is allowed, and whether an artifact carries it."""
-    return field(default=default, metadata={"doc": doc, "check": check, "model": model, "score": score})
+def setting(default: Any, check: Check, model: bool = False, score: bool = False) -> Any:
+    """A field of Config: default, what is allowed, and whether an artifact carries it; the comment behind it says what it does."""
+    return field(default=default, metadata={"check": check, "model": model, "score": score})
 
 
 model_setting, score_setting = partial(setting, model=True), partial(setting, score=True)
@@ -141,159 +154,147 @@ class Config:
     """All settings of a run. `Config()` is the published record."""
 
     # where things are
-    data_dir: str = setting("./data", "folder that holds datasets/ and tokenizers/", TEXT)
-    data_path: str = setting("", "folder of the shards; empty: the published data set under DATA_DIR", TEXT)
-    tokenizer_path: str = setting("", "SentencePiece model; empty: the published one under DATA_DIR", TEXT)
-    caseops_enabled: bool = score_setting(True, "bytes come from the sidecar; 0: from the tokenizer's pieces", FLAG)
-    caseops_version: str = model_setting("lossless_caps_caseops_v1", "transform of the text, as the data's manifest.json names it", Check(
-        "a name of letters, digits and '_'", lambda v: re.fullmatch(r"[A-Za-z0-9_]{1,100}", v) is not None))
-    artifact_dir: str = setting("./runs", "folder for the log and the artifact of a run", TEXT)
-    run_id: str = setting("", "name of the run's files; empty: time, seed and a random part", Check(
-        "up to 100 of the letters a-z A-Z, digits, '.', '_' and '-'", lambda v: re.fullmatch(r"[A-Za-z0-9_.-]{0,100}", v) is not None))
-    artifact_path: str = setting("", "with EVAL_ONLY: the artifact to score; empty: that of RUN_ID", TEXT)
-    losses_path: str = setting("", ".npz file for the nats of every target, an array a score; empty: none", TEXT)
-    eval_only: bool = setting(False, "score an existing artifact, no training data needed", FLAG)
+    data_dir: str = setting("./data", TEXT)  # folder that holds datasets/ and tokenizers/
+    data_path: str = setting("", TEXT)  # folder of the shards; empty: the published data set under DATA_DIR
+    tokenizer_path: str = setting("", TEXT)  # SentencePiece model; empty: the published one under DATA_DIR
+    caseops_enabled: bool = score_setting(True, FLAG)  # bytes come from the sidecar; 0: from the tokenizer's pieces
+    caseops_version: str = model_setting("lossless_caps_caseops_v1", WORD)  # transform of the text, as the data's manifest.json names it
+    artifact_dir: str = setting("./runs", TEXT)  # folder for the log and the artifact of a run
+    run_id: str = setting("", FILE_NAME)  # name of the run's files; empty: time, seed and a random part
+    artifact_path: str = setting("", TEXT)  # with EVAL_ONLY: the artifact to score; empty: that of RUN_ID
+    losses_path: str = setting("", TEXT)  # .npz file for the nats of every target, an array a score; empty: none
+    eval_only: bool = setting(False, FLAG)  # score an existing artifact, no training data needed
     # the run
-    seed: int = score_setting(1337, "seed of initialisation and adapters", between(0, 2**31 - 1))
-    iterations: int = setting(20000, "steps at most; with no time cap, exactly", between(1, 10**9))
-    max_wallclock_seconds: float = setting(600.0, "training time, Hessians included; 0: no cap", SECONDS)
-    eval_budget_seconds: float = setting(600.0, "time that the final scoring may take; 0: no cap", SECONDS)
-    rank_timeout_seconds: float = setting(1800.0, "longest that a rank waits for the others before the run ends", between(1, 1e7))
-    warmup_steps: int = setting(20, "steps at each depth before the clock, all undone", between(0, 10**6))
-    warmdown_frac: float = setting(0.75, "last share of the run, in which the learning rate falls", between(0, 1))
-    min_lr: float = setting(0.0, "floor of the learning rate, as a share", between(0, 1))
-    train_batch_tokens: int = setting(786432, "tokens of one step, over all ranks", between(16, 2**26))
-    micro_batch_tokens: int = setting(98304, "tokens of one forward on one rank, at most", between(1, 2**26))
-    train_seq_len: int = setting(2048, "tokens that attention sees at most in training", between(2, 2**20))
-    eval_seq_len: int = score_setting(2048, "the same in evaluation", between(2, 2**20))
-    val_batch_tokens: int = setting(524288, "tokens of eight evaluation batches", between(16, 2**26))
-    val_loss_every: int = setting(4000, "steps between evaluations; 0: only at the end", between(0, 10**9))
-    checkpoint_every: str = setting("", "write the complete state every N steps (`200`) or seconds (`60s`); empty: never", Check(
-        "a whole number of steps, or of seconds with an s behind it", lambda v: re.fullmatch(r"([1-9][0-9]{0,8}s?)?", v) is not None))
-    train_log_every: int = setting(500, "steps between log lines", between(1, 10**9))
-    compile: str = setting("auto", "torch.compile: auto is on for CUDA, off for a CPU", one_of("auto", "0", "1"))
-    attn_backend: str = setting("auto", "attention kernel", one_of("auto", "fa3", "fa4", "varlen", "sdpa"))
+    seed: int = score_setting(1337, between(0, 2**31 - 1))  # seed of initialisation and adapters
+    iterations: int = setting(20000, between(1, 10**9))  # steps at most; with no time cap, exactly
+    max_wallclock_seconds: float = setting(600.0, SECONDS)  # training time, Hessians included; 0: no cap
+    eval_budget_seconds: float = setting(600.0, SECONDS)  # time that the final scoring may take; 0: no cap
+    rank_timeout_seconds: float = setting(1800.0, between(1, 1e7))  # longest that a rank waits for the others before the run ends
+    warmup_steps: int = setting(20, between(0, 10**6))  # steps at each depth before the clock, all undone
+    warmdown_frac: float = setting(0.75, between(0, 1))  # last share of the run, in which the learning rate falls
+    min_lr: float = setting(0.0, between(0, 1))  # floor of the learning rate, as a share
+    train_batch_tokens: int = setting(786432, between(16, 2**26))  # tokens of one step, over all ranks
+    micro_batch_tokens: int = setting(98304, between(1, 2**26))  # tokens of one forward on one rank, at most
+    train_seq_len: int = setting(2048, between(2, 2**20))  # tokens that attention sees at most in training
+    eval_seq_len: int = score_setting(2048, between(2, 2**20))  # the same in evaluation
+    val_batch_tokens: int = setting(524288, between(16, 2**26))  # tokens of eight evaluation batches
+    val_loss_every: int = setting(4000, between(0, 10**9))  # steps between evaluations; 0: only at the end
+    checkpoint_every: str = setting("", INTERVAL)  # write the complete state every N steps (`200`) or seconds (`60s`); empty: never
+    train_log_every: int = setting(500, between(1, 10**9))  # steps between log lines
+    compile: str = setting("auto", one_of("auto", "0", "1"))  # torch.compile: auto is on for CUDA, off for a CPU
+    attn_backend: str = setting("auto", one_of("auto", "fa3", "fa4", "varlen", "sdpa"))  # attention kernel
     # the model
-    vocab_size: int = model_setting(8192, "tokens in the alphabet", between(8, 65536))
-    num_layers: int = model_setting(11, "physical layers", between(1, 256))
-    model_dim: int = model_setting(512, "width", between(2, 4096))
-    num_heads: int = model_setting(8, "query heads", between(1, 256))
-    num_kv_heads: int = model_setting(4, "key and value heads", between(1, 256))
-    mlp_mult: int = model_setting(4, "hidden width of the MLP over MODEL_DIM", between(1, 64))
-    xsa_last_n: int = model_setting(11, "layers, from the last, with exclusive self-attention", between(0, 256))
-    rope_base: float = model_setting(10000.0, "base of the rotary frequencies", above(1, 1e9))
-    rope_dims: int = model_setting(16, "dimensions of a head that rotate", between(0, 4096))
-    qk_gain_init: float = setting(5.0, "initial gain of the queries", above(0, 1000))
-    logit_softcap: float = model_setting(30.0, "logits are cap * tanh(logits / cap)", between(0.001, 1e4))
-    ln_scale: bool = model_setting(True, "layer i reads its normalised input over sqrt(i + 1)", FLAG)
-    skip_gates_enabled: bool = model_setting(True, "skips are mixed in through a gate; 0: added", FLAG)
-    tied_embed_init_std: float = setting(0.005, "standard deviation of the initial embedding", above(0, 100))
-    num_loops: int = model_setting(2, "extra passes of the loop without phase depths; sizes the skips", between(0, 63))
-    loop_start: int = model_setting(3, "first looped layer", between(0, 255))
-    loop_end: int = model_setting(5, "last looped layer", between(0, 255))
-    enable_looping_at: float = setting(0.35, "share of the run without loops when no phase depths are set", between(0, 1))
-    train_loop_phase_depths: tuple[int, ...] = setting((1, 3, 4), "depth curriculum; 'none': ENABLE_LOOPING_AT", each(between(1, 64)))
-    train_loop_phase_fractions: tuple[float, ...] = setting((), "shares of the phases; empty: equal", each(above(0, 1e6)))
-    train_loop_prewarm_depths: tuple[int, ...] = setting((3, 4), "depths compiled before the clock", each(between(1, 64)))
-    eval_loop_depth: int = score_setting(4, "depth of evaluation, calibration and TTT", between(1, 64))
-    parallel_start_layer: int = model_setting(8, "first layer with two residual lanes", between(0, 256))
-    parallel_final_lane: str = model_setting("mean", "lane that is read at the end", one_of("mean", "attn", "mlp"))
-    gated_attn_enabled: bool = model_setting(True, "one sigmoid gate a head", FLAG)
-    gated_attn_init_std: float = setting(0.005, "standard deviation of the initial gate weights", between(0, 100))
-    gated_attn_quant_gate: bool = model_setting(True, "gate weights in int8; 0: float16", FLAG)
-    sparse_attn_gate_enabled: bool = model_setting(False, "the gate of a head reads GATE_WINDOW dimensions, in place of all", FLAG)
-    sparse_attn_gate_scale: float = model_setting(1.0, "factor inside the sigmoid of that gate", above(0, 100))
-    mlp_gate_enabled: bool = model_setting(False, "one sigmoid gate on the MLP's output", FLAG)
-    smear_gate_enabled: bool = model_setting(False, "each embedding takes a share of the one before it in its segment", FLAG)
-    gate_window: int = model_setting(12, "dimensions that a narrow gate reads", between(1, 4096))
+    vocab_size: int = model_setting(8192, between(8, 65536))  # tokens in the alphabet
+    num_layers: int = model_setting(11, between(1, 256))  # physical layers
+    model_dim: int = model_setting(512, between(2, 4096))  # width
+    num_heads: int = model_setting(8, between(1, 256))  # query heads
+    num_kv_heads: int = model_setting(4, between(1, 256))  # key and value heads
+    mlp_mult: int = model_setting(4, between(1, 64))  # hidden width of the MLP over MODEL_DIM
+    xsa_last_n: int = model_setting(11, between(0, 256))  # layers, from the last, with exclusive self-attention
+    rope_base: float = model_setting(10000.0, above(1, 1e9))  # base of the rotary frequencies
+    rope_dims: int = model_setting(16, between(0, 4096))  # dimensions of a head that rotate
+    qk_gain_init: float = setting(5.0, above(0, 1000))  # initial gain of the queries
+    logit_softcap: float = model_setting(30.0, between(0.001, 1e4))  # logits are cap * tanh(logits / cap)
+    ln_scale: bool = model_setting(True, FLAG)  # layer i reads its normalised input over sqrt(i + 1)
+    skip_gates_enabled: bool = model_setting(True, FLAG)  # skips are mixed in through a gate; 0: added
+    tied_embed_init_std: float = setting(0.005, above(0, 100))  # standard deviation of the initial embedding
+    num_loops: int = model_setting(2, between(0, 63))  # extra passes of the loop without phase depths; sizes the skips
+    loop_start: int = model_setting(3, between(0, 255))  # first looped layer
+    loop_end: int = model_setting(5, between(0, 255))  # last looped layer
+    enable_looping_at: float = setting(0.35, between(0, 1))  # share of the run without loops when no phase depths are set
+    train_loop_phase_depths: tuple[int, ...] = setting((1, 3, 4), each(between(1, 64)))  # depth curriculum; 'none': ENABLE_LOOPING_AT
+    train_loop_phase_fractions: tuple[float, ...] = setting((), each(above(0, 1e6)))  # shares of the phases; empty: equal
+    train_loop_prewarm_depths: tuple[int, ...] = setting((3, 4), each(between(1, 64)))  # depths compiled before the clock
+    eval_loop_depth: int = score_setting(4, between(1, 64))  # depth of evaluation, calibration and TTT
+    parallel_start_layer: int = model_setting(8, between(0, 256))  # first layer with two residual lanes
+    parallel_final_lane: str = model_setting("mean", one_of("mean", "attn", "mlp"))  # lane that is read at the end
+    gated_attn_enabled: bool = model_setting(True, FLAG)  # one sigmoid gate a head
+    gated_attn_init_std: float = setting(0.005, between(0, 100))  # standard deviation of the initial gate weights
+    gated_attn_quant_gate: bool = model_setting(True, FLAG)  # gate weights in int8; 0: float16
+    sparse_attn_gate_enabled: bool = model_setting(False, FLAG)  # the gate of a head reads GATE_WINDOW dimensions, in place of all
+    sparse_attn_gate_scale: float = model_setting(1.0, above(0, 100))  # factor inside the sigmoid of that gate
+    mlp_gate_enabled: bool = model_setting(False, FLAG)  # one sigmoid gate on the MLP's output
+    smear_gate_enabled: bool = model_setting(False, FLAG)  # each embedding takes a share of the one before it in its segment
+    gate_window: int = model_setting(12, between(1, 4096))  # dimensions that a narrow gate reads
     # the optimizers
-    matrix_lr: float = setting(0.026, "learning rate of Muon, the four banks", RATE)
-    tied_embed_lr: float = setting(0.03, "learning rate of AdamW on the embedding", RATE)
-    scalar_lr: float = setting(0.02, "learning rate of AdamW on the small parameters", RATE)
-    muon_momentum: float = setting(0.97, "momentum of Muon", below(0, 1))
-    muon_momentum_warmup_start: float = setting(0.92, "momentum at the first step", below(0, 1))
-    muon_momentum_warmup_steps: int = setting(1500, "steps until MUON_MOMENTUM is reached", between(0, 10**9))
-    muon_backend_steps: int = setting(5, "Newton-Schulz iterations", between(1, 50))
-    muon_ns: str = setting("quintic", "coefficients of the Newton-Schulz iterations; polar: Polar Express, five of them",
-                           one_of("quintic", "polar"))
-    muon_row_normalize: bool = setting(True, "rows of the update get unit norm first", FLAG)
-    muon_wd: float = setting(0.095, "decoupled weight decay of the banks", RATE)
-    muon_wd_taper: float = setting(1.0, "share of MUON_WD that is left at the end, falling over the last 30 % of the run", between(0, 1))
-    embed_wd: float = setting(0.085, "weight decay of the embedding", RATE)
-    adam_wd: float = setting(0.02, "weight decay of the small parameters", RATE)
-    beta1: float = setting(0.9, "AdamW", below(0, 1))
-    beta2: float = setting(0.95, "AdamW", below(0, 1))
-    adam_eps: float = setting(1e-8, "AdamW", between(1e-20, 1))
-    grad_clip_norm: float = setting(0.3, "norm of the averaged gradient, at most; 0: no limit", between(0, 1e6))
-    ema_decay: float = setting(0.9965, "moving average of the weights, a step; these are exported", below(0, 1))
+    matrix_lr: float = setting(0.026, RATE)  # learning rate of Muon, the four banks
+    tied_embed_lr: float = setting(0.03, RATE)  # learning rate of AdamW on the embedding
+    scalar_lr: float = setting(0.02, RATE)  # learning rate of AdamW on the small parameters
+    muon_momentum: float = setting(0.97, below(0, 1))  # momentum of Muon
+    muon_momentum_warmup_start: float = setting(0.92, below(0, 1))  # momentum at the first step
+    muon_momentum_warmup_steps: int = setting(1500, between(0, 10**9))  # steps until MUON_MOMENTUM is reached
+    muon_backend_steps: int = setting(5, between(1, 50))  # Newton-Schulz iterations
+    muon_ns: str = setting("quintic", one_of("quintic", "polar"))  # coefficients of the iterations; polar: Polar Express, five of them
+    muon_row_normalize: bool = setting(True, FLAG)  # rows of the update get unit norm first
+    muon_wd: float = setting(0.095, RATE)  # decoupled weight decay of the banks
+    muon_wd_taper: float = setting(1.0, between(0, 1))  # share of MUON_WD that is left at the end, falling over the last 30 % of the run
+    embed_wd: float = setting(0.085, RATE)  # weight decay of the embedding
+    adam_wd: float = setting(0.02, RATE)  # weight decay of the small parameters
+    beta1: float = setting(0.9, below(0, 1))  # AdamW
+    beta2: float = setting(0.95, below(0, 1))  # AdamW
+    adam_eps: float = setting(1e-8, between(1e-20, 1))  # AdamW
+    grad_clip_norm: float = setting(0.3, between(0, 1e6))  # norm of the averaged gradient, at most; 0: no limit
+    ema_decay: float = setting(0.9965, below(0, 1))  # moving average of the weights, a step; these are exported
     # the artifact
-    compressor: str = setting("brotli", "entropy coder of the quantized weights", one_of("brotli", "rans"))
-    quantizer: str = model_setting("scalar", "rounding inside GPTQ: 'trellis' takes fewer bytes", one_of("scalar", "trellis"))
-    artifact_target_bytes: int = setting(
-        0, "bytes of artifact and code to fill by one factor on all clip sigmas; 0: only if over the cap", between(0, ARTIFACT_CAP_BYTES))
-    matrix_bits: int = setting(6, "bits of a matrix weight", between(2, 8))
-    embed_bits: int = setting(7, "bits of an embedding weight", between(2, 8))
-    matrix_clip_sigmas: float = setting(12.85, "range of other matrices in standard deviations of a row", above(0, 1000))
-    mlp_clip_sigmas: float = setting(12.0, "range of MLP matrices", above(0, 1000))
-    attn_clip_sigmas: float = setting(13.0, "range of attention matrices", above(0, 1000))
-    embed_clip_sigmas: float = setting(15.0, "range of the embedding", above(0, 1000))
-    lqer_enabled: bool = model_setting(False, "low-rank terms in small integers for what GPTQ leaves of the worst matrices", FLAG)
-    lqer_rank: int = model_setting(4, "their rank", between(1, 64))
-    lqer_group: int = model_setting(32, "numbers that share a scale in their wide factor", between(1, 2**16))
-    lqer_column_scales: bool = model_setting(True, "a scale for each column of their tall factor; 0: one, as published", FLAG)
-    lqer_top_k: int = setting(3, "matrices with such a term, those of largest error", between(1, 1000))
-    embed_damping: float = setting(
-        0.0, "share of the embedding's mean Hessian diagonal added to it: its rows are read as inputs too", between(0, 100))
-    gptq_calibration_batches: int = setting(16, "training batches for the Hessians", between(1, 10**6))
-    gptq_reserve_seconds: float = setting(4.0, "training time kept for the Hessians, at least", SECONDS)
+    compressor: str = setting("brotli", one_of("brotli", "rans"))  # entropy coder of the quantized weights
+    quantizer: str = model_setting("scalar", one_of("scalar", "trellis"))  # rounding inside GPTQ: 'trellis' takes fewer bytes
+    artifact_target_bytes: int = setting(0, between(0, ARTIFACT_CAP_BYTES))  # bytes of artifact and code to fill by one factor on
+        # all clip sigmas; 0: only if over the cap
+    matrix_bits: int = setting(6, between(2, 8))  # bits of a matrix weight
+    embed_bits: int = setting(7, between(2, 8))  # bits of an embedding weight
+    matrix_clip_sigmas: float = setting(12.85, above(0, 1000))  # range of other matrices in standard deviations of a row
+    mlp_clip_sigmas: float = setting(12.0, above(0, 1000))  # range of MLP matrices
+    attn_clip_sigmas: float = setting(13.0, above(0, 1000))  # range of attention matrices
+    embed_clip_sigmas: float = setting(15.0, above(0, 1000))  # range of the embedding
+    lqer_enabled: bool = model_setting(False, FLAG)  # low-rank terms in small integers for what GPTQ leaves of the worst matrices
+    lqer_rank: int = model_setting(4, between(1, 64))  # their rank
+    lqer_group: int = model_setting(32, between(1, 2**16))  # numbers that share a scale in their wide factor
+    lqer_column_scales: bool = model_setting(True, FLAG)  # a scale for each column of their tall factor; 0: one, as published
+    lqer_top_k: int = setting(3, between(1, 1000))  # matrices with such a term, those of largest error
+    embed_damping: float = setting(0.0, between(0, 100))  # share of the embedding's mean Hessian diagonal added to it: rows are inputs too
+    gptq_calibration_batches: int = setting(16, between(1, 10**6))  # training batches for the Hessians
+    gptq_reserve_seconds: float = setting(4.0, SECONDS)  # training time kept for the Hessians, at least
     # test-time training
-    ttt_enabled: bool = score_setting(True, "score again with test-time training", FLAG)
-    phased_ttt_enabled: bool = score_setting(True, "global SGD phases on documents already scored", FLAG)
-    ttt_context: str = score_setting("window", "what a chunk sees of earlier ones: computed again, or keys and values kept",
-                                     one_of("window", "cache"))
-    ttt_lora_rank: int = score_setting(96, "rank of the adapters", between(1, 4096))
-    ttt_lora_alpha: float = score_setting(0.0, "adapters count alpha / rank times; 0: once", between(0, 1e6))
-    ttt_lora_lr: float = score_setting(1e-4, "learning rate of the adapters", RATE)
-    ttt_lora_lr_power: float = score_setting(0.0, "update n of a document has the learning rate times n to this power", between(-1, 0))
-    ttt_chunk_size: int = score_setting(48, "tokens scored between two updates", between(1, 2**16))
-    ttt_chunk_doubles_at: tuple[int, ...] = score_setting(
-        (), "positions in a document from which chunks are twice as large", each(between(1, 2**30), 8))
-    ttt_eval_seq_len: int = score_setting(
-        2048, "tokens that a chunk sees at most, itself included (a cache: whole chunks)", between(2, 2**20))
-    ttt_batch_size: int = score_setting(64, "documents adapted side by side, at most", between(1, 4096))
-    ttt_grad_steps: int = score_setting(1, "updates a chunk", between(1, 100))
-    ttt_weight_decay: float = score_setting(0.5, "decoupled weight decay of the adapters", between(0, 1000))
-    ttt_warm_start_a: bool = score_setting(
-        False, "A goes on from one batch of documents to the next of its lane (eight, whatever the ranks); B begins at 0", FLAG)
-    ttt_short_chunks: tuple[int, ...] = score_setting(
-        (), "pairs LIMIT,CHUNK: a batch whose longest document, both BOS counted, is no longer than LIMIT has this chunk",
-        each(between(1, 2**20)))
-    ttt_beta1: float = score_setting(0.0, "AdamW on the adapters", below(0, 1))
-    ttt_beta2: float = score_setting(0.999, "AdamW on the adapters", below(0, 1))
-    ttt_q_lora: bool = score_setting(True, "adapters on the queries", FLAG)
-    ttt_k_lora: bool = score_setting(True, "adapters on the keys", FLAG)
-    ttt_v_lora: bool = score_setting(True, "adapters on the values", FLAG)
-    ttt_o_lora: bool = score_setting(True, "adapters around attention", FLAG)
-    ttt_mlp_lora: bool = score_setting(True, "adapters around the MLP", FLAG)
-    val_doc_fraction: float = score_setting(1.0, "share of the validation documents to score; below 1 is no full score", above(0, 1))
-    ngram_tilt_enabled: bool = score_setting(
-        False, "raise what followed most often when the same tokens came before, in scoring order", FLAG)
-    ngram_tilt_order: int = score_setting(16, "tokens of an n-gram, the predicted one included", between(2, 64))
-    ngram_tilt_threshold: float = score_setting(0.8, "least share of the earlier occurrences that agree", between(0, 1))
-    ngram_tilt_beta: float = score_setting(2.625, "nats by which the hint is raised before all is normalised again", between(0, 100))
-    ngram_tilt_betas: tuple[float, ...] = score_setting(
-        (), "instead of threshold and one beta: 25, for 1, 2, 4, 8, 16 occurrences and more by shares from 0, 1/4, 1/2, 3/4, 1 "
-        "(bench/tilt.py fits them on training documents)", each(between(0, 100), 25))
-    phased_ttt_prefix_docs: int = score_setting(2000, "documents that the global SGD may learn from", between(0, 10**9))
-    phased_ttt_num_phases: int = score_setting(3, "parts of the prefix, each followed by global SGD", between(1, 1000))
-    phased_ttt_leave_out: int = score_setting(
-        432, "longest documents, scored by then, that the global SGD leaves out (published: seven batches in hand)", between(0, 10**9))
-    global_ttt_lr: float = score_setting(1e-3, "learning rate of the global SGD", RATE)
-    global_ttt_momentum: float = score_setting(0.9, "its momentum", below(0, 1))
-    global_ttt_epochs: int = score_setting(1, "passes over each of its chunks", between(0, 1000))
-    global_ttt_chunk_tokens: int = score_setting(32768, "tokens of one of its steps", between(1, 2**26))
-    global_ttt_batch_seqs: int = setting(32, "sequences of EVAL_SEQ_LEN tokens in one of its forwards on one rank", between(1, 2**20))
-    global_ttt_grad_clip: float = score_setting(1.0, "norm of its gradient, at most; 0: no limit", between(0, 1e6))
+    ttt_enabled: bool = score_setting(True, FLAG)  # score again with test-time training
+    phased_ttt_enabled: bool = score_setting(True, FLAG)  # global SGD phases on documents already scored
+    ttt_context: str = score_setting("window", one_of("window", "cache"))  # earlier chunks: computed again, or keys and values kept
+    ttt_lora_rank: int = score_setting(96, between(1, 4096))  # rank of the adapters
+    ttt_lora_alpha: float = score_setting(0.0, between(0, 1e6))  # adapters count alpha / rank times; 0: once
+    ttt_lora_lr: float = score_setting(1e-4, RATE)  # learning rate of the adapters
+    ttt_lora_lr_power: float = score_setting(0.0, between(-1, 0))  # update n of a document has the learning rate times n to this power
+    ttt_chunk_size: int = score_setting(48, between(1, 2**16))  # tokens scored between two updates
+    ttt_chunk_doubles_at: tuple[int, ...] = score_setting((), each(between(1, 2**30), 8))  # positions from which chunks are twice as large
+    ttt_eval_seq_len: int = score_setting(2048, between(2, 2**20))  # tokens a chunk sees at most, itself included (cache: whole chunks)
+    ttt_batch_size: int = score_setting(64, between(1, 4096))  # documents adapted side by side, at most
+    ttt_grad_steps: int = score_setting(1, between(1, 100))  # updates a chunk
+    ttt_weight_decay: float = score_setting(0.5, between(0, 1000))  # decoupled weight decay of the adapters
+    ttt_warm_start_a: bool = score_setting(False, FLAG)  # A goes on from batch to batch in its lane (eight at any ranks); B begins at 0
+    ttt_short_chunks: tuple[int, ...] = score_setting((), each(between(1, 2**20)))  # pairs LIMIT,CHUNK: a batch whose longest document, its
+        # two BOS counted, is no longer than LIMIT has this chunk
+    ttt_beta1: float = score_setting(0.0, below(0, 1))  # AdamW on the adapters
+    ttt_beta2: float = score_setting(0.999, below(0, 1))  # AdamW on the adapters
+    ttt_q_lora: bool = score_setting(True, FLAG)  # adapters on the queries
+    ttt_k_lora: bool = score_setting(True, FLAG)  # adapters on the keys
+    ttt_v_lora: bool = score_setting(True, FLAG)  # adapters on the values
+    ttt_o_lora: bool = score_setting(True, FLAG)  # adapters around attention
+    ttt_mlp_lora: bool = score_setting(True, FLAG)  # adapters around the MLP
+    val_doc_fraction: float = score_setting(1.0, above(0, 1))  # share of the validation documents to score; below 1 is no full score
+    ngram_tilt_enabled: bool = score_setting(False, FLAG)  # raise what most often followed the same tokens before, in scoring order
+    ngram_tilt_order: int = score_setting(16, between(2, 64))  # tokens of an n-gram, the predicted one included
+    ngram_tilt_threshold: float = score_setting(0.8, between(0, 1))  # least share of the earlier occurrences that agree
+    ngram_tilt_beta: float = score_setting(2.625, between(0, 100))  # nats by which the hint is raised before all is normalised again
+    ngram_tilt_betas: tuple[float, ...] = score_setting((), each(between(0, 100), 25))  # instead of threshold and one beta: 25, for 1, 2,
+        # 4, 8, 16 occurrences and more by shares from 0, 1/4, 1/2, 3/4, 1 (bench/tilt.py fits them on training documents)
+    phased_ttt_prefix_docs: int = score_setting(2000, between(0, 10**9))  # documents that the global SGD may learn from
+    phased_ttt_num_phases: int = score_setting(3, between(1, 1000))  # parts of the prefix, each followed by global SGD
+    phased_ttt_leave_out: int = score_setting(432, between(0, 10**9))  # longest documents, scored by then, that the global SGD leaves out
+        # (published: seven batches in hand)
+    global_ttt_lr: float = score_setting(1e-3, RATE)  # learning rate of the global SGD
+    global_ttt_momentum: float = score_setting(0.9, below(0, 1))  # its momentum
+    global_ttt_epochs: int = score_setting(1, between(0, 1000))  # passes over each of its chunks
+    global_ttt_chunk_tokens: int = score_setting(32768, between(1, 2**26))  # tokens of one of its steps
+    global_ttt_batch_seqs: int = setting(32, between(1, 2**20))  # sequences of EVAL_SEQ_LEN tokens in one of its forwards on one rank
+    global_ttt_grad_clip: float = score_setting(1.0, between(0, 1e6))  # norm of its gradient, at most; 0: no limit
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> Config:
@@ -333,17 +334,15 @@ class Config:
             (all(a < b for a, b in zip(doubles, doubles[1:])) and all(at % size == 0 for at, size in zip(doubles, self.chunk_sizes[1:])),
              "TTT_CHUNK_DOUBLES_AT must ascend, each a multiple of the chunks that begin there (TTT_CHUNK_SIZE times 2, 4, ...)"),
         ]
-        for holds, message in rules:
-            if not holds:
-                raise ValueError(f"{message} (here: {self.named_in(message)})")
-        if (weights := sum(math.prod(row.shape) for row in parameter_table(self))) > ARTIFACT_MAX_WEIGHTS:
-            message = f"{weights:,} weights are more than an artifact's {ARTIFACT_MAX_WEIGHTS:,}: lower NUM_LAYERS, MODEL_DIM or VOCAB_SIZE"
-            raise ValueError(f"{message} (here: {self.named_in(message)}, MLP_MULT={self.mlp_mult})")
-
-    def named_in(self, message: str) -> str:
-        """The values of the settings that a message mentions."""
-        names = [f.name for f in fields(self) if re.search(rf"\b{f.name.upper()}\b", message)]
-        return ", ".join(f"{name.upper()}={format_setting(getattr(self, name))}" for name in names)
+        broken = [message for holds, message in rules if not holds]
+        weights = 0 if broken else sum(math.prod(row.shape) for row in parameter_table(self))
+        if weights > ARTIFACT_MAX_WEIGHTS:
+            broken = [f"{weights:,} weights are more than an artifact's {ARTIFACT_MAX_WEIGHTS:,}: lower NUM_LAYERS, MODEL_DIM, MLP_MULT or "
+                      "VOCAB_SIZE"]
+        if broken:
+            mentioned = [f.name for f in fields(self) if f.name.upper() in re.findall(r"\w+", broken[0])]
+            here = ", ".join(f"{name.upper()}={format_setting(getattr(self, name))}" for name in mentioned)
+            raise ValueError(f"{broken[0]} (here: {here})")
 
     @property
     def head_dim(self) -> int:
@@ -365,24 +364,18 @@ class Config:
     @property
     def shards_dir(self) -> Path:
         """Folder of the shards: DATA_PATH, else the published layout under DATA_DIR."""
-        if self.data_path:
-            return Path(self.data_path)
-        if not self.caseops_enabled:
-            return Path(self.data_dir, "datasets", f"fineweb10B_sp{self.vocab_size}")
-        return self._caseops_root / "datasets" / f"fineweb10B_sp{self.vocab_size}_{self.caseops_version}_reserved"
+        return Path(self.data_path or self._published("datasets", f"fineweb10B_sp{self.vocab_size}"))
 
     @property
     def tokenizer_file(self) -> Path:
         """SentencePiece model: TOKENIZER_PATH, else the published layout under DATA_DIR."""
-        if self.tokenizer_path:
-            return Path(self.tokenizer_path)
-        if not self.caseops_enabled:
-            return Path(self.data_dir, "tokenizers", f"fineweb_{self.vocab_size}_bpe.model")
-        return self._caseops_root / "tokenizers" / f"fineweb_{self.vocab_size}_bpe_{self.caseops_version}_reserved.model"
+        return Path(self.tokenizer_path or self._published("tokenizers", f"fineweb_{self.vocab_size}_bpe", ".model"))
 
-    @property
-    def _caseops_root(self) -> Path:
-        return Path(self.data_dir, "datasets", f"fineweb10B_sp{self.vocab_size}_caseops", "datasets")
+    def _published(self, kind: str, name: str, ending: str = "") -> Path:
+        if not self.caseops_enabled:
+            return Path(self.data_dir, kind, name + ending)
+        root = Path(self.data_dir, "datasets", f"fineweb10B_sp{self.vocab_size}_caseops", "datasets")
+        return root / kind / f"{name}_{self.caseops_version}_reserved{ending}"
 
 
 SETTING_TYPES = typing.get_type_hints(Config)
@@ -443,9 +436,16 @@ def misspelt_settings(environ: Mapping[str, str]) -> list[tuple[str, str]]:
     return found
 
 
+def setting_docs() -> dict[str, str]:
+    """What each setting does, by field: the comments in the readable source; the packed one has none."""
+    found = re.findall(r"^    (\w+): \S+(?: \.\.\.\])? = \w*setting\(.*?  # (.*(?:\n {8}# .*)*)", own_source(), re.MULTILINE)
+    return {name: re.sub(r"\n +#", "", words) for name, words in found}
+
+
 def settings_help() -> str:
-    """Every setting, its default, what it does and what it may be, one a line."""
-    return "\n".join(f"{f.name.upper()}={format_setting(f.default)}  {f.metadata['doc']} ({f.metadata['check'].text})"
+    """Every setting, its default, what it may be and what it does, one a line."""
+    docs = setting_docs()
+    return "\n".join(f"{f.name.upper()}={format_setting(f.default)}  {docs.get(f.name, '')} ({f.metadata['check'].text})"
                      for f in fields(Config))
 
 
@@ -454,12 +454,21 @@ def settings_help() -> str:
 #
 # What a process knows of its surroundings: its rank, its device, the log, the clock, and whether the run is asked to end.
 # On one process `Ranks` is the identity, so nothing else asks whether torch.distributed is up. A rank that fails says so on
-# a blackboard that all ranks watch, because a collective on an error path would wait for ever.
+# a board that all ranks watch, because a collective on an error path would wait for ever.
 # ======================================================================================================================
 
 EXIT_USER_ERROR, EXIT_OVER_LIMIT = 2, 3
+PROGRESS_MS = 15e3  # between two lines of a long phase
 LOOK_SECONDS = 0.5  # between two looks at the other ranks
 SIGNAL_GRACE_SECONDS = 25.0  # torchrun kills 30 s after it asked; a rank that waits for a dead one says so before that
+
+
+class Stopped(BaseException):
+    """The run was asked to end by a signal."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
 
 
 @dataclass
@@ -471,22 +480,22 @@ class Ranks:
     device: torch.device = torch.device("cpu")
     host_group: Any = None  # a gloo group: small decisions must not wait for the GPU
     local_world: int = 1  # processes on this machine
-    board: Any = None  # a store that any rank may write to and read from without waiting for another
-    notes: dict[str, str] = field(default_factory=dict)  # the same on one process
+    board: Any = field(default_factory=torch.distributed.HashStore)  # that any rank may write to and read from without waiting
     calls: int = 0  # collectives that this rank has come to: one that hangs has come to fewer than the others
+    signalled: int = 0  # number of the first signal that came to this rank
+    keeps_signals: bool = False  # until the next check_stop; else a signal ends the run at once
+    stopping: bool = False  # all ranks know that the run was asked to end
 
     @classmethod
     def start(cls, environ: Mapping[str, str], timeout_seconds: float = 1800.0) -> Ranks:
         """Join the other processes that torchrun started, if any; NCCL on CUDA, gloo on a CPU."""
         for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
-            if not re.fullmatch("[0-9]{1,5}", environ.get(name, "0")):
-                raise ValueError(f"{name}={environ[name]!r} is no number: leave it to torchrun")
-        world, local_rank = int(environ.get("WORLD_SIZE", 1)), int(environ.get("LOCAL_RANK", 0))
-        device = torch.device("cpu")
+            require(re.fullmatch("[0-9]{1,5}", environ.get(name, "0")), f"{name}={environ.get(name)!r} is no number: leave it to torchrun")
+        world, local_rank, device = int(environ.get("WORLD_SIZE", 1)), int(environ.get("LOCAL_RANK", 0)), torch.device("cpu")
         if torch.cuda.is_available():
-            if local_rank >= torch.cuda.device_count():
-                raise ValueError(f"local rank {local_rank}, but only {torch.cuda.device_count()} GPUs here; "
-                                 f"start torchrun with --nproc_per_node={torch.cuda.device_count()} at most")
+            gpus = torch.cuda.device_count()
+            require(local_rank < gpus, f"local rank {local_rank}, but only {gpus} GPUs here; start torchrun with "
+                                       f"--nproc_per_node={gpus} at most")
             device = torch.device("cuda", local_rank)
             torch.cuda.set_device(device)
             torch.backends.cuda.enable_cudnn_sdp(False)  # its gradient can be NaN with a mask at lengths like 2112 (torch 2.11 on)
@@ -510,20 +519,20 @@ class Ranks:
         if self.world > 1:
             torch.distributed.destroy_process_group()
 
+    def together(self, collective: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+        """A collective of torch.distributed, counted; nothing on one process."""
+        self.calls += 1
+        return collective(*arguments, **named) if self.world > 1 else None
+
     def sum(self, tensor: Tensor) -> Tensor:
         """`tensor` summed over the ranks, in place."""
-        self.calls += 1
-        if self.world > 1:
-            torch.distributed.all_reduce(tensor)
+        self.together(torch.distributed.all_reduce, tensor)
         return tensor
 
     def gather(self, value: Any) -> list[Any]:
         """The objects of all ranks, in rank order, on every rank."""
-        if self.world == 1:
-            return [value]
-        self.calls += 1
-        values: list[Any] = [None] * self.world
-        torch.distributed.all_gather_object(values, value, group=self.host_group)
+        values: list[Any] = [value] * self.world
+        self.together(torch.distributed.all_gather_object, values, value, group=self.host_group)
         return values
 
     def agree(self, value: Any) -> Any:
@@ -532,56 +541,47 @@ class Ranks:
 
     def share(self, tensors: list[Tensor]) -> None:
         """Rank 0's values into the host tensors of every rank."""
-        self.calls += 1
-        if self.world > 1:
-            for tensor in tensors:
-                torch.distributed.broadcast(tensor, src=0, group=self.host_group)
+        for tensor in tensors:
+            self.together(torch.distributed.broadcast, tensor, src=0, group=self.host_group)
 
     def check_same(self, values: dict[str, Any]) -> None:
         """ValueError, on every rank, that names a rank for which not all these values are rank 0's, and which are not."""
         first, *others = self.gather(values)
         for rank, theirs in enumerate(others, 1):
-            if differing := sorted({name for name, _ in first.items() ^ theirs.items()}):
-                raise ValueError(f"rank {rank} has another {', '.join(differing[:5])} than rank 0: every machine needs the same")
+            differing = sorted({name for name, _ in first.items() ^ theirs.items()})
+            require(not differing, f"rank {rank} has another {', '.join(differing[:5])} than rank 0: every machine needs the same")
 
     def post(self, topic: str, text: str) -> None:
         """Leave a note of this rank, in place of its last one on the topic; waits for nobody."""
-        if self.board is None:
-            self.notes[topic] = text
-        else:
-            self.board.set(f"{topic}/{self.rank}", text)
+        self.board.set(f"{topic}/{self.rank}", text)
 
     def posted(self, topic: str) -> dict[int, str]:
         """The latest notes on a topic, by rank; ranks that left none are not in it."""
-        if self.board is None:
-            return {0: self.notes[topic]} if topic in self.notes else {}
         keys = {r: f"{topic}/{r}" for r in range(self.world)}
         return {r: self.board.get(key).decode() for r, key in keys.items() if self.board.check([key])}
 
-    def fail(self, text: str) -> None:
-        """Tell the others that this rank ends, and why."""
-        with suppress(RuntimeError, OSError):
-            self.post("failed", text)
+    def first(self, topic: str, text: str) -> str:
+        """The first words that any rank has had for a topic, these if they are; with "" it only looks."""
+        return self.board.compare_set(topic, "", text).decode()
 
-    def failures(self) -> dict[int, str]:
-        """Words on every rank that has ended with an error; under -1 if the board went with the process that held it."""
-        try:
-            return {rank: text if text.startswith("rank ") else f"rank {rank}: {text}" for rank, text in self.posted("failed").items()}
-        except (RuntimeError, OSError):
-            return {-1: "the process that held the ranks together has ended"}
+    def hear(self, number: int, frame: object) -> None:
+        """What a signal does: the first ends the run, here or in `check_stop`."""
+        is_first, self.signalled = not self.signalled, self.signalled or number
+        if is_first and not self.keeps_signals:
+            raise Stopped(number)
 
-    def silent(self, seconds: float) -> list[int]:
-        """The ranks whose watches leave no new note for so long, or have left none yet."""
-        with suppress(RuntimeError, OSError):
-            before, _, after = self.posted("at"), time.sleep(seconds), self.posted("at")
-            return [rank for rank in range(self.world) if after.get(rank) == before.get(rank)]
-        return []
+    def check_stop(self) -> None:
+        """Raise Stopped on every rank if a signal has come to any; all ranks must call it at the same places."""
+        if number := max(self.gather(self.signalled)):
+            self.stopping = True
+            raise Stopped(number)
 
 
 def write_line(stream: Any, text: str) -> str:
-    """A line to a console; why it cannot be written, else "". Then all that is still to come goes nowhere, quietly."""
+    """A line to a console or file; why it cannot be written, else "". Then all that is still to come goes nowhere, quietly."""
     try:
-        print(text, file=stream, flush=True)
+        stream.write(text + "\n")
+        stream.flush()
         return ""
     except OSError as error:
         with suppress(OSError, ValueError):
@@ -592,10 +592,10 @@ def write_line(stream: Any, text: str) -> str:
 class Log:
     """Writes lines to standard output and appends them to a file, which it locks; silent on other ranks than 0.
 
-    A file or a console that cannot be written any more costs its lines, not the run.
+    A file or a console that cannot be written any more costs its lines, not the run. Without a file it is for errors.
     """
 
-    def __init__(self, path: Path | None, enabled: bool = True) -> None:
+    def __init__(self, path: Path | None = None, enabled: bool = True) -> None:
         self.enabled, self.path, self.file = enabled, path, None
         if enabled and path is not None:
             self.open()
@@ -622,16 +622,11 @@ class Log:
         """One line of prose."""
         if not self.enabled:
             return
-        encoding, lost = getattr(sys.stdout, "encoding", None) or "utf-8", {}
-        lost["standard output"] = write_line(sys.stdout, text.encode(encoding, "backslashreplace").decode(encoding))
-        try:
-            if self.file is not None:
-                self.file.write(text + "\n")
-                self.file.flush()
-        except OSError as error:
-            self.file, lost[str(self.path)] = None, error.strerror
-        for name, reason in lost.items():
-            if reason:
+        console = sys.stdout if self.path else sys.stderr
+        encoding = getattr(console, "encoding", None) or "utf-8"
+        printable = text.encode(encoding, "backslashreplace").decode(encoding)
+        for name, stream, line in (("standard output", console, printable), (self.path, self.file, text)):
+            if stream is not None and (reason := write_line(stream, line)):
                 write_line(sys.stderr, f"warning: {name} cannot be written any more ({reason}); the run goes on without it")
 
     def record(self, word: str, /, **values: Any) -> None:
@@ -639,96 +634,70 @@ class Log:
         self(" ".join([word, *(f"{key}:{value}" for key, value in values.items())]))
 
 
-class Stopped(Exception):
-    """The run was asked to end by a signal, and every rank knows."""
+def end_run(ranks: Ranks, log: Log, reason: str) -> typing.NoReturn:
+    """Leave at once, without any collective, for a reason `STATUS words` that the board has.
 
-    def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
-        self.number = number
+    Rank 0 says it, or who is left where it cannot; of several who come to say something, in whatever thread, the first alone does.
+    """
+    status, line = reason.split(" ", 1)
+    speaks = ranks.rank % ranks.local_world == 0  # on each machine, if the board went with the process that held it
+    with suppress(RuntimeError, OSError):
+        time.sleep(4 * LOOK_SECONDS if ranks.rank else 0.0)
+        speaks = ranks.first("said", own := os.urandom(8).hex()) == own
+    if speaks:
+        log.take_over()
+        log(line)
+    time.sleep(1.0)  # until the other thread has spoken, and the other ranks have seen why
+    sys.stdout.flush()
+    os._exit(int(status))
 
 
 class Watch:
-    """Notices signals and other ranks' failures while the main thread may be waiting inside a collective.
-
-    Between `with` and its end SIGTERM and SIGINT are kept, and `check` raises Stopped in all ranks at the same place.
-    """
+    """Notices the other ranks' failures, and signals, while the main thread may be waiting inside a collective."""
 
     def __init__(self, ranks: Ranks, log: Log, timeout_seconds: float) -> None:
-        self.ranks, self.log, self.number, self.since, self.over = ranks, log, 0, 0.0, threading.Event()
+        self.ranks, self.log, self.over = ranks, log, threading.Event()
         self.limit, self.looks, self.came = timeout_seconds / LOOK_SECONDS, 0, (0, 0)  # collectives, and the look that first saw so many
         self.heard = {rank: ("0 0", 0) for rank in range(ranks.world)}  # the last note of each, and the look that first saw it
-        self._pipe: tuple[int, int] | None = None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, ranks.hear)
         if ranks.world > 1:
+            self.signals, writer = os.pipe2(os.O_NONBLOCK)
+            signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
             threading.Thread(target=self._look, daemon=True).start()
 
-    def __enter__(self) -> Watch:
-        reader, writer = os.pipe2(os.O_NONBLOCK)
-        self._pipe, self._wakeup = (reader, writer), signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        self._before = {n: signal.signal(n, self._note) for n in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        signal.set_wakeup_fd(self._wakeup)
-        for end in self._pipe:
-            os.close(end)
-        self._pipe, self.since = None, 0.0
-
-    def _note(self, number: int, frame: object) -> None:
-        self.number = self.number or number
-
-    def check(self) -> None:
-        """Raise Stopped if a signal has come to any rank; all ranks must call it at the same places."""
-        if number := max(self.ranks.gather(self.number)):
-            self.since = 0.0
-            raise Stopped(number)
-
     def _look(self) -> None:
-        """In a thread: end this process when another rank has failed or hangs, or when a signal finds the main thread stuck."""
-        while not self.over.wait(LOOK_SECONDS):
-            hanging = self._hanging()
-            if hanging and self.ranks.rank == min(self.heard.keys() - hanging):
-                self.log.take_over()
-                self.end(f"rank {', '.join(map(str, hanging))} hangs: the others have waited for it for "
-                         f"{self.limit * LOOK_SECONDS:g} s (RANK_TIMEOUT_SECONDS)", EXIT_USER_ERROR)
-            failed = self.ranks.failures()
-            if failed and self.ranks.rank not in failed and not self.over.is_set():
-                if min(failed) < 0 and self.ranks.rank % self.ranks.local_world == 0:
-                    self.log.take_over()
-                self.end(next(iter(failed.values())), EXIT_USER_ERROR)
-            if self._pipe is not None and not self.since:
-                try:
-                    self.since = time.monotonic() if os.read(self._pipe[0], 64) else 0.0
-                except (BlockingIOError, OSError):
-                    continue
-            elif self.since and time.monotonic() - self.since > SIGNAL_GRACE_SECONDS:
-                self.end("asked to end while waiting for the other ranks: one of them has ended or hangs", 128 + signal.SIGTERM)
+        """In a thread: end this process when another rank has failed or hangs, or when a signal finds the main thread stuck.
 
-    def _hanging(self) -> list[int]:
-        """The ranks that have come to fewer collectives than this one waits in, or that give no sign of life, for too long.
-
-        Time is counted in looks of this thread: a job that was suspended as a whole does not count its sleep.
+        Time is counted in looks: a job that was suspended as a whole does not count its sleep.
         """
-        calls, self.looks = self.ranks.calls, self.looks + 1
+        asked = math.inf
+        while not self.over.wait(LOOK_SECONDS):
+            self.looks += 1
+            try:
+                reason = self.ranks.first("reason", self._hanging())
+            except (RuntimeError, OSError):
+                reason = f"{EXIT_USER_ERROR} error: the process that held the ranks together has ended"
+            with suppress(BlockingIOError):
+                asked = self.looks if os.read(self.signals, 64) else asked
+            if (self.looks - asked) * LOOK_SECONDS > SIGNAL_GRACE_SECONDS and not self.ranks.stopping:
+                reason = f"{128 + signal.SIGTERM} error: asked to end while waiting for the other ranks: one of them has ended or hangs"
+            if reason and not self.over.is_set():
+                end_run(self.ranks, self.log, reason)
+
+    def _hanging(self) -> str:
+        """The reason to end if ranks have come to fewer collectives than this one waits in, or give no sign of life, for too long."""
+        calls = self.ranks.calls
         self.came = self.came if calls == self.came[0] else (calls, self.looks)
-        try:
-            self.ranks.post("at", f"{calls} {self.looks}")
-            notes = self.ranks.posted("at")
-        except (RuntimeError, OSError):
-            return []
-        for rank, note in notes.items():
+        self.ranks.post("at", f"{calls} {self.looks}")
+        for rank, note in self.ranks.posted("at").items():
             self.heard[rank] = self.heard[rank] if note == self.heard[rank][0] else (note, self.looks)
         waiting = self.looks - self.came[1] > self.limit
-        return [rank for rank, (note, look) in self.heard.items()
-                if self.looks - look > self.limit or (waiting and int(note.split()[0]) < calls)]
-
-    def end(self, text: str, status: int) -> typing.NoReturn:
-        """Say why and leave at once, without any collective."""
-        self.log(f"error: {text}")
-        self.ranks.fail(text)
-        sys.stdout.flush()
-        os._exit(status)
+        hanging = [str(rank) for rank, (note, look) in self.heard.items()
+                   if self.looks - look > self.limit or (waiting and int(note.split()[0]) < calls)]
+        reason = (f"{EXIT_USER_ERROR} error: rank {', '.join(hanging)} hangs: the others have waited for it for "
+                  f"{self.limit * LOOK_SECONDS:g} s (RANK_TIMEOUT_SECONDS)")
+        return reason if hanging else ""
 
 
 class Clock:
@@ -767,32 +736,26 @@ def to_device(array: np.ndarray, device: torch.device) -> Tensor:
 
 
 class Progress:
-    """Now and then a line that says where a long phase stands and how long it will still take."""
+    """Now and then a line that says where a long phase stands and how long it will still take, at the pace so far."""
 
-    def __init__(self, log: Log, every_seconds: float = 15.0) -> None:
-        self.log, self.every, self.began = log, every_seconds, time.perf_counter()
-        self.last = self.began
-
-    def left_ms(self, done: float, total: float) -> int:
-        """Estimated milliseconds until `total`, at the pace so far."""
-        return int(since_ms(self.began) * (total - done) / max(done, 1e-9))
+    def __init__(self, log: Log) -> None:
+        self.log, self.began, self.last = log, time.perf_counter(), time.perf_counter()
 
     def __call__(self, phase: str, done: float, total: float) -> None:
-        now = time.perf_counter()
-        if now - self.last >= self.every and done < total:
-            self.last = now
-            self.log.record("progress", phase=phase, done=f"{done:g}/{total:g}", left_ms=self.left_ms(done, total))
+        if since_ms(self.last) >= PROGRESS_MS and done < total:
+            self.last = time.perf_counter()
+            self.log.record("progress", phase=phase, done=f"{done:g}/{total:g}",
+                            left_ms=int(since_ms(self.began) * (total - done) / max(done, 1e-9)))
 
 
 @dataclass
 class Run:
-    """What every stage needs: settings, ranks, log, whether to compile, and the watch that says when to end."""
+    """What every stage needs: settings, ranks, log, and whether to compile."""
 
     cfg: Config
     ranks: Ranks
     log: Log
     compile: bool = False
-    watch: Watch | None = None
 
     @property
     def device(self) -> torch.device:
@@ -803,31 +766,32 @@ class Run:
         """Of activations: bfloat16 on CUDA, float32 on a CPU."""
         return torch.bfloat16 if self.device.type == "cuda" else torch.float32
 
-    def check_stop(self) -> None:
-        """Raise Stopped, on every rank, if the run was asked to end."""
-        if self.watch is not None:
-            self.watch.check()
-
 
 def write_atomically(path: str | Path, data: bytes) -> None:
-    """Write a file so that readers see the old bytes or the new ones, never a part: temporary name in the same folder,
-    fsync, rename. Raises OSError with a hint when the folder cannot be written or is full; the old file stays."""
+    """Write a file so that readers see the old bytes or the new ones, never a part: a name beside it, fsync, rename.
+
+    What a kill leaves under that name the next write takes. Raises OSError with a hint when the folder cannot be written or is
+    full; the old file stays.
+    """
     path = Path(path)
-    temporary = None
+    unfinished = path.with_name(path.name[:200] + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=path.name[:100] + ".", suffix=".tmp", dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
+        with unfinished.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        os.replace(unfinished, path)
     except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
+        with suppress(OSError):
+            unfinished.unlink()
         hint = "free some space there or choose another place with ARTIFACT_DIR; a file of that name is left as it was"
         raise OSError(error.errno, f"cannot write {len(data)} bytes to {path}: {error.strerror} ({hint})") from error
+
+
+def as_tensor(data: bytes) -> Tensor:
+    """(len(data),) uint8."""
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 
 # ======================================================================================================================
@@ -858,99 +822,79 @@ class Batch(NamedTuple):
 
 
 def read_shard(path: Path, entries: int | None = None) -> np.ndarray:
-    """The entries of a shard, `entries` of them where that is known, as a read-only memory map (uint16).
-
-    Raises:
-        ValueError: naming the file and what is wrong with it.
-    """
+    """The entries of a shard, `entries` of them where that is known, as a read-only memory map (uint16); ValueError says what is wrong."""
     header_bytes = 4 * SHARD_HEADER_INTS
     try:
         size, header = path.stat().st_size, np.fromfile(path, dtype="<i4", count=SHARD_HEADER_INTS)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}; {BUILD_HINT}") from None
-    if len(header) < SHARD_HEADER_INTS:
-        raise ValueError(f"{path}: {size} bytes, shorter than the {header_bytes}-byte header: the file is cut short; "
-                         "copy or build it again")
+    require(len(header) == SHARD_HEADER_INTS, f"{path}: {size} bytes, shorter than the {header_bytes}-byte header: the file is cut short; "
+                                              "copy or build it again")
     magic, version, count = (int(v) for v in header[:3])
-    if magic != SHARD_MAGIC:
-        raise ValueError(f"{path}: magic number {magic}, not {SHARD_MAGIC}: this is no token shard; {BUILD_HINT}")
-    if version != SHARD_VERSION:
-        raise ValueError(f"{path}: version {version}, this program reads {SHARD_VERSION}; {BUILD_HINT}")
-    if size != header_bytes + 2 * count or count < 1:
-        raise ValueError(f"{path}: the header promises {count} entries = {header_bytes + 2 * count} bytes, the file has "
-                         f"{size}: it is empty, cut short or damaged; copy or build it again")
-    if entries is not None and count != entries:
-        raise ValueError(f"{path}: {count} entries, {MANIFEST} beside it says {entries}: it is of another data set; "
-                         "copy or build it again")
+    require(magic == SHARD_MAGIC, f"{path}: magic number {magic}, not {SHARD_MAGIC}: this is no token shard; {BUILD_HINT}")
+    require(version == SHARD_VERSION, f"{path}: version {version}, this program reads {SHARD_VERSION}; {BUILD_HINT}")
+    require(size == header_bytes + 2 * count and count > 0,
+            f"{path}: the header promises {count} entries = {header_bytes + 2 * count} bytes, the file has {size}: it is empty, cut short "
+            "or damaged; copy or build it again")
+    require(entries in (None, count), f"{path}: {count} entries, {MANIFEST} beside it says {entries}: it is of another data set; copy or "
+                                      "build it again")
     return np.memmap(path, dtype="<u2", mode="r", offset=header_bytes, shape=(count,))
 
 
-class Manifest(NamedTuple):
-    """What `manifest.json` says of a data set; without one all fields are empty."""
-
-    files: dict[str, dict[str, Any]] = {}  # shard -> entries, sha256
-    transform: str = ""  # CaseOps version
-    tokenizer_sha256: str = ""
-
-
-def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a data set, checked; ValueError if it is damaged."""
-    path = folder / MANIFEST
-    if not path.exists():
-        return Manifest()
-    try:
-        record = json.loads(path.read_bytes())
-        files = {entry["file"]: entry for split in ("val", "train") for entry in record["splits"][split]["files"]}
-        manifest = Manifest(files, record.get("transform", ""), record.get("tokenizer", {}).get("sha256", ""))
-        right = [SHARD_NAME.fullmatch(name) and type(entry["entries"]) is int and type(entry["sha256"]) is str
-                 for name, entry in files.items()]
-        if not right or not all(right) or type(manifest.transform) is not str:
-            raise ValueError("its list of shards is not in the form of a build")
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path} is not the manifest of a data set ({type(error).__name__}: {error}); move it away if it "
-                         f"is another program's, else {BUILD_HINT}") from None
-    return manifest
-
-
-def dataset_shards(folder: Path) -> dict[str, list[Path]]:
-    """The shards of a data set by kind (train, val, val_bytes), in order. What a right set of shards is stands here alone.
+class Dataset:
+    """A folder of shards, looked at once: which there are, and what its manifest says. What a right set is stands here alone.
 
     `manifest.json` decides where there is one: its files, no others. Always: one prefix, numbers from 0 without a gap, and
     a sidecar shard for each validation shard or none at all. A wrong `.bin` file or an unfinished build is refused by name.
     """
-    if not folder.is_dir():
-        raise ValueError(f"no data: {folder} is not a folder; {BUILD_HINT}")
-    listed = read_manifest(folder).files
-    if not listed and (folder / JOURNAL).exists():
-        raise ValueError(f"{folder} holds an unfinished build ({JOURNAL}): give the same prepare_caseops_data.py command again, "
-                         "it goes on where it stopped")
-    there = sorted(path.name for path in folder.glob("*.bin"))
-    named = {name: match.groups() for name in listed or there if (match := SHARD_NAME.fullmatch(name))}
-    if foreign := [name for name in there if name not in named]:
-        reason = "no name of a shard, PREFIX_train|val|val_bytes_NNNNNN.bin" if not listed else f"not in {MANIFEST}"
-        raise ValueError(f"{folder} holds {', '.join(foreign[:3])}{' …' if foreign[3:] else ''}: {reason}; move or delete it")
-    if len(prefixes := {prefix for prefix, _, _ in named.values()}) > 1:
-        raise ValueError(f"{folder} holds shards of several data sets ({', '.join(sorted(prefixes))}): one folder, one data set")
-    shards = {kind: sorted((int(number), folder / name) for name, (_, its, number) in named.items() if its == kind) for kind in SHARD_KINDS}
-    for kind, numbered in shards.items():
-        if (numbers := [number for number, _ in numbered]) != list(range(len(numbers))):
-            raise ValueError(f"{folder}: the {kind} shards are numbered {', '.join(map(str, numbers))}, not from 0 without a gap")
-    if shards["val"] and shards["val_bytes"] and len(shards["val"]) != len(shards["val_bytes"]):
-        raise ValueError(f"{folder}: {len(shards['val_bytes'])} sidecar shards (val_bytes) for {len(shards['val'])} validation shards")
-    return {kind: [path for _, path in numbered] for kind, numbered in shards.items()}
 
+    paths: dict[str, list[Path]]  # by kind (train, val, val_bytes), in order
+    listed: dict[str, int]  # entries of each shard that the manifest names; with no manifest, this is empty and so are the next two
+    transform = ""  # CaseOps version
+    tokenizer_sha256 = ""
 
-def shard_paths(folder: Path, kind: str) -> list[Path]:
-    """Shards of one kind ('train', 'val' or 'val_bytes') in order; the sidecar is never taken for tokens."""
-    return dataset_shards(folder)[kind]
+    def __init__(self, folder: Path) -> None:
+        """ValueError names the folder and what is wrong with it."""
+        require(folder.is_dir(), f"no data: {folder} is not a folder; {BUILD_HINT}")
+        self.folder, self.listed = folder, {}
+        if (folder / MANIFEST).exists():
+            self._read_manifest(folder / MANIFEST)
+        require(self.listed or not (folder / JOURNAL).exists(), f"{folder} holds an unfinished build ({JOURNAL}): give the same "
+                "prepare_caseops_data.py command again, it goes on where it stopped")
+        there = sorted(path.name for path in folder.glob("*.bin"))
+        named = {name: match.groups() for name in self.listed or there if (match := SHARD_NAME.fullmatch(name))}
+        foreign = [name for name in there if name not in named]
+        reason = f"not in {MANIFEST}" if self.listed else "no name of a shard, PREFIX_train|val|val_bytes_NNNNNN.bin"
+        require(not foreign, f"{folder} holds {', '.join(foreign[:3])}{' …' if foreign[3:] else ''}: {reason}; move or delete it")
+        prefixes = sorted({prefix for prefix, _, _ in named.values()})
+        require(len(prefixes) < 2, f"{folder} holds shards of several data sets ({', '.join(prefixes)}): one folder, one data set")
+        self.paths = {}
+        for kind in SHARD_KINDS:
+            numbered = sorted((int(number), folder / name) for name, (_, its, number) in named.items() if its == kind)
+            numbers, self.paths[kind] = [number for number, _ in numbered], [path for _, path in numbered]
+            require(numbers == list(range(len(numbers))),
+                    f"{folder}: the {kind} shards are numbered {', '.join(map(str, numbers))}, not from 0 without a gap")
+        sidecars, shards = len(self.paths["val_bytes"]), len(self.paths["val"])
+        require(sidecars == shards or not sidecars or not shards,
+                f"{folder}: {sidecars} sidecar shards (val_bytes) for {shards} validation shards")
 
+    def _read_manifest(self, path: Path) -> None:
+        try:
+            record = json.loads(path.read_bytes())
+            files = [entry for split in ("val", "train") for entry in record["splits"][split]["files"]]
+            self.listed = {entry["file"]: entry["entries"] for entry in files}
+            self.transform, self.tokenizer_sha256 = record.get("transform", ""), record.get("tokenizer", {}).get("sha256", "")
+            texts = [self.transform, self.tokenizer_sha256, *(entry["sha256"] for entry in files)]
+            require(files and all(map(SHARD_NAME.fullmatch, self.listed)) and all(type(text) is str for text in texts)
+                    and all(type(count) is int for count in self.listed.values()), "its list of shards is not in the form of a build")
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{path} is not the manifest of a data set ({type(error).__name__}: {error}); move it away if it "
+                             f"is another program's, else {BUILD_HINT}") from None
 
-def read_shards(folder: Path, kind: str) -> list[np.ndarray]:
-    """All shards of one kind, of the lengths that the manifest lists; ValueError if there is none."""
-    if not (paths := shard_paths(folder, kind)):
-        raise ValueError(f"no {kind} shards (*_{kind}_NNNNNN.bin) in {folder}; {BUILD_HINT}")
-    listed = read_manifest(folder).files
-    return [read_shard(path, listed[path.name]["entries"] if listed else None) for path in paths]
+    def read(self, kind: str) -> list[np.ndarray]:
+        """All shards of one kind, of the lengths that the manifest lists; ValueError if there is none or one is damaged."""
+        require(self.paths[kind], f"no {kind} shards (*_{kind}_NNNNNN.bin) in {self.folder}; {BUILD_HINT}")
+        return [read_shard(path, self.listed.get(path.name)) for path in self.paths[kind]]
 
 
 class ValData(NamedTuple):
@@ -973,125 +917,101 @@ def check_tokens(tokens: np.ndarray, vocab_size: int, what: str, sample: int = 2
     """The first `sample` and last `sample` entries must be below `vocab_size` and hold a BOS; ValueError says where not."""
     for offset in {0, max(0, len(tokens) - sample)}:
         part = np.asarray(tokens[offset: offset + sample])
-        if len(part) and int(part.max()) >= vocab_size:
-            at = offset + int(np.argmax(part >= vocab_size))
-            raise ValueError(f"{what}: entry {at} is token {int(tokens[at])}, but VOCAB_SIZE is {vocab_size}: the data was "
-                             "made with another tokenizer, or the file is damaged")
-    if not (np.asarray(tokens[:sample]) == BOS_ID).any():
-        raise ValueError(f"{what}: no BOS (id {BOS_ID}) in {min(len(tokens), sample)} entries: documents cannot be told "
-                         "apart; " + BUILD_HINT)
+        at = offset + int(np.argmax(part >= vocab_size))  # the first that is, if one is
+        require(int(tokens[at]) < vocab_size, f"{what}: entry {at} is token {tokens[at]}, but VOCAB_SIZE is {vocab_size}: the data was "
+                                              "made with another tokenizer, or the file is damaged")
+    require((np.asarray(tokens[:sample]) == BOS_ID).any(), f"{what}: no BOS (id {BOS_ID}) in {min(len(tokens), sample)} entries: documents "
+                                                           f"cannot be told apart; {BUILD_HINT}")
 
 
-def read_sidecar(folder: Path, tokens: np.ndarray) -> np.ndarray:
-    """The bytes of every validation token; ValueError if the sidecar is missing or does not belong to `tokens` (N,)."""
-    if not shard_paths(folder, "val_bytes"):
-        raise ValueError(f"no byte sidecar (*_val_bytes_NNNNNN.bin) in {folder}: bits per byte cannot be counted; {BUILD_HINT}")
-    sizes, own = (list(map(len, read_shards(folder, kind))) for kind in ("val", "val_bytes"))
-    if sizes != own:
-        raise ValueError(f"the byte sidecar in {folder} has {own} entries, the validation tokens {sizes}: they must be the same; "
-                         "build both again from the same text")
-    byte_counts = np.concatenate(read_shards(folder, "val_bytes"))
-    if byte_counts[tokens == BOS_ID].any():
-        raise ValueError(f"the byte sidecar in {folder} charges bytes to BOS: it does not belong to these tokens")
+def read_sidecar(dataset: Dataset, val: list[np.ndarray]) -> np.ndarray:
+    """The bytes of every validation token, (N,) uint16; ValueError if the sidecar is missing or does not belong to the shards."""
+    where = f"the byte sidecar in {dataset.folder}"
+    require(dataset.paths["val_bytes"],
+            f"no byte sidecar (*_val_bytes_NNNNNN.bin) in {dataset.folder}: bits per byte cannot be counted; {BUILD_HINT}")
+    sidecar = dataset.read("val_bytes")
+    sizes, own = list(map(len, val)), list(map(len, sidecar))
+    require(sizes == own,
+            f"{where} has {own} entries, the validation tokens {sizes}: they must be the same; build both again from the same text")
+    byte_counts = np.concatenate(sidecar)
+    require(not byte_counts[np.concatenate(val) == BOS_ID].any(), f"{where} charges bytes to BOS: it does not belong to these tokens")
     return byte_counts
 
 
-def check_version(cfg: Config) -> None:
-    """ValueError if the data is of another CaseOps version than the run, or than the artifact whose settings it has adopted."""
-    transform = read_manifest(cfg.shards_dir).transform
-    found, wanted = (transform or Config.caseops_version, cfg.caseops_version) if cfg.caseops_enabled else (transform, "")
-    if found != wanted:
-        raise ValueError(f"the data in {cfg.shards_dir} is of CASEOPS_VERSION={found}, this run or its artifact of "
-                         f"{wanted or 'CASEOPS_ENABLED=0'}: neither can read the other's tokens; choose data, settings and artifact of one")
-
-
-def load_val(cfg: Config) -> ValData:
-    """The validation set, checked: sidecar present and of the same length, BOS, ids, the published constants.
-
-    Raises:
-        ValueError: naming the file and what is wrong with it.
-    """
-    folder = cfg.shards_dir
-    check_version(cfg)
-    tokens = np.concatenate(read_shards(folder, "val"))
+def load_val(cfg: Config, dataset: Dataset | None = None) -> ValData:
+    """The validation set, checked: sidecar present and of the same length, BOS, ids, the published constants; ValueError if not so."""
+    folder, dataset = cfg.shards_dir, dataset or Dataset(cfg.shards_dir)
+    found, wanted = dataset.transform, ""
+    if cfg.caseops_enabled:
+        found, wanted = found or Config.caseops_version, cfg.caseops_version
+    require(found == wanted, f"the data in {folder} is of CASEOPS_VERSION={found}, this run or its artifact of "
+            f"{wanted or 'CASEOPS_ENABLED=0'}: neither can read the other's tokens; choose data, settings and artifact of one")
+    shards = dataset.read("val")
+    tokens = np.concatenate(shards)
     check_tokens(tokens, cfg.vocab_size, f"validation tokens in {folder}", sample=len(tokens))
-    if int(tokens[0]) != BOS_ID:
-        raise ValueError(f"validation tokens in {folder}: the first entry is {int(tokens[0])}, not BOS ({BOS_ID}); {BUILD_HINT}")
-    if not cfg.caseops_enabled:
-        byte_counts = piece_byte_counts(cfg, tokens)
-    else:
-        byte_counts = read_sidecar(folder, tokens)
+    require(tokens[0] == BOS_ID, f"validation tokens in {folder}: the first entry is {tokens[0]}, not BOS ({BOS_ID}); {BUILD_HINT}")
+    byte_counts = read_sidecar(dataset, shards) if cfg.caseops_enabled else piece_byte_counts(cfg, tokens)
     val = ValData(tokens, byte_counts, int((tokens == BOS_ID).sum()))
-    if folder.name == PUBLISHED_NAME:
-        found = {"documents": val.documents, "tokens": len(tokens), "bytes": val.num_bytes}
-        if found != PUBLISHED_VAL:
-            raise ValueError(f"{folder} has the published data set's name, but its validation set has {found}, the "
-                             f"published one {PUBLISHED_VAL}: it is incomplete or another one")
-    if val.num_bytes == 0:
-        raise ValueError(f"the validation targets in {folder} stand for 0 bytes: bits per byte cannot be counted")
-    if cfg.val_doc_fraction < 1:
-        starts = val.document_starts()
-        keep = max(1, int(len(starts) * cfg.val_doc_fraction))
-        end = len(tokens) if keep == len(starts) else int(starts[keep])
-        val = ValData(tokens[:end], byte_counts[:end], keep)
-    return val
+    counts = {"documents": val.documents, "tokens": len(tokens), "bytes": val.num_bytes}
+    require(folder.name != PUBLISHED_NAME or counts == PUBLISHED_VAL, f"{folder} has the published data set's name, but its validation set "
+            f"has {counts}, the published one {PUBLISHED_VAL}: it is incomplete or another one")
+    require(val.num_bytes, f"the validation targets in {folder} stand for 0 bytes: bits per byte cannot be counted")
+    if cfg.val_doc_fraction == 1:
+        return val
+    keep = max(1, int(val.documents * cfg.val_doc_fraction))
+    end = int(np.append(val.document_starts(), len(tokens))[keep])
+    return ValData(tokens[:end], byte_counts[:end], keep)
 
 
-@lru_cache(maxsize=1)
-def _piece_byte_table(path: str, vocab_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """By token: its bytes without a leading space mark, whether it has that mark, whether it is a control token."""
+def load_tokenizer(cfg: Config) -> Any:
+    """The SentencePiece model; ValueError if it is none, or its size is not VOCAB_SIZE."""
     import sentencepiece
 
+    path = cfg.tokenizer_file
     try:
-        model = sentencepiece.SentencePieceProcessor(model_proto=Path(path).read_bytes())
+        model = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
     except (OSError, RuntimeError) as error:
         raise ValueError(f"TOKENIZER_PATH {path} is not a SentencePiece model: {error}") from None
-    if model.vocab_size() != vocab_size:
-        raise ValueError(f"{path} has {model.vocab_size()} pieces, VOCAB_SIZE is {vocab_size}: set the one or the other")
-    lengths, space = np.zeros(vocab_size, np.uint16), np.zeros(vocab_size, bool)
-    control = np.array([model.is_control(i) or model.is_unknown(i) or model.is_unused(i) for i in range(vocab_size)])
-    for i in np.flatnonzero(~control):
-        piece = model.id_to_piece(int(i))
-        space[i] = piece.startswith("\u2581")
-        lengths[i] = 1 if model.is_byte(int(i)) else len(piece.removeprefix("\u2581").encode("utf-8"))
-    return lengths, space, control
+    require(model.vocab_size() == cfg.vocab_size,
+            f"{path} has {model.vocab_size()} pieces, VOCAB_SIZE is {cfg.vocab_size}: set the one or the other")
+    return model
 
 
 def piece_byte_counts(cfg: Config, tokens: np.ndarray) -> np.ndarray:
     """Bytes of each of `tokens` (N,) of plain SentencePiece data: a leading space counts unless a control token is before."""
-    lengths, space, control = _piece_byte_table(str(cfg.tokenizer_file), cfg.vocab_size)
+    model, space_mark = load_tokenizer(cfg), "\u2581"
+    control = np.array([model.is_control(i) or model.is_unknown(i) or model.is_unused(i) for i in range(cfg.vocab_size)])
+    pieces = ["" if control[i] else model.id_to_piece(i) for i in range(cfg.vocab_size)]
+    has_space = np.array([piece.startswith(space_mark) for piece in pieces])
+    lengths = np.array([1 if model.is_byte(i) else len(piece.removeprefix(space_mark).encode()) for i, piece in enumerate(pieces)])
     before = np.concatenate([[BOS_ID], tokens[:-1]])
-    return (lengths[tokens] + (space[tokens] & ~control[before])).astype(np.uint16)
+    return (lengths[tokens] + (has_space[tokens] & ~control[before])).astype(np.uint16)
 
 
-def check_tokenizer(cfg: Config) -> str:
-    """Words about the tokenizer file for the log; ValueError if its size is not VOCAB_SIZE, or if it is needed and missing."""
-    path = cfg.tokenizer_file
+def check_tokenizer(cfg: Config, dataset: Dataset) -> str:
+    """Words about the tokenizer file for the log; ValueError if it is not the data's, or if it is needed and missing."""
+    path, wanted = cfg.tokenizer_file, dataset.tokenizer_sha256
     if not path.exists():
-        if not cfg.caseops_enabled or cfg.tokenizer_path:
-            raise ValueError(f"no tokenizer at {path}; set TOKENIZER_PATH")
+        require(cfg.caseops_enabled and not cfg.tokenizer_path, f"no tokenizer at {path}; set TOKENIZER_PATH")
         return f"no tokenizer at {path}: none is needed, the bytes come from the sidecar"
-    _piece_byte_table(str(path), cfg.vocab_size)
-    found, wanted = hashlib.sha256(path.read_bytes()).hexdigest(), read_manifest(cfg.shards_dir).tokenizer_sha256
-    if wanted not in ("", found):
-        raise ValueError(f"{path} (sha256 {found[:16]}) is not the tokenizer that the data in {cfg.shards_dir} was made with (sha256 "
-                         f"{wanted[:16]}, see {MANIFEST} there): set TOKENIZER_PATH to that one")
+    load_tokenizer(cfg)
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    require(wanted in ("", found), f"{path} (sha256 {found[:16]}) is not the tokenizer that the data in {dataset.folder} was made with "
+            f"(sha256 {wanted[:16]}, see {MANIFEST} there): set TOKENIZER_PATH to that one")
     return f"tokenizer {path} sha256 {found}"
 
 
-def check_dataset(cfg: Config, with_train: bool = True) -> ValData:
-    """Every check that takes seconds, before any long work; the validation set, loaded.
+def check_dataset(cfg: Config, dataset: Dataset) -> tuple[list[np.ndarray], ValData]:
+    """Every check that takes seconds, before any long work; the training shards (none with EVAL_ONLY) and the validation set.
 
-    Raises:
-        ValueError: names the file, what is wrong and what to do.
+    ValueError names the file, what is wrong and what to do.
     """
-    train = dict(zip(shard_paths(cfg.shards_dir, "train"), read_shards(cfg.shards_dir, "train"))) if with_train else {}
-    val = load_val(cfg)
-    for path, shard in train.items():
+    train = [] if cfg.eval_only else dataset.read("train")
+    val = load_val(cfg, dataset)
+    for path, shard in zip(dataset.paths["train"], train):
         check_tokens(shard, cfg.vocab_size, str(path), sample=max(1_000_000, 200_000_000 // len(train)))
-        if begins_like(shard, val.tokens):
-            raise ValueError(f"{path} holds the validation tokens: they must not be trained on; {BUILD_HINT}")
-    return val
+        require(not begins_like(shard, val.tokens), f"{path} holds the validation tokens: they must not be trained on; {BUILD_HINT}")
+    return train, val
 
 
 def begins_like(shard: np.ndarray, tokens: np.ndarray, enough: int = 4096) -> bool:
@@ -1145,18 +1065,14 @@ class SpanLayout(NamedTuple):
     def plan(cls, cfg: Config, world: int) -> SpanLayout:
         """ValueError if the ranks do not divide the batch."""
         batch, spans = cfg.train_batch_tokens, math.lcm(8, world)
-        if batch % spans or batch < 2 * spans:
-            raise ValueError(f"{world} ranks do not divide TRAIN_BATCH_TOKENS={batch}: it must be a multiple of "
-                             f"{spans} (use fewer ranks, or set TRAIN_BATCH_TOKENS={max(2, batch // spans) * spans})")
+        require(batch % spans == 0 and batch >= 2 * spans, f"{world} ranks do not divide TRAIN_BATCH_TOKENS={batch}: it must be a multiple "
+                f"of {spans} (use fewer ranks, or set TRAIN_BATCH_TOKENS={max(2, batch // spans) * spans})")
         while batch // spans > cfg.micro_batch_tokens:
             spans *= 2
-            if batch % spans:
-                raise ValueError(f"MICRO_BATCH_TOKENS={cfg.micro_batch_tokens} does not divide TRAIN_BATCH_TOKENS={batch} "
-                                 f"into equal parts for {world} ranks; use a power-of-two share of {batch // world}")
-        per_rank = spans // world
-        fit = cfg.micro_batch_tokens // (batch // spans)
-        per_micro = max(n for n in range(1, min(fit, per_rank) + 1) if per_rank % n == 0)
-        return cls(spans, batch // spans, per_rank, per_micro)
+            require(batch % spans == 0, f"MICRO_BATCH_TOKENS={cfg.micro_batch_tokens} does not divide TRAIN_BATCH_TOKENS={batch} into "
+                                        f"equal parts for {world} ranks; use a power-of-two share of {batch // world}")
+        per_rank, fit = spans // world, cfg.micro_batch_tokens // (batch // spans)
+        return cls(spans, batch // spans, per_rank, max(n for n in range(1, min(fit, per_rank) + 1) if per_rank % n == 0))
 
     @property
     def micro_tokens(self) -> int:
@@ -1202,23 +1118,17 @@ class TrainLoader:
         """This rank's micro-batches of the next step."""
         began = time.perf_counter()
         batches = self._next.result()
-        self.wait_ms += 1e3 * (time.perf_counter() - began)
+        self.wait_ms += since_ms(began)
         self.seek(self.position + self.cfg.train_batch_tokens)
         return batches
 
     def _prepare(self, position: int) -> list[Batch]:
-        layout = self.layout
-        share = layout.per_rank * layout.span_tokens
-        entries = self.stream.read(position + self.ranks.rank * share, share + 1)
-        batches = []
-        for first in range(0, share, layout.micro_tokens):
-            tokens = entries[first: first + layout.micro_tokens]
-            targets = entries[first + 1: first + layout.micro_tokens + 1]
-            starts = segment_starts(tokens, layout.span_tokens, self.cfg.train_seq_len)
-            longest = min(self.cfg.train_seq_len, layout.span_tokens)
-            batches.append(make_batch(tokens, targets, starts, longest, self.ranks.device))
+        span, size, share = self.layout.span_tokens, self.layout.micro_tokens, self.layout.per_rank * self.layout.span_tokens
+        entries, batches, longest = self.stream.read(position + self.ranks.rank * share, share + 1), [], min(self.cfg.train_seq_len, span)
+        for first in range(0, share, size):
+            tokens, targets = entries[first: first + size], entries[first + 1: first + size + 1]
+            batches.append(make_batch(tokens, targets, segment_starts(tokens, span, longest), longest, self.ranks.device))
         return batches
-
 
 
 # ======================================================================================================================
@@ -1441,13 +1351,64 @@ def attend_segments(batch: Batch, visit: int, q: Tensor, k: Tensor, v: Tensor) -
     return attention(q, k, v, batch.cu_seqlens, batch.max_seqlen)
 
 
-def rms_norm(x: Tensor) -> Tensor:
-    return F.rms_norm(x, (x.size(-1),))
+def rms_norm(x: Tensor, divisor: float = 1.0) -> Tensor:
+    return NormFromOutput.apply(x, divisor) if kernels_take(x) else F.rms_norm(x, (x.size(-1),)) / divisor
+
+
+class NormFromOutput(torch.autograd.Function):
+    """rms_norm whose backward reads what it returned, which is kept anyway, in place of x."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, divisor: float) -> Tensor:
+        factor = norm_factor(x) / divisor
+        y = (x.float() * factor).to(x.dtype)
+        ctx.save_for_backward(y, factor)
+        ctx.divisor = divisor
+        return y
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
+        y, factor = ctx.saved_tensors
+        grad, y = grad.float(), y.float()
+        along = ctx.divisor**2 * (grad * y).mean(-1, keepdim=True)
+        return (factor * (grad - along * y)).to(ctx.saved_tensors[0].dtype), None
+
+
+def norm_factor(x: Tensor) -> Tensor:
+    """What rms_norm multiplies each row of x (..., D) with, (..., 1) float32."""
+    return torch.rsqrt(x.float().square().mean(-1, keepdim=True) + NORM_EPS)
 
 
 def add(x: Tensor, y: Tensor) -> Tensor:
     """x + y, of one dtype. A plain sum the compiler would join to the product before it, copying x for that; this joins the norm behind."""
     return (x.float() + y.float()).to(x.dtype) if torch.compiler.is_compiling() else x + y
+
+
+@torch.library.custom_op(f"{OPERATORS}::add_product_", mutates_args=("x",))
+def add_product_op(x: Tensor, y: Tensor, w: Tensor) -> None:
+    """x (T, d) += y (T, k) w^T."""
+    x.addmm_(y, w.t())
+
+
+class AddProduct(torch.autograd.Function):
+    """x + y w^T, the sum made by the product where x stands: nobody may need x any more, or the compiler copies it."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, y: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(y, w)
+        out = x * 1.0
+        add_product_op(out, y, w)
+        return out
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y, w = ctx.saved_tensors
+        return grad, grad @ w, grad.t() @ y
+
+
+def add_product(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
+    """x (T, d) + y (T, k) w^T."""
+    return AddProduct.apply(x, y, w) if kernels_take(x) else add(x, F.linear(y, w))
 
 
 @torch.library.custom_op(f"{OPERATORS}::rotary_tables", mutates_args=())
@@ -1477,7 +1438,7 @@ def head_norm(x: Tensor, gain: Tensor | None = None) -> Tensor:
 
     Norm and gain are one factor a row: so the gain's gradient comes out of sums over D that the norm's needs anyway.
     """
-    factor = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + NORM_EPS)
+    factor = norm_factor(x)
     return x.float() * (factor if gain is None else factor * gain.float()[:, None])
 
 
@@ -1491,7 +1452,7 @@ class LayerWeights(NamedTuple):
     attn_in: Tensor  # (d + 2 k + heads, d)
     proj: Tensor  # (d, d)
     up: Tensor  # (h, d)
-    down: Tensor  # (d, h)
+    down: Tensor  # (d, h), float32 still: a visit may multiply a factor into its rows
     attn_scale: Tensor  # (d,)
     mlp_scale: Tensor  # (d,)
     resid_mix: Tensor  # (2, d)
@@ -1562,22 +1523,25 @@ class GPT(nn.Module):
         if cfg.smear_gate_enabled:
             embedded = embedded + self._smear(embedded, batch.previous)
         x = x0 = rms_norm(embedded.to(self.dtype))
-        skips = []
-        for visit, layer in enumerate(schedule.encoder):
-            x = self._serial_block(context, layer, visit, x, x0)
-            skips.append(x)
-        lanes = None
-        for j, layer in enumerate(schedule.decoder):
-            visit = len(schedule.encoder) + j
-            skip = (j, skips.pop()) if j < self.skip_weights.size(0) and skips else None
-            if layer < cfg.parallel_start_layer:
-                x = self._serial_block(context, layer, visit, x, x0, skip)
-            else:
-                lane0, lane1 = (x, x) if lanes is None else lanes
-                lane0 = lane0 if skip is None else self._mix_skip(skip, lane0)
-                lanes = self._parallel_block(context, layer, visit, (lane0, lane1), x0)
+        half, skips = len(schedule.encoder), min(self.skip_weights.size(0), len(schedule.encoder))
+        mlp, lanes, outputs = None, None, {}  # mlp: what the serial visit before has still to add to x
+        for visit, layer in enumerate(schedule.encoder + schedule.decoder):
+            row = visit - half  # a decoder's visit takes the output of the encoder's that is as far from the middle
+            skip = (row, outputs[half - 1 - row]) if 0 <= row < skips else None
+            serial = visit < half or layer < cfg.parallel_start_layer
+            if serial:
+                x = self._mixed(context, layer, x, mlp, x0, skip)
+                x = self._attention(context, layer, visit, rms_norm(x, self._divisor(layer)), x)
+                mlp = partial(self._mlp, context, layer, visit, x)
+            if mlp is not None and (half - skips <= visit < half or not serial):
+                x, mlp = add(x, mlp()), None
+            outputs[visit] = x
+            if not serial:
+                lanes = self._parallel_block(context, layer, visit, (x, x) if lanes is None else lanes, x0, skip)
         if lanes is not None:
             x = {"mean": 0.5 * (lanes[0] + lanes[1]), "attn": lanes[0], "mlp": lanes[1]}[cfg.parallel_final_lane]
+        elif mlp is not None:
+            x = add(x, mlp())
         return rms_norm(x)
 
     def _layer_weights(self) -> list[LayerWeights]:
@@ -1596,40 +1560,53 @@ class GPT(nn.Module):
             self.qo_bank[layers:] * attn_scale[:, :, None], self.mlp_up_bank, self.mlp_down_bank * mlp_scale[:, :, None],
             attn_scale, mlp_scale, of_blocks("resid_mix"), of_blocks("attn.q_gain"), self.parallel_resid_lambdas,
             self.parallel_post_lambdas)
-        return [LayerWeights(*tensors) for tensors in zip(*(t.to(self.dtype).unbind() for t in stacked))]
+        cast = stacked._replace(**{name: t.to(self.dtype) for name, t in stacked._asdict().items() if name != "down"})
+        return [LayerWeights(*tensors) for tensors in zip(*(t.unbind() for t in cast))]
 
     def _smear(self, embedded: Tensor, previous: Tensor) -> Tensor:
         """SmearGate: a gated share of the embedding of the token before, none at the start of a segment; (T, d)."""
         gate = torch.sigmoid(F.linear(embedded[:, : self.cfg.gate_window], self.smear_gate.weight))
         return self.smear_lambda * gate * (previous >= 0)[:, None] * F.embedding(previous.clamp_min(0), self.tok_emb.weight)
 
-    def _mix_skip(self, skip: tuple[int, Tensor], x: Tensor, scale: Tensor | float = 1.0) -> Tensor:
-        """`scale` times x (T, d) with a skip, (row, (T, d)), mixed in: one factor a channel for each, so that no sum between is kept."""
-        row, skipped = skip
-        gate = torch.sigmoid(self.skip_gates[row]) if self.cfg.skip_gates_enabled else torch.ones_like(self.skip_gates[row])
-        share = (1 - gate if self.cfg.skip_gates_enabled else 1.0) * self.skip_weights[row]
-        return (scale * gate).to(self.dtype) * x + (scale * share).to(self.dtype) * skipped
+    def _skip_factors(self, row: int) -> tuple[Tensor, Tensor]:
+        """What a channel is multiplied with, and what its skip."""
+        if not self.cfg.skip_gates_enabled:
+            return torch.ones_like(self.skip_weights[row]), self.skip_weights[row]
+        gate = torch.sigmoid(self.skip_gates[row])
+        return gate, (1 - gate) * self.skip_weights[row]
 
-    def _normed(self, x: Tensor, layer: int) -> Tensor:
-        return rms_norm(x) / math.sqrt(layer + 1) if self.cfg.ln_scale else rms_norm(x)
+    def _mixed(self, context: Context, layer: int, x: Tensor, mlp: Callable[..., Tensor] | None, x0: Tensor,
+               skip: tuple[int, Tensor] | None) -> Tensor:
+        """What a serial visit reads, (T, d): x and what `mlp` adds to it, x0 and the skip (row, (T, d)), a factor a channel each.
 
-    def _serial_block(self, context: Context, layer: int, visit: int, x: Tensor, x0: Tensor,
-                      skip: tuple[int, Tensor] | None = None) -> Tensor:
+        `mlp` multiplies its factor into its weights: so neither that sum nor the sum's gradient is ever written.
+        """
         mix = context.layers[layer].resid_mix
-        x = (mix[0] * x if skip is None else self._mix_skip(skip, x, mix[0])) + mix[1] * x0
-        x = add(x, self._attention(context, layer, visit, self._normed(x, layer)))
-        return add(x, self._mlp(context, layer, visit, x))
+        kept, mixed = mix[0], mix[1] * x0
+        if skip is not None:
+            gate, share = self._skip_factors(skip[0])
+            kept, mixed = (kept * gate).to(self.dtype), mixed + (kept * share).to(self.dtype) * skip[1]
+        mixed = kept * x + mixed
+        return mixed if mlp is None else add(mixed, mlp(kept))
 
-    def _parallel_block(self, context: Context, layer: int, visit: int, lanes: tuple[Tensor, Tensor], x0: Tensor) -> tuple[Tensor, Tensor]:
-        """Attention reads lane 0, the MLP lane 1; both write to both."""
+    def _divisor(self, layer: int) -> float:
+        """What a layer divides its normalised inputs by."""
+        return math.sqrt(layer + 1) if self.cfg.ln_scale else 1.0
+
+    def _parallel_block(self, context: Context, layer: int, visit: int, lanes: tuple[Tensor, Tensor], x0: Tensor,
+                        skip: tuple[int, Tensor] | None) -> tuple[Tensor, Tensor]:
+        """Attention reads lane 0, which the skip is mixed into, the MLP lane 1; both write to both."""
         weights = context.layers[layer]
+        if skip is not None:
+            gate, share = (factor.to(self.dtype) for factor in self._skip_factors(skip[0]))
+            lanes = gate * lanes[0] + share * skip[1], lanes[1]
         mix, resid, post = weights.resid_mix, weights.resid, weights.post
-        a = self._attention(context, layer, visit, self._normed(mix[0] * lanes[0] + mix[1] * x0, layer))
+        a = self._attention(context, layer, visit, rms_norm(mix[0] * lanes[0] + mix[1] * x0, self._divisor(layer)))
         m = self._mlp(context, layer, visit, lanes[1])
         return (resid[0] * lanes[0] + post[0, 0] * a + post[1, 0] * m, resid[1] * lanes[1] + post[0, 1] * a + post[1, 1] * m)
 
-    def _attention(self, context: Context, layer: int, visit: int, n: Tensor) -> Tensor:
-        """What attention of the normalised input n (T, d) adds: gate, output projection and scale included."""
+    def _attention(self, context: Context, layer: int, visit: int, n: Tensor, x: Tensor | None = None) -> Tensor:
+        """What attention of the normalised input n (T, d) adds, gate, output projection and scale included; added to x, if given."""
         cfg, weights, linear = self.cfg, context.layers[layer], context.linear
         q, k, v, gate = linear((layer, visit, "attn_in"), n, weights.attn_in).split(list(attn_in_parts(cfg).values()), dim=-1)
         q, k, v = (t.unflatten(-1, (-1, cfg.head_dim)) for t in (q, k, v))
@@ -1638,20 +1615,26 @@ class GPT(nn.Module):
         y = context.attend(visit, q, k, v)
         gate = torch.sigmoid(gate) if gate.size(-1) else torch.ones_like(y[..., 0])
         y = exclude_self(y, v, gate) if layer >= cfg.num_layers - cfg.xsa_last_n else y * gate.unsqueeze(-1)
+        if x is not None and linear is plain_linear:
+            return add_product(x, y.flatten(1), weights.proj)
         y = linear((layer, visit, "proj"), y.flatten(1), weights.proj)
         bypass = linear((layer, visit, "attn_bypass"), n, None)
-        return y if bypass is None else y + weights.attn_scale * bypass
+        y = y if bypass is None else y + weights.attn_scale * bypass
+        return y if x is None else add(x, y)
 
-    def _mlp(self, context: Context, layer: int, visit: int, x: Tensor) -> Tensor:
-        """What the MLP of x (T, d), which it normalises itself, adds: scale and gate included."""
-        weights, linear, n = context.layers[layer], context.linear, self._normed(x, layer)
+    def _mlp(self, context: Context, layer: int, visit: int, x: Tensor, factor: Tensor | None = None) -> Tensor:
+        """What the MLP of x (T, d), which it normalises itself, adds: scale and gate included, and a factor (d,) of the caller's."""
+        weights, linear = context.layers[layer], context.linear
         if linear is plain_linear:
-            y = fused_mlp(n, weights.up, weights.down)
+            down = weights.down if factor is None else weights.down * factor[:, None]
+            y = fused_mlp(x, self._divisor(layer), weights.up, down.to(self.dtype))
         else:
+            n = rms_norm(x, self._divisor(layer))
             h = F.leaky_relu(linear((layer, visit, "up"), n, weights.up), 0.5).square()
-            y = linear((layer, visit, "down"), h, weights.down)
+            y = linear((layer, visit, "down"), h, weights.down.to(self.dtype))
             bypass = linear((layer, visit, "mlp_bypass"), n, None)
             y = y if bypass is None else y + weights.mlp_scale * bypass
+            y = y if factor is None else factor * y
         if not self.cfg.mlp_gate_enabled:
             return y
         weight, bias = (self.get_parameter(f"blocks.{layer}.mlp_gate_out.{name}").to(self.dtype) for name in ("weight", "bias"))
@@ -1728,15 +1711,11 @@ class ShardedTensor:
 
     def start_reduce(self) -> None:
         """Begin to sum the gradient's rows over the ranks into `shard.grad`."""
-        self.ranks.calls += 1
-        if self.ranks.world > 1:
-            self._pending = torch.distributed.reduce_scatter_tensor(self.shard.grad, self.full_grad, async_op=True)
+        self._pending = self.ranks.together(torch.distributed.reduce_scatter_tensor, self.shard.grad, self.full_grad, async_op=True)
 
     def start_gather(self) -> None:
         """Begin to hand the updated rows to all ranks."""
-        self.ranks.calls += 1
-        if self.ranks.world > 1:
-            self._pending = torch.distributed.all_gather_into_tensor(self.storage, self.shard.data, async_op=True)
+        self._pending = self.ranks.together(torch.distributed.all_gather_into_tensor, self.storage, self.shard.data, async_op=True)
 
     def wait(self) -> None:
         if self._pending is not None:
@@ -1748,7 +1727,7 @@ class ShardedTensor:
         if self.ranks.world == 1:
             return shard.clone()
         full = torch.empty_like(self.storage)
-        torch.distributed.all_gather_into_tensor(full, shard.contiguous())
+        self.ranks.together(torch.distributed.all_gather_into_tensor, full, shard.contiguous())
         return full[: self.rows].clone()
 
     def own_rows(self, whole: Tensor) -> Tensor:
@@ -1937,7 +1916,7 @@ class Trainer:
         self.names, self.params = [name for name, _ in model.named_parameters()], [p.data for p in model.parameters()]
         self.ema = [p.clone() for p in self.params]
         self.forward = compiled(run, model)
-        self.step = self.depth = self.trained = 0
+        self.step = self.depth = 0
         self.end: tuple[int, float] | None = None  # position and time when training was over: there the Hessians begin, again if need be
         self.late_graphs = 0  # made after the warm-up, on the clock: there should be none
         self.reserve_seconds = run.cfg.gptq_reserve_seconds
@@ -1966,7 +1945,8 @@ class Trainer:
         tensors |= {f"ema.{name}": p.clone() for name, p in zip(self.names, self.ema)}
         tensors |= {f"optimizer.{name}": value for name, value in self.optimizers.state().items()}
         position, elapsed_ms = self.end or (self.loader.position, self.clock.total_ms)
-        return tensors, {"position": position, "step": self.step, "depth": self.depth, "trained": self.trained, "elapsed_ms": elapsed_ms}
+        return tensors, {"position": position, "elapsed_ms": elapsed_ms, "step": self.step, "depth": self.depth,
+                         "trained": self.end is not None}
 
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
@@ -1975,9 +1955,8 @@ class Trainer:
                 value.copy_(tensors[f"{kind}.{name}"])
         self.optimizers.load_state({name.removeprefix("optimizer."): t for name, t in tensors.items() if name.startswith("optimizer.")})
         self.loader.seek(numbers["position"])
-        self.step, self.depth, self.trained = numbers["step"], numbers["depth"], numbers["trained"]
-        self.clock.total_ms = numbers["elapsed_ms"]
-        self.end = (numbers["position"], numbers["elapsed_ms"]) if self.trained else None
+        self.step, self.depth, self.clock.total_ms = numbers["step"], numbers["depth"], numbers["elapsed_ms"]
+        self.end = (numbers["position"], numbers["elapsed_ms"]) if numbers["trained"] else None
         torch.set_rng_state(tensors["rng"].cpu())
 
     def warm_up(self) -> None:
@@ -1994,141 +1973,110 @@ class Trainer:
         self.loader.wait_ms, self.late_graphs = 0.0, 0
 
     def _reserve_time_for_hessians(self) -> None:
-        """Keep what the Hessians will take, by the time of one batch, and a margin: they count as training.
-
-        Raises:
-            ValueError: the cap does not leave time for them.
-        """
-        cfg, calibration = self.cfg, Calibration(self.cfg, self.run.device)
+        """Keep what the Hessians will take, by the time of one batch, and a margin: they count as training; ValueError if that is all."""
+        cfg, calibration, batch_ms = self.cfg, Calibration(self.cfg, self.run.device), 0.0
         if not cfg.max_wallclock_seconds:
             return
-        times = []
         for _ in range(2):  # the first has everything to load
-            synchronize(self.run.device)
-            began = time.perf_counter()
+            clock = Clock(self.run.device)
+            clock.start()
             calibration.add(self.model, self.loader.next())
-            synchronize(self.run.device)
-            times.append(time.perf_counter() - began)
-        batch_seconds = max(self.run.ranks.gather(min(times)))
-        need = 1.1 * cfg.gptq_calibration_batches * batch_seconds + 0.5
+            batch_ms = max(self.run.ranks.gather(clock.stop()))
+        need = 1.1e-3 * cfg.gptq_calibration_batches * batch_ms + 0.5
         self.reserve_seconds = max(cfg.gptq_reserve_seconds, need)
-        self.run.log.record("reserve", seconds=f"{self.reserve_seconds:.2f}", batch_ms=f"{1e3 * batch_seconds:.1f}",
+        self.run.log.record("reserve", seconds=f"{self.reserve_seconds:.2f}", batch_ms=f"{batch_ms:.1f}",
                             batches=cfg.gptq_calibration_batches)
-        if self.reserve_seconds >= cfg.max_wallclock_seconds:
-            raise ValueError(f"the Hessians alone would take {need:.0f} s here, MAX_WALLCLOCK_SECONDS is {cfg.max_wallclock_seconds:g}: "
-                             "give it more time, or set GPTQ_CALIBRATION_BATCHES or TRAIN_BATCH_TOKENS lower")
+        require(self.reserve_seconds < cfg.max_wallclock_seconds,
+                f"the Hessians alone would take {need:.0f} s here, MAX_WALLCLOCK_SECONDS is {cfg.max_wallclock_seconds:g}: give it more "
+                "time, or set GPTQ_CALIBRATION_BATCHES or TRAIN_BATCH_TOKENS lower")
 
     def load_averaged_weights(self) -> None:
         """From here on the model holds the moving average, which is what is exported."""
         torch._foreach_copy_(self.params, self.ema)
-        self.trained, self.end = 1, (self.loader.position, self.clock.total_ms)
+        self.end = self.loader.position, self.clock.total_ms
 
 
 class Checkpoint:
-    """What a run leaves on disk so that the same command goes on from there: an index, and while it trains one state file.
+    """What a run leaves on disk so that the same command goes on from there: one file, replaced as a whole, that rank 0 alone reads.
 
-    Rank 0 alone reads and writes; the others are told. The index is written last and removed first, and holds the state's
-    hash. Stages: "training" (a state), "exported" (an artifact of the hash that the index holds), "done".
+    It begins with the SHA-256 of the rest, a safetensors file. Its stages: "training" (the complete state), "exported" (the
+    artifact, which has its own file in the next moment), "done".
     """
 
     def __init__(self, run: Run) -> None:
-        self.run, self.index = run, output_path(run.cfg, ".run.json")
+        self.run, self.path, self.last = run, output_path(run.cfg, ".state"), time.perf_counter()
         self.settings = checksum(identity(run.cfg, but={"checkpoint_every"}))
-        every = run.cfg.checkpoint_every
-        self.steps = int(every) if every.isdigit() else 0
-        self.seconds = float(every[:-1]) if every.endswith("s") else 0.0
-        self.last = time.perf_counter()
-        self.found = self._read() if run.ranks.rank == 0 else {}
-        self.found = run.ranks.agree(self.found)
-        there = run.ranks.gather(self.index.exists())
-        if not self.found and any(there):
-            self.found = {"problem": f"{self.index} is on the machine of rank {there.index(True)} and not on that of rank 0: give the "
-                                     "machines their old places (--node_rank), or delete it to start again"}
-        if problem := self.found.get("problem"):
-            raise ValueError(problem)
+        self.record, self.tensors = {"stage": ""}, {}
+        there = run.ranks.gather(self.path.exists())
+        if any(there[1:]) and not there[0]:
+            raise ValueError(f"{self.path} is on the machine of rank {there.index(True)} and not on that of rank 0: give the machines "
+                             "their old places (--node_rank), or delete it to start again")
+        if there[0] and run.ranks.rank == 0:
+            self._read()
+        self.record = run.ranks.agree(self.record)
 
     def due(self, step: int) -> bool:
-        return bool(self.steps and step % self.steps == 0) or bool(self.seconds and time.perf_counter() - self.last >= self.seconds)
+        every = self.run.cfg.checkpoint_every
+        if every.endswith("s"):
+            return time.perf_counter() - self.last >= float(every[:-1])
+        return every != "" and step % int(every) == 0
 
     def write(self, trainer: Trainer) -> None:
-        """Save the state of this step, with the clock stopped, and drop the one before. A collective."""
+        """Save the state of this step, with the clock stopped. A collective."""
         trainer.clock.stop()
         tensors, numbers = trainer.snapshot()
-        if self.run.ranks.rank == 0:
-            data = safetensors.torch.save({name: t.cpu().contiguous() for name, t in tensors.items()})
-            path = output_path(self.run.cfg, f".state{trainer.step}")
-            write_atomically(path, data)
-            self._set("training", state=path.name, sha256=hashlib.sha256(data).hexdigest(), **numbers)
-            self._sweep(keep=path.name)
+        self._write("training", tensors, **numbers)
         self.last = time.perf_counter()
-        self.run.log.record("checkpoint", step=trainer.step, path=self.index)
+        self.run.log.record("checkpoint", step=trainer.step, path=self.path)
         trainer.clock.start()
 
     def resume(self, trainer: Trainer) -> None:
-        """Put back the state that the index names, if there is one. A collective; ValueError if the state is damaged."""
-        if self.found.get("stage") != "training":
+        """Put back the state that was found, if one was. A collective."""
+        if self.record["stage"] != "training":
             return
-        tensors, _ = trainer.snapshot()  # what the others read into
-        tensors = {name: t.cpu() for name, t in tensors.items()}
-        problem = ""
-        if self.run.ranks.rank == 0:
-            path = output_path(self.run.cfg, "").with_name(self.found["state"])
-            data = path.read_bytes() if path.exists() else b""
-            if hashlib.sha256(data).hexdigest() == self.found["sha256"]:
-                tensors = safetensors.torch.load(data)
-            else:
-                problem = (f"{path}, the state of this run, is {'damaged' if data else 'not there'}; "
-                           f"delete {self.index} to start again from step 0")
-        if problem := self.run.ranks.agree(problem):
-            raise ValueError(problem)
+        tensors = {name: t.cpu() for name, t in trainer.snapshot()[0].items()} | self.tensors  # the others' are read into
         self.run.ranks.share([tensors[name] for name in sorted(tensors)])
-        trainer.restore(tensors, self.found)
+        trainer.restore(tensors, self.record)
+        self.tensors = {}
         self.run.log(f"resumed from step {trainer.step}, {trainer.clock.total_ms / 1e3:.1f} s of training done")
 
-    def exported(self, data: bytes, **numbers: Any) -> None:
-        """Write the artifact; from now on the run goes on with scoring it. On rank 0."""
-        self._set("exported", artifact_sha256=hashlib.sha256(data).hexdigest(), **numbers, before=self.found)
-        write_atomically(output_path(self.run.cfg, ".artifact"), data)
-        self._sweep(keep="")
+    def export(self, data: bytes, **numbers: Any) -> None:
+        """Write the artifact; from now on the run goes on with scoring it."""
+        self._write("exported", {"artifact": as_tensor(data)}, **numbers)
+        if self.run.ranks.rank == 0:
+            write_atomically(output_path(self.run.cfg, ".artifact"), data)
+
+    def exported(self) -> bytes:
+        """The artifact, if it had been exported before this start, else nothing. A collective."""
+        if self.record["stage"] != "exported":
+            return b""
+        self.run.log(f"the artifact of this run is there, after {self.record['steps']} steps: it is scored")
+        data = self.run.ranks.agree(self.tensors["artifact"].numpy().tobytes() if self.tensors else b"")
+        self.export(data, steps=self.record["steps"], train_ms=self.record["train_ms"])
+        return data
 
     def done(self) -> None:
+        self._write("done", {})
+
+    def _write(self, stage: str, tensors: dict[str, Tensor], **numbers: Any) -> None:
+        self.record = {"stage": stage, "settings": self.settings, **numbers}
         if self.run.ranks.rank == 0:
-            self._sweep(keep="")
-            self._set("done")
+            tensors = {**tensors, "record": as_tensor(json.dumps(self.record).encode())}
+            data = safetensors.torch.save({name: t.cpu().contiguous() for name, t in tensors.items()})
+            write_atomically(self.path, hashlib.sha256(data).digest() + data)
 
-    def _set(self, stage: str, **values: Any) -> None:
-        self.found = {"stage": stage, "settings": self.settings, **values}
-        write_atomically(self.index, json.dumps({**self.found, "check": checksum(self.found)}).encode())
-
-    def _sweep(self, keep: str) -> None:
-        """Remove this run's other states and what an interrupted write left."""
-        for path in self.index.parent.glob(f"{self.run.cfg.run_id}.*"):
-            name = path.name.removeprefix(self.run.cfg.run_id)
-            if path.name != keep and (re.fullmatch(r"\.state[0-9]+", name) or name.endswith(".tmp")):
-                path.unlink(missing_ok=True)
-
-    def _read(self) -> dict[str, Any]:
-        """The index; {} if there is none, {"problem": words} if the run cannot go on from it."""
-        try:
-            found = json.loads(self.index.read_text())
-            if not isinstance(found, dict) or found.pop("check", "") != checksum(found):
-                raise ValueError("no index")
-        except FileNotFoundError:
-            self._sweep(keep="")
-            return {}
-        except (ValueError, OSError, RecursionError):
-            return {"problem": f"{self.index} is damaged; delete it to start this run again, or choose another RUN_ID"}
-        if found["stage"] == "done":
-            return {"problem": f"run {self.run.cfg.run_id} is complete: its log ends with the score; choose another RUN_ID, or score its "
-                               "artifact again with EVAL_ONLY=1"}
-        if found.get("settings") != self.settings:
-            return {"problem": f"{self.index} is of a run with settings or code that differ from this one's; start it as it was started, "
-                               "or choose another RUN_ID"}
-        path = output_path(self.run.cfg, ".artifact")
-        there = path.read_bytes() if path.exists() else b""
-        if found["stage"] == "exported" and hashlib.sha256(there).hexdigest() != found["artifact_sha256"]:
-            return found["before"]  # it was ended before the artifact was there
-        return found
+    def _read(self) -> None:
+        """The record and the tensors of the file; ValueError if the run cannot go on from it."""
+        data = self.path.read_bytes()
+        digest, data = data[:32], data[32:]
+        require(hashlib.sha256(data).digest() == digest,
+                f"{self.path} is damaged; delete it to start this run again, or choose another RUN_ID")
+        self.tensors = safetensors.torch.load(data)
+        self.record = json.loads(self.tensors.pop("record").numpy().tobytes())
+        require(self.record["stage"] != "done", f"run {self.run.cfg.run_id} is complete: its log ends with the score; choose another "
+                                                "RUN_ID, or score its artifact again with EVAL_ONLY=1")
+        require(self.record["settings"] == self.settings, f"{self.path} is of a run with settings or code that differ from this one's; "
+                                                          "start it as it was started, or choose another RUN_ID")
 
 
 def checksum(values: dict[str, Any]) -> str:
@@ -2145,121 +2093,92 @@ def identity(cfg: Config, but: set[str]) -> dict[str, str]:
 def train(run: Run, trainer: Trainer, val: ValData, checkpoint: Checkpoint) -> None:
     """Train until the time cap (less the Hessians' reserve) or ITERATIONS; evaluation and checkpoints stop the clock.
 
-    Raises:
-        Stopped: the run was asked to end; the trainer is at the end of a step.
+    Stopped, if the run was asked to end, comes at the end of a step.
     """
-    cfg, log = run.cfg, run.log
-    budget_ms = 1e3 * (cfg.max_wallclock_seconds - trainer.reserve_seconds) if cfg.max_wallclock_seconds else 0.0
-    pace = Pace(run, trainer)
+    cfg, pace = run.cfg, Pace(trainer)
     trainer.clock.start()
-    frac = trainer.step / cfg.iterations if not budget_ms else run.ranks.agree(trainer.clock.total_ms) / budget_ms
     while True:
-        done = frac >= 1 or trainer.step >= cfg.iterations
+        done = pace.frac >= 1 or trainer.step >= cfg.iterations
         if cfg.val_loss_every and (trainer.step % cfg.val_loss_every == 0 or done):
             trainer.clock.stop()
             name = "final" if done else f"step{trainer.step}" if trainer.step else "initial"
-            depth = cfg.eval_loop_depth if done else max(trainer.depth, depth_at(cfg, frac))
-            evaluate(run, trainer.model, val, name, depth)
+            evaluate(run, trainer.model, val, name, cfg.eval_loop_depth if done else max(trainer.depth, depth_at(cfg, pace.frac)))
             trainer.clock.start()
         if done:
             break
-        depth = depth_at(cfg, frac)
+        depth = depth_at(cfg, pace.frac)
         if depth != trainer.depth:
             trainer.depth = depth
-            log.record("phase", step=trainer.step, frac=f"{frac:.3f}", depth=depth)
-        lr_scale = learning_rate_scale(cfg, frac)
-        loss = trainer.train_step(depth, lr_scale, muon_wd_scale(cfg, frac))
-        elapsed_ms, save, signalled = pace.after_step(trainer.clock.elapsed_ms(), checkpoint.due(trainer.step))
-        frac = elapsed_ms / budget_ms if budget_ms else trainer.step / cfg.iterations
-        pace.report(trainer, loss, min(frac, 1.0), lr_scale)
+            run.log.record("phase", step=trainer.step, frac=f"{pace.frac:.3f}", depth=depth)
+        lr_scale = learning_rate_scale(cfg, pace.frac)
+        loss = trainer.train_step(depth, lr_scale, muon_wd_scale(cfg, pace.frac))
+        save, signalled = pace.after_step(checkpoint.due(trainer.step))
+        pace.report(loss, lr_scale)
         if signalled:
-            run.check_stop()
+            run.ranks.check_stop()
         if save:
             checkpoint.write(trainer)
     trainer.clock.stop()
 
 
 class Pace:
-    """Keeps the host at most two steps ahead of the device, agrees the time over the ranks, and writes the train lines."""
+    """What share of the run is done, the same on all ranks; keeps the host at most two steps ahead of the device; the train lines."""
 
-    def __init__(self, run: Run, trainer: Trainer) -> None:
-        self.run, self.events = run, []
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer, self.run, cfg, self.events = trainer, trainer.run, trainer.cfg, []
+        self.budget_ms = 1e3 * (cfg.max_wallclock_seconds - trainer.reserve_seconds) if cfg.max_wallclock_seconds else 0.0
         self.last_step, self.last_ms = trainer.step, trainer.clock.total_ms
+        self._set_frac(trainer.clock.total_ms)
 
-    def after_step(self, elapsed_ms: float, save: bool) -> tuple[float, bool, bool]:
-        """Rank 0's time and whether to save, and whether a signal has come to any rank: one exchange a step."""
+    def _set_frac(self, elapsed_ms: float) -> None:
+        self.frac = elapsed_ms / self.budget_ms if self.budget_ms else self.trainer.step / self.trainer.cfg.iterations
+
+    def after_step(self, save: bool) -> tuple[bool, bool]:
+        """Whether rank 0 wants to save, and whether a signal has come to any rank: one exchange a step, with rank 0's time."""
         if self.run.device.type == "cuda":
             event = torch.cuda.Event()
             event.record()
             self.events.append(event)
             if len(self.events) > 2:
                 self.events.pop(0).synchronize()
-        signalled = self.run.watch is not None and self.run.watch.number > 0
-        elapsed, saves, signals = zip(*self.run.ranks.gather((elapsed_ms, save, signalled)))
-        return elapsed[0], saves[0], any(signals)
+        elapsed, saves, signals = zip(*self.run.ranks.gather((self.trainer.clock.elapsed_ms(), save, self.run.ranks.signalled)))
+        self._set_frac(elapsed[0])
+        return saves[0], any(signals)
 
-    def report(self, trainer: Trainer, loss: Tensor, frac: float, lr_scale: float) -> None:
-        cfg, log, step = self.run.cfg, self.run.log, trainer.step
+    def report(self, loss: Tensor, lr_scale: float) -> None:
+        """Now and then the line of a step whose loss on this rank was `loss`; a collective. ValueError if the mean is not finite."""
+        cfg, trainer, log, step, frac = self.run.cfg, self.trainer, self.run.log, self.trainer.step, min(self.frac, 1.0)
         if not (step <= 5 or step % cfg.train_log_every == 0 or frac >= 1 or step == cfg.iterations):
             return
-        mean = self.run.ranks.sum(loss).item() / self.run.ranks.world
-        elapsed_ms = trainer.clock.elapsed_ms()
+        mean, elapsed_ms = self.run.ranks.sum(loss).item() / self.run.ranks.world, trainer.clock.elapsed_ms()
         step_ms = (elapsed_ms - self.last_ms) / max(step - self.last_step, 1)
         self.last_step, self.last_ms = step, elapsed_ms
         log.record("train", step=f"{step}/{cfg.iterations}", frac=f"{frac:.3f}", depth=trainer.depth, loss=f"{mean:.4f}",
                    lr_scale=f"{lr_scale:.4f}", step_ms=f"{step_ms:.1f}", tok_s=int(1e3 * cfg.train_batch_tokens / step_ms),
                    elapsed_ms=int(elapsed_ms), left_ms=int(elapsed_ms * (1 - frac) / max(frac, 1e-9)),
                    wait_ms=f"{trainer.loader.wait_ms:.0f}", late_graphs=trainer.late_graphs)
-        if not math.isfinite(mean):
-            raise ValueError(f"the loss is {mean} at step {step}; lower MATRIX_LR, TIED_EMBED_LR or SCALAR_LR")
-        if step == 3 and cfg.max_wallclock_seconds:
-            self._warn_if_slow(trainer, step_ms)
-
-    def _warn_if_slow(self, trainer: Trainer, step_ms: float) -> None:
-        """The record's batch on a machine that will not get far with it: say so while there is time to stop."""
-        cfg = self.run.cfg
-        steps = 1e3 * (cfg.max_wallclock_seconds - trainer.reserve_seconds) / step_ms
-        if cfg.train_batch_tokens >= Config.train_batch_tokens and steps < 1000:
-            self.run.log(
-                f"warning: at {step_ms / 1e3:.1f} s a step this machine takes about {steps:.0f} steps in "
-                f"{cfg.max_wallclock_seconds:g} s; the published record took 4,600 on 8xH100 and the score will be far from "
-                "it. To try the system here, stop this and run `bash run.sh`; to train long enough, set "
+        require(math.isfinite(mean), f"the loss is {mean} at step {step}; lower MATRIX_LR, TIED_EMBED_LR or SCALAR_LR")
+        is_record = self.budget_ms and cfg.train_batch_tokens >= Config.train_batch_tokens
+        if step == 3 and is_record and self.budget_ms < 1000 * step_ms:  # while there is time to stop
+            log(f"warning: at {step_ms / 1e3:.1f} s a step this machine takes about {self.budget_ms / step_ms:.0f} steps in "
+                f"{cfg.max_wallclock_seconds:g} s; the published record took 4,600 on 8xH100 and the score will be far from it. To try the "
+                "system here, stop this and run `bash run.sh`; to train long enough, set "
                 f"MAX_WALLCLOCK_SECONDS={4600 * step_ms / 1e3:.0f}")
 
 
-def activation_bytes_per_token(run: Run, model: GPT) -> float:
-    """Memory that a forward at the largest depth keeps for its backward, a token, measured on a few tokens."""
-    cfg, tokens = run.cfg, 64
-    array = np.full(tokens, BOS_ID + 1)
-    batch = make_batch(array, array, np.array([0]), tokens, run.device)
-    kept: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        if tensor.numel() >= tokens and tokens in tensor.shape:
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    depth = max([cfg.eval_loop_depth, *cfg.train_loop_phase_depths])
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        losses = model(batch, loop_schedule(cfg, depth))
-    del losses
-    return sum(kept.values()) / tokens
-
-
-def check_memory(run: Run, model: GPT, layout: SpanLayout) -> None:
+def check_memory(run: Run, layout: SpanLayout) -> None:
     """On a CPU, refuse a micro-batch that cannot fit; ValueError names what is needed, what is here and what to run."""
-    if run.device.type != "cpu":
-        return
-    have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    local_ranks = run.ranks.local_world
-    weights = 16 * sum(p.numel() for p in model.parameters())  # values, gradients, average, optimizer state
-    need = local_ranks * (activation_bytes_per_token(run, model) * layout.micro_tokens + weights)
-    if need > 0.9 * have:
-        fits = max(1, int((0.7 * have / local_ranks - weights) * layout.micro_tokens * local_ranks / need))
-        raise ValueError(
-            f"a forward of {layout.micro_tokens} tokens needs about {need / 1e9:.0f} GB on this CPU, which has "
-            f"{have / 1e9:.0f} GB. The record's settings are for 8xH100: run `bash run.sh` for the same system at a size for "
-            f"this machine, or, to train this one all the same, set MICRO_BATCH_TOKENS={2 ** int(math.log2(fits))} or less")
+    cfg, have, local_ranks = run.cfg, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), run.ranks.local_world
+    depth = max([cfg.eval_loop_depth, *cfg.train_loop_phase_depths])
+    visits = cfg.num_layers + (depth - 1) * (cfg.loop_end - cfg.loop_start + 1)
+    token = 4 * (visits * (15 + 3 * cfg.mlp_mult) * cfg.model_dim + cfg.vocab_size)  # kept for its backward: within 4 % of what torch does
+    weights = 16 * sum(math.prod(row.shape) for row in parameter_table(cfg))  # values, gradients, average, optimizer state
+    need = local_ranks * (token * layout.micro_tokens + weights)
+    fits = max(1, int((0.7 * have / local_ranks - weights) / token))
+    require(run.device.type != "cpu" or need <= 0.9 * have,
+            f"a forward of {layout.micro_tokens} tokens needs about {need / 1e9:.0f} GB on this CPU, which has {have / 1e9:.0f} GB. "
+            "The record's settings are for 8xH100: run `bash run.sh` for the same system at a size for this machine, or, to train "
+            f"this one all the same, set MICRO_BATCH_TOKENS={2 ** int(math.log2(fits))} or less")
 
 
 # ======================================================================================================================
@@ -2267,23 +2186,19 @@ def check_memory(run: Run, model: GPT, layout: SpanLayout) -> None:
 #
 # GPTQ (Frantar et al. 2022): round a matrix column by column and let the columns still to come make up for the error, as
 # the inverse Hessian of the layer's input says. All matrices of one group go through it together, shared out over the
-# ranks. The scale of a row is set beforehand from its standard deviation. What a code stands for is a quantizer's
-# business: `scalar` rounds to the nearest step, `trellis` looks for the best path through two interleaved sets of levels.
+# ranks. The scale of a row is set beforehand from its standard deviation. The method says what a code stands for: `scalar`
+# rounds to the nearest step, `trellis` looks for the best path through two interleaved sets of levels.
 # ======================================================================================================================
 
 
 @dataclass(frozen=True, eq=False)
 class Quantized:
-    """A matrix, or a bank of matrices, as small integers with one scale a row.
+    """A matrix, or a bank of matrices, as small integers with one scale a row."""
 
-    codes: int8 (..., rows, cols); scales: float16 (..., rows); method: the quantizer that gives weights back from them;
-    low_rank: what is added to some of the matrices.
-    """
-
-    codes: Tensor
-    scales: Tensor
-    method: str = "scalar"
-    low_rank: tuple[LowRank, ...] = ()
+    codes: Tensor  # (..., rows, cols) int8
+    scales: Tensor  # (..., rows) float16
+    method: str = "scalar"  # or "trellis"
+    low_rank: tuple[LowRank, ...] = ()  # what is added to some of the matrices
 
 
 class LowRank(NamedTuple):
@@ -2301,9 +2216,9 @@ class LowRank(NamedTuple):
         groups = b.reshape(-1, cfg.lqer_group)
         a_scales = (a.std(0) if cfg.lqer_column_scales else a.abs().max().reshape(1) / 1.5).clamp_min(2.0**-24).half()
         b_scales = (groups.abs().amax(1) / 7.5).clamp_min(2.0**-24).half()
-        codes = (groups / b_scales.float()[:, None]).round().clamp(-8, 7).reshape(b.shape)
-        a_codes = (a / a_scales.float()).round().clamp(-2, 1)
-        return cls(index, a_codes.to(torch.int8).cpu(), a_scales.cpu(), codes.to(torch.int8).cpu(), b_scales.cpu())
+        a = (a / a_scales.float()).round().clamp(-2, 1)
+        b = (groups / b_scales.float()[:, None]).round().clamp(-8, 7).reshape(b.shape)
+        return cls(index, a.to(torch.int8).cpu(), a_scales.cpu(), b.to(torch.int8).cpu(), b_scales.cpu())
 
     def product(self) -> Tensor:
         """(rows, cols) float32."""
@@ -2331,53 +2246,31 @@ def correct_largest(cfg: Config, model: GPT, tensors: Tensors) -> None:
         tensors[name] = replace(tensors[name], low_rank=(*tensors[name].low_rank, term))
 
 
-class ScalarQuantizer:
-    """A code is its level."""
+def row_scales(weights: Tensor, bits: int, clip_sigmas: float, method: str) -> Tensor:
+    """Step of every row, float16 (..., rows): clip_sigmas standard deviations over the largest code.
 
-    def scales(self, weights: Tensor, bits: int, clip_sigmas: float) -> Tensor:
-        """Step of every row, float16 (..., rows): clip_sigmas standard deviations over the largest code."""
-        return (clip_sigmas * weights.std(dim=-1) / (2 ** (bits - 1) - 1)).clamp(2.0**-24, 65504.0).to(torch.float16)
-
-    def rounding(self, shape: tuple[int, int], bits: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-        """A function from values in steps, (matrices, rows), a column of each matrix, to their codes and levels."""
-        limit = 2 ** (bits - 1) - 1
-
-        def nearest(values: Tensor) -> tuple[Tensor, Tensor]:
-            codes = values.round().clamp_(-limit, limit)
-            return codes, codes
-
-        return nearest
-
-    def levels(self, codes: Tensor) -> Tensor:
-        """What codes (..., rows, cols) stand for, in steps, float32."""
-        return codes.float()
+    A trellis has finer steps, with which its codes take as many bytes as scalar ones; no range needs clipping. Its scales keep 5 bits
+    of mantissa: steps need not be more exact, and half of their bytes are saved.
+    """
+    steps = clip_sigmas * weights.std(dim=-1) / (2 ** (bits - 1) - 1)
+    if method == "scalar":
+        return steps.clamp(2.0**-24, 65504.0).to(torch.float16)
+    mantissa, exponent = torch.frexp(steps * 0.533)
+    return torch.ldexp((mantissa * 64).round() / 64, exponent).clamp(2.0**-20, 65000.0).to(torch.float16)
 
 
-class TrellisQuantizer:
-    """A code and the quantizer that the codes above it lead to make a level; see the trellis below."""
-
-    def scales(self, weights: Tensor, bits: int, clip_sigmas: float) -> Tensor:
-        """As ScalarQuantizer.scales, but the trellis has finer steps; its codes take as many bytes as scalar ones and no range
-        needs clipping. Its scales keep 5 bits of mantissa: steps need not be more exact, and half of their bytes are saved."""
-        steps = clip_sigmas * weights.std(dim=-1) / (2 ** (bits - 1) - 1) * TRELLIS_STEP
-        mantissa, exponent = torch.frexp(steps)
-        return torch.ldexp((mantissa * 64).round() / 64, exponent).clamp(2.0**-20, 65000.0).to(torch.float16)
-
-    def rounding(self, shape: tuple[int, int], bits: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-        """As ScalarQuantizer.rounding."""
-        return partial(trellis_round, segments=trellis_segments(*shape))
-
-    def levels(self, codes: Tensor) -> Tensor:
-        """As ScalarQuantizer.levels."""
-        return trellis_levels(codes.float(), trellis_quantizers(codes).float())
-
-
-QUANTIZERS = {"scalar": ScalarQuantizer(), "trellis": TrellisQuantizer()}
+def scalar_round(values: Tensor, limit: int) -> tuple[Tensor, Tensor]:
+    """Codes and levels, which are the same, of values in steps."""
+    codes = values.round().clamp_(-limit, limit)
+    return codes, codes
 
 
 def dequantize(quantized: Quantized) -> Tensor:
     """The weights that the codes stand for: levels * scales and the low-rank terms, float32 (..., rows, cols)."""
-    weights = QUANTIZERS[quantized.method].levels(quantized.codes) * quantized.scales.float().unsqueeze(-1)
+    levels = quantized.codes.float()
+    if quantized.method == "trellis":
+        levels = trellis_levels(levels, trellis_quantizers(quantized.codes).float())
+    weights = levels * quantized.scales.float().unsqueeze(-1)
     for term in quantized.low_rank:
         weights.view(-1, *weights.shape[-2:])[term.index] += term.product()
     return weights
@@ -2417,7 +2310,7 @@ def collect_hessians(run: Run, model: GPT, loader: TrainLoader) -> dict[str, Ten
     cfg, began, progress = run.cfg, time.perf_counter(), Progress(run.log)
     calibration = Calibration(cfg, run.device)
     for i in range(cfg.gptq_calibration_batches):
-        run.check_stop()
+        run.ranks.check_stop()
         calibration.add(model, loader.next())
         progress("hessians", i + 1, cfg.gptq_calibration_batches)
     for hessian in calibration.hessians.values():
@@ -2460,8 +2353,10 @@ def gptq(weights: Tensor, hessian: Tensor, bits: int, clip_sigmas: float, log: L
     weights, hessian = weights.float(), hessian.float()
     if not all(torch.isfinite(torch.stack(t.aminmax())).all() for t in (weights, hessian)):
         raise ValueError("a weight or its Hessian is NaN or infinite: the training diverged; lower the learning rates")
-    quantizer, scalar = QUANTIZERS[method], QUANTIZERS["scalar"]
-    scales, rounding = quantizer.scales(weights, bits, clip_sigmas), quantizer.rounding(weights.shape[1:], bits)
+    scales, coarse = row_scales(weights, bits, clip_sigmas, method), row_scales(weights, bits, clip_sigmas, "scalar").float()[:, None]
+    nearest = rounding = partial(scalar_round, limit=2 ** (bits - 1) - 1)
+    if method == "trellis":
+        rounding = partial(trellis_round, segments=trellis_segments(*weights.shape[1:]))
     steps, diagonal = scales.float(), hessian.diagonal(dim1=-2, dim2=-1)
     order = torch.argsort(diagonal, dim=-1, descending=True, stable=True).flip(-1)[..., None]  # (N, C, 1): the first one last
     columns = weights.masked_fill(diagonal[:, None] == 0, 0.0).mT  # (N, C, R): a column is contiguous from here on
@@ -2471,16 +2366,14 @@ def gptq(weights: Tensor, hessian: Tensor, bits: int, clip_sigmas: float, log: L
     sorted_diagonal += sorted_diagonal == 0
     factor = damped_factor(permuted, log)
     codes, error = gptq_columns(columns, factor, steps, rounding)
-    coarse = (scales if method == "scalar" else scalar.scales(weights, bits, clip_sigmas)).float()[:, None]
-    nearest = scalar.rounding(weights.shape[1:], bits)(columns / coarse)[1].mul_(coarse).sub_(columns)
-    for index in nearest_is_better(nearest, factor, error).nonzero().ravel().tolist():  # so little to gain that feedback does harm
+    missed = nearest(columns / coarse)[1].mul_(coarse).sub_(columns)
+    for index in nearest_is_better(missed, factor, error).nonzero().ravel().tolist():  # so little to gain that feedback does harm
         codes[index] = rounding(columns[index] / steps[index])[0]
     codes = torch.empty_like(codes).scatter_(1, order.expand_as(codes), codes).mT.contiguous()
     return Quantized(codes.cpu(), scales.cpu(), method)
 
 
-def gptq_columns(columns: Tensor, factor: Tensor, steps: Tensor, rounding: Callable[[Tensor], tuple[Tensor, Tensor]],
-                 few: int = 16) -> tuple[Tensor, Tensor]:
+def gptq_columns(columns: Tensor, factor: Tensor, steps: Tensor, rounding: Callable) -> tuple[Tensor, Tensor]:
     """Codes (N, C, R) int8 of columns (N, C, R) by the Hessian's lower factor (N, C, C), the last column first; errors (N,).
 
     With H = L L^T and E = weights - levels * steps, the outputs' squared error trace(E H E^T) is |E L|^2, and column k of E L is
@@ -2492,7 +2385,7 @@ def gptq_columns(columns: Tensor, factor: Tensor, steps: Tensor, rounding: Calla
     codes, errors = torch.empty_like(columns, dtype=torch.int8), torch.empty_like(columns)
 
     def quantize_range(begin: int, end: int) -> None:
-        if end - begin > few:
+        if end - begin > 16:
             middle = (begin + end) // 2
             quantize_range(middle, end)
             aims[:, begin:middle].baddbmm_(feedback[:, middle:end, begin:middle].mT, errors[:, middle:end])
@@ -2528,19 +2421,13 @@ def nearest_is_better(error: Tensor, factor: Tensor, bound: Tensor, block: int =
 
 TRELLIS_STATES = 64
 TRELLIS_TAPS = (17, 54)
-TRELLIS_SEGMENT_ROWS = 256
-TRELLIS_TALL_SEGMENT_ROWS = 128
-TRELLIS_TALL_RATIO = 8
-TRELLIS_STEP = 0.533
-TRELLIS_SHRINK = 0.23
 TRELLIS_ZERO_COST = 0.2
 
 
 def trellis_segments(rows: int, cols: int) -> int:
     """Independent trellises in a column: row r follows row r - trellis_segments. In a tall matrix, an embedding, there
     are more of them, because the coder takes as many rows at once."""
-    longest = TRELLIS_TALL_SEGMENT_ROWS if rows >= TRELLIS_TALL_RATIO * cols else TRELLIS_SEGMENT_ROWS
-    return max(1, -(-rows // longest))
+    return max(1, -(-rows // (128 if rows >= 8 * cols else 256)))
 
 
 def trellis_next_states(device: torch.device | str = "cpu") -> Tensor:
@@ -2554,15 +2441,14 @@ def trellis_next_states(device: torch.device | str = "cpu") -> Tensor:
 
 def trellis_quantizers(codes: Tensor) -> Tensor:
     """Which quantizer (0 or 1) each of codes (..., rows, cols) was written in; the codes alone tell."""
-    next_states, segments = trellis_next_states(codes.device), trellis_segments(*codes.shape[-2:])
-    state = torch.zeros(*codes.shape[:-2], segments, codes.shape[-1], dtype=torch.int64, device=codes.device)
-    quantizers = torch.empty_like(codes)
-    for begin in range(0, codes.shape[-2], segments):
-        step = codes[..., begin: begin + segments, :]
-        count = step.shape[-2]  # the last step may be short
-        quantizers[..., begin: begin + segments, :] = state[..., :count, :] & 1
-        state[..., :count, :] = next_states[state[..., :count, :], step.long() & 1]
-    return quantizers
+    next_states, (rows, cols) = trellis_next_states(codes.device), codes.shape[-2:]
+    segments = trellis_segments(rows, cols)
+    steps = F.pad(codes, (0, 0, 0, -rows % segments)).unflatten(-2, (-1, segments))  # (..., steps, segments, cols)
+    quantizers, state = torch.empty_like(steps), torch.zeros_like(steps[..., 0, :, :], dtype=torch.int64)
+    for i in range(steps.shape[-3]):
+        quantizers[..., i, :, :] = state & 1
+        state = next_states[state, steps[..., i, :, :].long() & 1]
+    return quantizers.flatten(-3, -2)[..., :rows, :]
 
 
 def trellis_levels(codes: Any, quantizers: Any) -> Any:
@@ -2585,7 +2471,7 @@ def trellis_round(values: Tensor, segments: int) -> tuple[Tensor, Tensor]:
     start in state 0, so that they, and all columns, go down the trellis side by side.
     """
     columns, rows = values.shape
-    shrunk = values / (1 + TRELLIS_SHRINK / values.square().mean(-1, keepdim=True).clamp_min(1.0))
+    shrunk = values / (1 + 0.23 / values.square().mean(-1, keepdim=True).clamp_min(1.0))
     lanes = F.pad(shrunk.clamp(-250, 250), (0, -rows % segments)).reshape(columns, -1, segments)
     lanes = lanes.transpose(0, 1).reshape(-1, columns * segments)  # (steps, lanes)
     codes, levels = (found.reshape(-1, columns, segments).transpose(0, 1).reshape(columns, -1)[:, :rows]
@@ -2636,14 +2522,8 @@ def quantize(run: Run, model: GPT, hessians: dict[str, Tensor], clip_factor: flo
         if not torch.isfinite(value).all():
             raise ValueError(f"{row.name} is NaN or infinite: the training diverged; lower the learning rates")
         if row.matrices:
-            bank = value.reshape(-1, *row.shape[-2:])
-            parts = []
-            for group in row.matrices:
-                found, error = quantize_group(run, row.name, bank[group.first: group.last], hessians[group.hessian], group, clip_factor)
-                parts += found
-                total_error += error
-            codes, scales = torch.cat([p.codes for p in parts]), torch.cat([p.scales for p in parts])
-            tensors[row.name] = Quantized(codes.reshape(row.shape), scales.reshape(row.shape[:-1]), run.cfg.quantizer)
+            tensors[row.name], error = quantize_bank(run, row, value, hessians, clip_factor)
+            total_error += error
         elif row.int8:
             tensors[row.name] = rows_of_int8(value)
         else:
@@ -2660,29 +2540,32 @@ def rows_of_int8(value: Tensor) -> Quantized:
     return Quantized(codes.to(torch.int8).cpu(), scales.cpu())
 
 
-def quantize_group(run: Run, name: str, weights: Tensor, hessian: Tensor, group: MatrixGroup,
-                   clip_factor: float) -> tuple[list[Quantized], float]:
-    """Matrices (N, R, C) of one group, shared out over the ranks, and their Hessian-weighted squared error. A collective.
+def quantize_bank(run: Run, row: Row, value: Tensor, hessians: dict[str, Tensor], clip_factor: float) -> tuple[Quantized, float]:
+    """The matrices of a parameter, each group shared out over the ranks, and their Hessian-weighted squared error. A collective.
 
-    Logs how large the error of the group's outputs is, relative to the outputs.
+    Logs how large the error of each group's outputs is, relative to the outputs.
     """
-    cfg, ranks, clip_sigmas = run.cfg, run.ranks, group.clip_sigmas * clip_factor
-    run.check_stop()
-    own = slice(len(weights) * ranks.rank // ranks.world, len(weights) * (ranks.rank + 1) // ranks.world)
-    energy, part = torch.zeros(2, dtype=torch.float64, device=run.device), None
-    if own.start < own.stop:
-        part = gptq(weights[own], hessian[own], group.bits, clip_sigmas, run.log, cfg.quantizer)
-        error = dequantize(part).to(run.device) - weights[own]
-        energy += torch.stack([hessian_error(e.float(), hessian[own]).double().sum() for e in (error, weights[own])])
-    ranks.sum(energy)
-    run.log.record("gptq", tensor=name, first=group.first, matrices=len(weights), clip_sigmas=f"{clip_sigmas:.4f}",
-                   relative_error=f"{(energy[0] / energy[1].clamp_min(1e-30)).item():.4e}")
-    return [p for p in ranks.gather(part) if p is not None], energy[0].item()
+    ranks, bank, parts, total_error = run.ranks, value.reshape(-1, *row.shape[-2:]), [], 0.0
+    for group in row.matrices:
+        ranks.check_stop()
+        count, clip_sigmas = group.last - group.first, group.clip_sigmas * clip_factor
+        first, last = (count * rank // ranks.world for rank in (ranks.rank, ranks.rank + 1))
+        weights, hessian = bank[group.first + first: group.first + last], hessians[group.hessian][first:last]
+        energy, part = torch.zeros(2, dtype=torch.float64, device=run.device), None
+        if first < last:
+            part = gptq(weights, hessian, group.bits, clip_sigmas, run.log, run.cfg.quantizer)
+            error = dequantize(part).to(run.device) - weights
+            energy += torch.stack([hessian_error(e.float(), hessian).double().sum() for e in (error, weights)])
+        ranks.sum(energy)
+        run.log.record("gptq", tensor=row.name, first=group.first, matrices=count, clip_sigmas=f"{clip_sigmas:.4f}",
+                       relative_error=f"{(energy[0] / energy[1].clamp_min(1e-30)).item():.4e}")
+        parts += [p for p in ranks.gather(part) if p is not None]
+        total_error += energy[0].item()
+    codes, scales = torch.cat([p.codes for p in parts]), torch.cat([p.scales for p in parts])
+    return Quantized(codes.reshape(row.shape), scales.reshape(row.shape[:-1]), run.cfg.quantizer), total_error
 
 
-TARGET_ROUNDS = 4
 TARGET_SLACK = 0.001
-CLIP_FACTORS = (0.4, 2.5)
 
 
 def quantize_and_pack(run: Run, model: GPT, hessians: dict[str, Tensor], code_bytes: int) -> tuple[Tensors, bytes]:
@@ -2691,7 +2574,7 @@ def quantize_and_pack(run: Run, model: GPT, hessians: dict[str, Tensor], code_by
     If it is not, the clip sigmas stay as they were set, unless the artifact would be over the cap: then it is made to fit.
 
     Scaling every step by a factor takes log2(factor) bits off every weight, so two rounds are enough as a rule. The
-    last that fitted wins, else the smallest; CLIP_FACTORS bound it, because a small model cannot fill any number of bytes.
+    last that fitted wins, else the smallest; the factor is bounded, because a small model cannot fill any number of bytes.
     """
     cfg, target, factor = run.cfg, run.cfg.artifact_target_bytes, 1.0
     best, best_size, error_as_set = ({}, b""), math.inf, 0.0
@@ -2699,23 +2582,23 @@ def quantize_and_pack(run: Run, model: GPT, hessians: dict[str, Tensor], code_by
 
     def tick(done: float, total: float) -> None:
         progress("pack", done, total)
-        if run.watch is not None and run.watch.number:
-            raise Stopped(run.watch.number)
+        if run.ranks.signalled:
+            raise Stopped(run.ranks.signalled)
 
-    for attempt in range(TARGET_ROUNDS):
+    for attempt in range(4):
         tensors, error = quantize(run, model, hessians, factor)
         data = b""
         with suppress(Stopped):  # which all ranks hear of in the next line
             data = pack_artifact(tensors, cfg, tick) if run.ranks.rank == 0 else b""
-        run.check_stop()
+        run.ranks.check_stop()
         size = run.ranks.agree(len(data)) + code_bytes
-        if not target and size <= ARTIFACT_CAP_BYTES:
-            return tensors, data
         if not target:
+            if size <= ARTIFACT_CAP_BYTES:
+                return tensors, data
             run.log(f"warning: artifact and code are {size} bytes, over the cap of {ARTIFACT_CAP_BYTES}: all clip sigmas are "
                     "raised until they fit; COMPRESSOR=rans or QUANTIZER=trellis take fewer bytes")
             target = ARTIFACT_CAP_BYTES
-        error_as_set = error if attempt == 0 else error_as_set
+        error_as_set = error_as_set or error
         run.log.record("fit", attempt=attempt + 1, clip_factor=f"{factor:.5f}", total_bytes=size, target_bytes=target,
                        hessian_error=f"{error:.4e}", saved=f"{1 - error / max(error_as_set, 1e-30):.4f}")
         if size <= max(target, best_size - 1):
@@ -2724,10 +2607,9 @@ def quantize_and_pack(run: Run, model: GPT, hessians: dict[str, Tensor], code_by
             break
         weights = sum(t.codes.numel() for t in tensors.values() if isinstance(t, Quantized))
         wanted = factor * 2 ** (8 * (size - (1 - TARGET_SLACK / 2) * target) / weights)
-        bounded = min(max(wanted, CLIP_FACTORS[0]), CLIP_FACTORS[1])
-        if bounded == factor:
+        before, factor = factor, min(max(wanted, 0.4), 2.5)
+        if factor == before:
             break
-        factor = bounded
     return best
 
 
@@ -2769,23 +2651,13 @@ class ArtifactError(ValueError):
     """The file is no artifact of this program, or it is damaged."""
 
 
-def stored_settings(cfg: Config) -> dict[str, Any]:
-    """The settings that an artifact carries, as JSON has them."""
-    return {f.name: getattr(cfg, f.name) for f in STORED_SETTINGS}
-
-
-def uses_coder(row: Row, compressor: str) -> bool:
-    """Whether the codes of a parameter go through the entropy coder."""
-    return compressor == "rans" and bool(row.matrices)
-
-
 def pack_artifact(tensors: Tensors, cfg: Config, tick: Callable[[float, float], None] = lambda done, total: None) -> bytes:
     """The bytes of an artifact file; unpack_artifact gives back the same integers and the same floats, bit for bit.
 
     `tick` hears now and then how many bytes of how many are compressed.
     """
-    header = {"compressor": cfg.compressor, "settings": stored_settings(cfg)}
-    plain = {"settings": torch.frombuffer(bytearray(json.dumps(header, allow_nan=False).encode()), dtype=torch.uint8)}
+    header = {"compressor": cfg.compressor, "settings": {f.name: getattr(cfg, f.name) for f in STORED_SETTINGS}}
+    plain = {"settings": as_tensor(json.dumps(header, allow_nan=False).encode())}
     banks = []
     for row in parameter_table(cfg):
         tensor = tensors[row.name]
@@ -2795,7 +2667,7 @@ def pack_artifact(tensors: Tensors, cfg: Config, tick: Callable[[float, float], 
         plain[row.name + ".scales"] = tensor.scales.contiguous()
         for term in tensor.low_rank:
             plain |= {f"{row.name}.low{term.index}.{part}": t.contiguous() for part, t in zip(LowRank._fields[1:], term[1:])}
-        if uses_coder(row, cfg.compressor):
+        if row.matrices and cfg.compressor == "rans":
             banks += row_banks(row, tensor)
         else:
             plain[row.name + ".codes"] = tensor.codes.mT.contiguous()
@@ -2861,12 +2733,12 @@ def stored_config(stored: Tensor) -> tuple[Config, str]:
 
 def take_tensors(cfg: Config, compressor: str, plain: dict[str, Tensor], coded: bytes) -> Tensors:
     """The tensors of the parameter table out of an artifact's two parts, which they use up."""
-    table = parameter_table(cfg)
-    codes = sum(math.prod(row.shape) for row in table if uses_coder(row, compressor))
+    table, rank, rans = parameter_table(cfg), cfg.lqer_rank, compressor == "rans"
+    codes = sum(math.prod(row.shape) for row in table if row.matrices and rans)
     if codes > ARTIFACT_MAX_CODES_PER_BYTE * len(coded):
         raise ArtifactError(f"the artifact's settings ask for {codes} codes, which cannot be in {len(coded)} bytes")
 
-    def take(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    def take(name: str, dtype: torch.dtype, *shape: int) -> Tensor:
         tensor = plain.pop(name, None)
         if tensor is None or tensor.dtype != dtype or tuple(tensor.shape) != shape:
             found = "missing" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
@@ -2877,29 +2749,23 @@ def take_tensors(cfg: Config, compressor: str, plain: dict[str, Tensor], coded: 
 
     tensors: Tensors = {}
     for row in table:
+        name, shape = row.name, row.shape
         if not row.matrices and not row.int8:
-            tensors[row.name] = take(row.name, torch.float16, row.shape)
+            tensors[name] = take(name, torch.float16, *shape)
             continue
-        scales = take(row.name + ".scales", torch.float16, row.shape[:-1])
-        stored = (*row.shape[:-2], row.shape[-1], row.shape[-2])
-        coded_apart = uses_coder(row, compressor)
-        values = torch.zeros(row.shape, dtype=torch.int8) if coded_apart else take(row.name + ".codes", torch.int8, stored).mT
-        low_rank = tuple(
-            LowRank(i, *(take(f"{row.name}.low{i}.{part}", dtype, shape) for part, (dtype, shape) in low_rank_shapes(cfg, row).items()))
-            for i in range(math.prod(row.shape[:-2])) if cfg.lqer_enabled and f"{row.name}.low{i}.a" in plain)
-        tensors[row.name] = Quantized(values.contiguous(), scales, cfg.quantizer if row.matrices else "scalar", low_rank)
-    if plain or (coded and compressor != "rans"):
+        *banks, rows, cols = shape
+        scales = take(name + ".scales", torch.float16, *banks, rows)
+        values = torch.zeros(shape, dtype=torch.int8) if row.matrices and rans else take(name + ".codes", torch.int8, *banks, cols, rows).mT
+        parts = {"a": (torch.int8, rows, rank), "a_scales": (torch.float16, rank if cfg.lqer_column_scales else 1),
+                 "b": (torch.int8, rank, cols), "b_scales": (torch.float16, rank * cols // cfg.lqer_group)}
+        low_rank = tuple(LowRank(i, *(take(f"{name}.low{i}.{part}", *kind) for part, kind in parts.items()))
+                         for i in range(math.prod(banks)) if cfg.lqer_enabled and f"{name}.low{i}.a" in plain)
+        tensors[name] = Quantized(values.contiguous(), scales, cfg.quantizer if row.matrices else "scalar", low_rank)
+    if plain or (coded and not rans):
         raise ArtifactError(f"the artifact holds more than its model: {', '.join([*plain][:3]) or f'{len(coded)} bytes'}")
-    if compressor == "rans":
+    if rans:
         decode_codes(cut_streams(coded), [bank for row in table if row.matrices for bank in row_banks(row, tensors[row.name])])
     return tensors
-
-
-def low_rank_shapes(cfg: Config, row: Row) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Types and shapes of the parts of a LowRank of one matrix of a bank, by name."""
-    (rows, cols), rank = row.shape[-2:], cfg.lqer_rank
-    return {"a": (torch.int8, (rows, rank)), "a_scales": (torch.float16, (rank if cfg.lqer_column_scales else 1,)),
-            "b": (torch.int8, (rank, cols)), "b_scales": (torch.float16, (rank * cols // cfg.lqer_group,))}
 
 
 def row_banks(row: Row, quantized: Quantized) -> list[Bank]:
@@ -2935,20 +2801,15 @@ def compress(data: bytes, tick: Callable[[float, float], None], step: int = 1 <<
 
 
 def decompress(stream: bytes, limit: int) -> bytes:
-    """What a brotli stream holds, at most `limit` bytes; it is never expanded further."""
+    """What a brotli stream holds, at most `limit` bytes; it is never expanded much further."""
+    decoder = brotli.Decompressor()
     try:
-        decoder, parts, size, more = brotli.Decompressor(), [], 0, stream
-        while size <= limit and not decoder.is_finished():
-            piece = decoder.process(more, output_buffer_limit=1 << 20)
-            if not piece and not more and decoder.can_accept_more_data():
-                break
-            parts.append(piece)
-            size, more = size + len(piece), b""
+        found = decoder.process(stream, output_buffer_limit=limit + 1)
     except brotli.error as error:
         raise ArtifactError("a part of the artifact cannot be decompressed") from error
-    if size > limit or not decoder.is_finished():
+    if len(found) > limit or not decoder.is_finished():
         raise ArtifactError("a part of the artifact is cut short, or larger than a model can be")
-    return b"".join(parts)
+    return found
 
 
 def size_table(data: bytes, tensors: Tensors, cfg: Config) -> list[dict[str, str | int]]:
@@ -2991,29 +2852,15 @@ linecache.cache["packed.py"] = len(PACKED_SOURCE), None, PACKED_SOURCE.decode().
 exec(compile(PACKED_SOURCE, "packed.py", "exec"))
 '''
 PACKED_ESCAPES = (r"\\", r"\\\\"), ("\r", r"\\r"), ("\0(?=[0-7])", r"\\x00"), ("\0", r"\\0"), (r'"(?="|\Z)', r'\\"')
-Place = tuple[int, int]  # row, column
+BLIND_DECORATORS = {"property", "classmethod", "staticmethod", "lru_cache", "torch.no_grad"}
 
 
-def source_tokens(source: str) -> Iterator[tuple[str, Place, str]]:
-    """Kind, place and text of every token; an f-string, which Python 3.12 takes apart, is one."""
-    lines, opened = source.splitlines(True), []
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        kind, start, text = tokenize.tok_name[token.type], token.start, token.string
-        if kind == "FSTRING_START":
-            opened.append(start)
-        elif kind == "FSTRING_END":
-            (row, column), (last, end) = start, _ = opened.pop(), token.end
-            text = "".join([*lines[row - 1: last - 1], lines[last - 1][:end]])[column:]
-        if not opened:
-            yield kind, start, text
-
-
-def needless_spans(source: str) -> Iterator[tuple[Place, Place]]:
-    """The places, from and up to, of docstrings and of the annotations of functions that no decorator reads."""
+def needless_spans(source: str) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
+    """Rows and columns, from and up to, of docstrings and of the annotations of functions that no decorator reads."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) and len(node.body) > 1:
             yield (node.body[0].lineno, node.body[0].col_offset), (node.body[0].end_lineno, node.body[0].end_col_offset)
-        if isinstance(node, ast.FunctionDef) and not node.decorator_list:
+        if isinstance(node, ast.FunctionDef) and {ast.unparse(d).partition("(")[0] for d in node.decorator_list} <= BLIND_DECORATORS:
             for arg in ast.walk(node.args):
                 if isinstance(arg, ast.arg) and arg.annotation:
                     yield (arg.lineno, arg.col_offset + len(arg.arg)), (arg.end_lineno, arg.end_col_offset)
@@ -3023,22 +2870,28 @@ def needless_spans(source: str) -> Iterator[tuple[Place, Place]]:
 
 def shipped_source(source: str) -> str:
     """`source` without comments, docstrings, needless annotations and blanks: what the packed file runs."""
-    spans, pieces, depth, before = sorted(needless_spans(source)), [], 0, "\n"
-    for kind, place, text in source_tokens(source):
-        while spans and spans[0][1] <= place:
+    lines = [0, *itertools.accumulate(map(len, io.StringIO(source)))]  # where they begin
+    spans, shipped, depth, f_strings, end = sorted(needless_spans(source)), "\n", 0, 0, 0
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        kind, before = tokenize.tok_name[token.type], end
+        begin, end = (lines[row - 1] + column for row, column in (token.start, token.end))
+        text = source[begin:end]
+        while spans and spans[0][1] <= token.start:
             spans.pop(0)
         depth += (kind == "INDENT") - (kind == "DEDENT")
-        if kind == "NEWLINE":
-            text = "\n" if before != "\n" else ""
-        elif kind in ("COMMENT", "NL", "INDENT", "DEDENT", "ENDMARKER") or spans and spans[0][0] <= place:
-            continue
-        elif before == "\n":
-            pieces.append(" " * depth)
-        elif re.fullmatch(r"\w\w|['\"]{2}", before[-1] + text[0]):
-            pieces.append(" ")
-        pieces.append(text)
-        before = text or before
-    return "".join(pieces)
+        if f_strings:  # which Python takes apart from 3.12 on
+            text = source[before:end]
+        elif kind == "NEWLINE":
+            text = "" if shipped[-1] == "\n" else "\n"
+        elif kind in ("COMMENT", "NL", "INDENT", "DEDENT", "ENDMARKER") or spans and spans[0][0] <= token.start:
+            text = ""
+        elif shipped[-1] == "\n":
+            text = " " * depth + text
+        elif re.fullmatch(r"\w\w|['\"]{2}", shipped[-1] + text[0]):
+            text = " " + text
+        f_strings += (kind == "FSTRING_START") - (kind == "FSTRING_END")
+        shipped += text
+    return shipped[1:]
 
 
 def pack_code(source: str) -> bytes:
@@ -3069,22 +2922,16 @@ def counted_code() -> bytes:
 # a table that is picked by where in its code the guess lies and by how far off it may be: the element's misses in earlier vectors
 # times the vector's so far. All are fixed-point integers, so that every machine makes the same guesses: levels have 8 fractional
 # bits, L 16, moments 12. Matrix products go through float64, in which integers of this size are exact in any order of summation.
-# Symbols go through range asymmetric numeral systems (Duda, 2013; arXiv:1311.2540): up to RANS_MAX_LANES states of
+# Symbols go through range asymmetric numeral systems (Duda, 2013; arXiv:1311.2540): up to 1,024 states of
 # 32 bits take turns and share one list of 16-bit words. Encoding runs the symbols backwards, so that decoding reads forwards.
 
 RANS_BITS = 14
-RANS_MAX_LANES = 1024
-RANS_LANE_SYMBOLS = 8192
 RANS_LOW = 1 << 16
 RANS_SPREADS = 8
-RANS_ROOT_BITS = 6
-RANS_FEW_SYMBOLS = 1 << 20  # of a bank that may be better off with fewer spreads
 GUESS_EIGHTHS = np.array([1, 3, 5, 7, 10])  # of a code: guesses up to these have tables of their own, and so have those between
 GUESS_KINDS = len(GUESS_EIGHTHS) + 1 + 3
 RANS_MEAN_UNIT = 32
-PREDICT_MAX_ELEMENTS = 2048
 PREDICT_BLOCK = 64  # vectors of the first block; the later ones are an eighth of what is known
-PREDICT_GROUPS = 32
 PREDICT_MEMORY = 4096  # vectors after which a moment counts half
 PREDICT_PANEL = 64
 PREDICT_LIMIT = 1 << 17  # of guesses and innovations: no table can make them overflow
@@ -3106,48 +2953,46 @@ class Bank(NamedTuple):
         return self.codes.transpose(0, 2, 1) if self.across else self.codes
 
 
-class _Step(NamedTuple):
+class Step(NamedTuple):
     """Codes that are coded side by side, and what both sides know of them before; what is coded is code * sign - offset, modulo 256.
 
-    where: their place in the bank's vectors. signs: of the guesses. offsets: the codes next to large guesses, else 0. kinds: where
-    in its code a guess lies, below GUESS_KINDS, and as many more for quantizer 1 of a trellis. features: how far off it may be.
+    place: in the bank's vectors. signs: of the guesses. offsets: the codes next to large guesses, else 0. kinds: where in its code
+    a guess lies, below GUESS_KINDS, and as many more for quantizer 1 of a trellis. features: how far off it may be.
     """
 
-    where: tuple
+    place: tuple[slice, slice, slice]
     signs: np.ndarray
     offsets: np.ndarray
     kinds: np.ndarray
     features: np.ndarray
 
 
-def _frequencies(model: np.void) -> tuple[np.ndarray, np.ndarray]:
-    """The table of each context of a RANS_MODEL, and those in use: (tables, 256) int64, rows add up to 2**RANS_BITS; integers only."""
-    roots = model["roots"].reshape(-1, 256).astype(np.int64)
-    used = roots.any(1)
-    used[0] = True
-    squares = roots[used] ** 2
+def coder_tables(model: np.void) -> tuple[np.ndarray, np.ndarray]:
+    """Frequencies and where they start, for each context of a RANS_MODEL: (contexts, 256) int64, rows of 2**RANS_BITS; integers only."""
+    squares = model["roots"].reshape(-1, 256).astype(np.int64) ** 2
     scaled = squares * (1 << RANS_BITS) // np.maximum(squares.sum(1, keepdims=True), 1)
     scaled = np.where(squares > 0, np.maximum(scaled, 1), 0)
     scaled[np.arange(len(scaled)), scaled.argmax(1)] += (1 << RANS_BITS) - scaled.sum(1)
-    return np.cumsum(used) - 1, scaled
+    return scaled, np.cumsum(scaled, 1) - scaled
 
 
-def _contexts(model: np.void, step: _Step) -> np.ndarray:
-    """The table of each code of a step, 1-d."""
-    return (step.kinds * RANS_SPREADS + np.searchsorted(model["thresholds"].astype(np.int64), step.features, side="right")).ravel()
+def coder_contexts(model: np.void, kinds: np.ndarray, features: np.ndarray) -> np.ndarray:
+    """The table of each code."""
+    return kinds * RANS_SPREADS + np.searchsorted(model["thresholds"].astype(np.int64), features, side="right")
 
 
 def encode_codes(banks: list[Bank]) -> list[bytes]:
     """[tables, states, words of each bank], for decode_codes with banks of the same shapes."""
     models, slots, known = np.zeros(len(banks), RANS_MODEL), [], None
     for bank, model in zip(banks, models):
-        model["mean"] = int(round(float(np.abs(bank.codes.astype(np.int16)).mean()) * RANS_MEAN_UNIT))
-        known = _Predictor(bank, int(model["mean"]), known)
-        contexts, symbols, lengths = _fit_model(bank, known, model)
-        tables, frequencies = _frequencies(model)
-        contexts, starts = tables[contexts], np.cumsum(frequencies, 1) - frequencies
-        slots.append((frequencies[contexts, symbols].astype(np.uint16), starts[contexts, symbols].astype(np.uint16), lengths))
-    return [brotli.compress(models.tobytes(), quality=11), *_rans_encode(slots, _lane_count(banks))]
+        model["mean"] = round(float(np.abs(bank.codes.astype(np.int16)).mean()) * RANS_MEAN_UNIT)
+        known = Predictor(bank, int(model["mean"]), known)
+        steps = list(coding_steps(bank, known))
+        coded = [(bank.vectors[step.place] * step.signs - step.offsets).astype(np.uint8).ravel() for step in steps]  # modulo 256
+        symbols, ends = np.concatenate(coded), np.cumsum([len(part) for part in coded])[:-1]
+        contexts = fit_model(model, symbols, *(np.concatenate([step[i].ravel() for step in steps]) for i in (3, 4)))
+        slots.append([np.split(table[contexts, symbols].astype(np.uint16), ends) for table in coder_tables(model)])
+    return [brotli.compress(models.tobytes(), quality=11), *rans_encode(slots, rans_lanes(banks))]
 
 
 def decode_codes(streams: list[bytes], banks: list[Bank]) -> None:
@@ -3158,35 +3003,35 @@ def decode_codes(streams: list[bytes], banks: list[Bank]) -> None:
     models = decompress(streams[0], size)
     if len(models) != size:
         raise ArtifactError(f"the artifact's coder tables are {len(models)} bytes, they must be {size}")
-    decoder, known = _RansDecoder(streams[1], b"".join(streams[2:]), _lane_count(banks)), None
+    decoder, known = RansDecoder(streams[1], b"".join(streams[2:]), rans_lanes(banks)), None
     for bank, model in zip(banks, np.frombuffer(models, RANS_MODEL)):
-        tables, frequencies = _frequencies(model)
-        decoder.load(frequencies)
-        known = _Predictor(bank, int(model["mean"]), known)
-        for step in _steps(bank, known):
-            symbols = decoder.symbols(tables[_contexts(model, step)]).reshape(step.signs.shape)
-            bank.vectors[step.where] = step.signs * (symbols + step.offsets)  # modulo 256
+        decoder.load(*coder_tables(model))
+        known = Predictor(bank, int(model["mean"]), known)
+        for step in coding_steps(bank, known):
+            symbols = decoder.symbols(coder_contexts(model, step.kinds, step.features).ravel()).reshape(step.signs.shape)
+            bank.vectors[step.place] = step.signs * (symbols + step.offsets)  # modulo 256
     decoder.finish()
 
 
-def _lane_count(banks: list[Bank]) -> int:
+def rans_lanes(banks: list[Bank]) -> int:
     """States of the coder: many are fast, few are small."""
-    return min(RANS_MAX_LANES, 1 + sum(bank.codes.size for bank in banks) // RANS_LANE_SYMBOLS)
+    return min(1024, 1 + sum(bank.codes.size for bank in banks) // 8192)
 
 
-class _Predictor:
+class Predictor:
     """What is known of a bank's vectors while they are coded; the next bank begins with it.
 
-    moments: (elements, elements) int64, summed products of the elements' levels over `count` vectors, all matrices alike.
-    sums: (matrices, elements), of |level - guess| over the vectors so far. scale: mean |level|. agreed, energy: (matrices, 1, 1),
-    sums of guess * level and guess^2, which say what part of a guess to believe.
+    code: what a code is worth in the unit of guesses. moments: (elements, elements) int64, summed products of the elements' levels
+    over `count` vectors, all matrices alike. sums: (matrices, elements), of |level - guess| over the vectors so far. scale: mean
+    |level|. agreed, energy: (matrices, 1, 1), sums of guess * level and guess^2, which say what part of a guess to believe.
     """
 
-    def __init__(self, bank: Bank, mean: int, prior: _Predictor | None) -> None:
+    def __init__(self, bank: Bank, mean: int, prior: Predictor | None) -> None:
         matrices, _, elements = bank.vectors.shape
-        self.scale = mean * (16 if bank.trellis else 8)
+        self.code = 512 if bank.trellis else 256
+        self.scale = mean * self.code // RANS_MEAN_UNIT
         self.sums = np.zeros((matrices, elements), np.int64)
-        self.moments, self.count = np.zeros(2 * (elements * (elements <= PREDICT_MAX_ELEMENTS),), np.int64), 0
+        self.moments, self.count = np.zeros(2 * (elements * (elements <= 2048),), np.int64), 0  # wider: nothing is guessed
         if prior is not None and prior.count and prior.moments.shape == self.moments.shape:
             self.count = min(2 * elements, prior.count)  # vectors that those of other banks count for
             covariance = (prior.moments << 8) // prior.count * self.scale ** 2 // max(prior.scale, 1) ** 2
@@ -3196,22 +3041,31 @@ class _Predictor:
     def fit(self) -> None:
         """Take the moments as they are now for the guesses to come."""
         enough = self.count >= PREDICT_BLOCK // 2 and self.moments.any()
-        self.factor = _fit_predictor(self.moments, self.count) if enough else None
+        self.factor = fit_predictor(self.moments, self.count) if enough else None
 
     def spread(self, elements: slice, seen: int) -> np.ndarray:
         """Expected |level - guess| of some elements after `seen` vectors, (matrices, 1, elements), at least 1."""
         return np.maximum((self.sums[:, None, elements] + 2 * self.scale) // (seen + 2), 1)
 
-    def believed(self, guesses: np.ndarray) -> np.ndarray:
-        """What is left of guesses (matrices, vectors, elements) when each matrix believes the part that has been right so far."""
-        return guesses * np.clip((self.agreed << 8) // np.maximum(self.energy, 1), 0, 256) >> 8
+    def guess(self, innovations: np.ndarray, group: slice) -> tuple[np.ndarray, np.ndarray]:
+        """What a group's levels should be by the innovations (matrices, vectors, elements) of the elements before, and how much of it
+        each matrix believes: the part that has been right so far."""
+        guesses = np.zeros((*innovations.shape[:2], group.stop - group.start), np.int64)
+        if self.factor is not None:
+            sums = innovations[:, :, : group.start] @ self.factor[group, : group.start].T
+            guesses += np.clip(np.floor(sums / (1 << 16)), -PREDICT_LIMIT, PREDICT_LIMIT).astype(np.int64)
+        return guesses, guesses * np.clip((self.agreed << 8) // np.maximum(self.energy, 1), 0, 256) >> 8
 
-    def guess(self, innovations: np.ndarray, group: slice) -> np.ndarray:
-        """What a group's levels should be by the innovations (matrices, vectors, elements) of the elements before."""
-        if self.factor is None:
-            return np.zeros((*innovations.shape[:2], group.stop - group.start), np.int64)
-        sums = innovations[:, :, : group.start] @ self.factor[group, : group.start].T
-        return np.clip(np.floor(sums / (1 << 16)), -PREDICT_LIMIT, PREDICT_LIMIT).astype(np.int64)
+    def step(self, place: tuple[slice, slice, slice], guesses: np.ndarray, sizes: np.ndarray, quantizers: np.ndarray) -> Step:
+        """The step of a place in the vectors. Codes near 0 stay themselves, because there a trellis has levels of its own."""
+        code, distances = self.code, np.abs(guesses)
+        nearest = (distances + code // 2) // code
+        fraction = (5 * (distances - nearest * code) + code) // (2 * code)  # 0: up to -1/5 of a code, 1: between, 2: from 1/5
+        near = np.searchsorted(GUESS_EIGHTHS * code // 8, distances, side="right")
+        large = nearest > 1
+        kinds = np.where(large, len(GUESS_EIGHTHS) + 2 + fraction, near) + quantizers * GUESS_KINDS
+        features = np.minimum(self.spread(place[2], place[1].start) * sizes >> 8, 65534)
+        return Step(place, np.where(guesses < 0, -1, 1), nearest * large, kinds, features)
 
     def innovations(self, levels: np.ndarray, guesses: np.ndarray, group: slice) -> np.ndarray:
         """What a group's own elements leave of each other: its levels less all that L makes of the innovations before."""
@@ -3230,115 +3084,88 @@ class _Predictor:
         self.count = self.count * PREDICT_MEMORY // (PREDICT_MEMORY + len(flat)) + len(flat)
 
 
-def _steps(bank: Bank, known: _Predictor) -> Iterator[_Step]:
-    """The steps of a bank in order. Each must have been read, or written to bank.vectors, before the next is asked for."""
+def cut_range(whole: slice, size: int) -> list[slice]:
+    """A range in pieces of `size`; uncut if that is 0."""
+    return [slice(at, min(at + size, whole.stop)) for at in range(whole.start, whole.stop, size)] if size else [whole]
+
+
+def coding_steps(bank: Bank, known: Predictor) -> Iterator[Step]:
+    """The steps of a bank in order. Each must have been read, or written to bank.vectors, before the next is asked for.
+
+    Blocks of vectors are guessed by the moments of those before; a block goes by groups of elements, and a trellis in steps of so many
+    rows as it has segments. Blocks and groups end where such a step does.
+    """
     matrices, vectors, elements = bank.vectors.shape
-    lanes = trellis_segments(*bank.codes.shape[1:]) if bank.trellis else 1 << 20  # without a trellis nothing has to wait
-    shape = (matrices, vectors, lanes) if bank.across else (matrices, lanes, elements)
-    states = np.zeros(shape, np.int64) if bank.trellis else np.broadcast_to(np.int64(0), shape)
-    tall, wide = (1, lanes) if bank.across else (lanes, 1)  # blocks and groups end where a step of the trellis does
-    if not bank.trellis:
-        tall = wide = 1
-    width, begin = -(-max(2, elements // PREDICT_GROUPS) // wide) * wide, 0
-    while begin < vectors:
-        block = slice(begin, min(vectors, begin + -(-max(PREDICT_BLOCK, begin // 8) // tall) * tall))
+    lanes = trellis_segments(*bank.codes.shape[1:]) if bank.trellis else 0
+    tall, wide = (0, lanes) if bank.across else (lanes, 0)  # vectors and elements of a step; 0: all of the block, of the group
+    shape, next_states = (matrices, tall or vectors, wide or elements), trellis_next_states().numpy()
+    states = np.zeros(shape, np.int64) if lanes else np.broadcast_to(np.int64(0), shape)
+    width, end = -(-max(2, elements // 32) // (wide or 1)) * (wide or 1), 0
+    while end < vectors:
+        block = slice(end, min(vectors, end + -(-max(PREDICT_BLOCK, end // 8) // (tall or 1)) * (tall or 1)))
+        begin, end = block.start, block.stop
         known.fit()
-        levels, innovations = np.zeros((2, matrices, block.stop - begin, elements))
-        sizes = np.full((matrices, block.stop - begin, 1), 8 << 8, np.int64)  # of each vector's innovations so far, in spreads
-        for left in range(0, elements, width):
-            group = slice(left, min(elements, left + width))
-            guesses = known.guess(innovations, group)
-            believed = known.believed(guesses)
-            levels[:, :, group] = yield from _group_steps(bank, known, states, (block, group), believed, sizes // (8 + left))
+        levels, innovations = np.zeros((2, matrices, end - begin, elements))
+        believed = np.zeros(levels.shape, np.int64)
+        sizes = np.full((matrices, end - begin, 1), 8 << 8, np.int64)  # of each vector's innovations so far, in spreads
+        for group in cut_range(slice(0, elements), width):
+            guesses, believed[:, :, group] = known.guess(innovations, group)
+            size = sizes // (8 + group.start)
+            for down, along in itertools.product(cut_range(block, tall), cut_range(group, wide)):
+                here = np.s_[:, down.start - begin: down.stop - begin, along]
+                state = states[:, down, : along.stop - along.start] if bank.across else states[:, : down.stop - down.start, along]
+                quantizers = state & 1
+                yield known.step(np.s_[:, down, along], believed[here], size[here[:2]], quantizers)
+                level = bank.vectors[:, down, along].astype(np.int64)
+                if lanes:
+                    state[:], level = next_states[state, level & 1], trellis_levels(level, quantizers)
+                levels[here] = level
+                known.sums[:, along] += np.abs((level << 8) - believed[here]).sum(1)
             exact = levels[:, :, group].astype(np.int64) << 8
-            sizes += np.minimum((np.abs(exact - believed) << 8) // known.spread(group, block.stop), 1 << 12).sum(2, keepdims=True)
+            misses = (np.abs(exact - believed[:, :, group]) << 8) // known.spread(group, end)
+            sizes += np.minimum(misses, 1 << 12).sum(2, keepdims=True)
             innovations[:, :, group] = known.innovations(exact, guesses, group)
         known.learn(levels)
-        begin = block.stop
 
 
-def _group_steps(bank: Bank, known: _Predictor, states: np.ndarray, where: tuple[slice, slice], guesses: np.ndarray,
-                 sizes: np.ndarray) -> Generator[_Step, None, np.ndarray]:
-    """The steps of a group of elements of a block of vectors, down the trellis; returns their levels (matrices, vectors, elements)."""
-    next_states, levels, lanes = trellis_next_states().numpy(), np.empty_like(guesses), states.shape[2 if bank.across else 1]
-    for top in range(0, guesses.shape[2 if bank.across else 1], lanes):
-        ahead = slice(top, top + lanes)
-        part = np.s_[:, :, ahead] if bank.across else np.s_[:, ahead]
-        guess = guesses[part]
-        _, vectors, elements = guess.shape
-        first, element = (where[0].start, where[1].start + top) if bank.across else (where[0].start + top, where[1].start)
-        place = np.s_[:, first: first + vectors, element: element + elements]
-        state = states[:, place[1], :elements] if bank.across else states[:, :vectors, place[2]]
-        quantizers = state & 1
-        features = np.minimum(known.spread(place[2], first) * (sizes if bank.across else sizes[part]) >> 8, 65534)
-        signs, offsets, kinds = _split_guess(guess, 512 if bank.trellis else 256)
-        yield _Step(place, signs, offsets, kinds + quantizers * GUESS_KINDS, features)
-        level = bank.vectors[place].astype(np.int64)
-        if bank.trellis:
-            state[:], level = next_states[state, level & 1], trellis_levels(level, quantizers)
-        levels[part] = level
-        known.sums[:, place[2]] += np.abs((level << 8) - guess).sum(1)
-    return levels
-
-
-def _split_guess(guesses: np.ndarray, code: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Signs, offsets and kinds (see _Step) of guessed levels; `code` is what a code is worth in their unit.
-
-    Codes near 0 stay themselves, because there a trellis has levels of its own.
-    """
-    sizes = np.abs(guesses)
-    nearest = (sizes + code // 2) // code
-    fraction = (5 * (sizes - nearest * code) + code) // (2 * code) + len(GUESS_EIGHTHS) + 2  # up to -1/5 of a code, between, or from 1/5
-    kinds = np.searchsorted(GUESS_EIGHTHS * code // 8, sizes, side="right")
-    large = nearest > 1
-    return np.where(guesses < 0, -1, 1), nearest * large, np.where(large, fraction, kinds)
-
-
-def _fit_predictor(moments: np.ndarray, count: int) -> np.ndarray:
+def fit_predictor(moments: np.ndarray, count: int) -> np.ndarray:
     """L, float64 that holds integers with 16 fractional bits, from the summed x^T x of `count` vectors of levels, int64.
 
     What lies off the diagonal counts less the fewer vectors there were.
     """
     elements = len(moments)
     doubt = min(max((1 << 16) // 40, (1 << 15) * elements // count), (1 << 16) * 19 // 20)
-    matrix = (moments << 12) // count
-    diagonal = np.diagonal(matrix).copy()
-    matrix = matrix * ((1 << 16) - doubt) >> 16
-    np.fill_diagonal(matrix, diagonal)
+    matrix = (moments << 12) // count * ((1 << 16) - doubt * (1 - np.eye(elements, dtype=np.int64))) >> 16
     factor = np.zeros((elements, elements))
     for begin in range(0, elements, PREDICT_PANEL):
-        end = min(begin + PREDICT_PANEL, elements)
-        panel = matrix[begin:, begin:end].copy()
-        for j in range(end - begin):
-            below = np.clip((panel[j + 1 :, j] << 16) // max(int(panel[j, j]), 64), -(1 << 18), 1 << 18)
-            factor[begin + j + 1 :, begin + j] = below
-            panel[j + 1 :, j + 1 :] -= below[:, None] * panel[j + 1 : end - begin, j] >> 16
-        done = factor[end:, begin:end] @ panel[end - begin :].T.astype(np.float64)
+        panel = matrix[begin:, begin: begin + PREDICT_PANEL].copy()
+        width = panel.shape[1]
+        end = begin + width
+        for j in range(width):
+            below = np.clip((panel[j + 1:, j] << 16) // max(int(panel[j, j]), 64), -(1 << 18), 1 << 18)
+            factor[begin + j + 1:, begin + j] = below
+            panel[j + 1:, j + 1:] -= below[:, None] * panel[j + 1: width, j] >> 16
+        done = factor[end:, begin:end] @ panel[width:].T.astype(np.float64)
         matrix[end:, end:] -= np.floor(done / (1 << 16)).astype(np.int64)
     return factor
 
 
-def _fit_model(bank: Bank, known: _Predictor, model: np.void) -> tuple[np.ndarray, np.ndarray, list[int]]:
-    """Set the thresholds and frequencies of a model; contexts and symbols in coding order, 1-d, and the lengths of the steps."""
-    steps, coded = [], []
-    for step in _steps(bank, known):
-        steps.append(step)
-        coded.append((bank.vectors[step.where] * step.signs - step.offsets).astype(np.uint8).ravel())  # modulo 256
-    symbols, features = np.concatenate(coded), np.concatenate([step.features.ravel() for step in steps])
+def fit_model(model: np.void, symbols: np.ndarray, kinds: np.ndarray, features: np.ndarray) -> np.ndarray:
+    """Set the thresholds and frequencies of a model for these symbols, 1-d like their kinds and features; their contexts."""
 
     def fit(spreads: int) -> tuple[float, np.ndarray, np.ndarray, np.ndarray]:
-        """Bits with so many spreads, those of the tables roughly; thresholds; contexts; counts (contexts, 256)."""
+        """Bits with so many spreads, and about 6 for each root in the tables; thresholds; contexts; counts (contexts, 256)."""
         model["thresholds"] = (1 << 16) - 1
         model["thresholds"][: spreads - 1] = np.quantile(features, np.arange(1, spreads) / spreads, method="higher")
-        contexts = np.concatenate([_contexts(model, step) for step in steps])
+        contexts = coder_contexts(model, kinds, features)
         counts = np.bincount(contexts * 256 + symbols, minlength=model["roots"].size).reshape(-1, 256)
-        return entropy_bits(counts) + RANS_ROOT_BITS * np.count_nonzero(counts), model["thresholds"].copy(), contexts, counts
+        return entropy_bits(counts) + 6 * np.count_nonzero(counts), model["thresholds"].copy(), contexts, counts
 
-    choices = (1, 2, 4, RANS_SPREADS) if symbols.size < RANS_FEW_SYMBOLS else (RANS_SPREADS,)
+    choices = (1, 2, 4, RANS_SPREADS) if symbols.size < 1 << 20 else (RANS_SPREADS,)  # tables weigh in small banks alone
     _, model["thresholds"], contexts, counts = min(map(fit, choices), key=lambda found: found[0])
     roots = np.rint(255 * np.sqrt(counts / np.maximum(counts.max(1, keepdims=True), 1)))
     model["roots"] = np.where(counts > 0, np.maximum(roots, 1), 0).reshape(model["roots"].shape)
-    return contexts, symbols, [step.signs.size for step in steps]
+    return contexts
 
 
 def entropy_bits(counts: np.ndarray) -> float:
@@ -3347,31 +3174,26 @@ def entropy_bits(counts: np.ndarray) -> float:
     return float(-(counts * np.log2(np.where(counts > 0, share, 1.0))).sum())
 
 
-def _rans_encode(slots: list[tuple[np.ndarray, np.ndarray, list[int]]], lane_count: int) -> list[bytes]:
-    """[states, words of each bank] for banks of (frequencies, starts, lengths of the steps); last symbol first."""
-    state = np.full(lane_count, RANS_LOW, np.uint64)
-    streams: list[bytes] = []
-    for frequencies, starts, lengths in reversed(slots):
-        words: list[np.ndarray] = []
-        end = len(frequencies)
-        for length in reversed(lengths):
-            for begin in range(end - length + (length - 1) // lane_count * lane_count, end - length - 1, -lane_count):
-                stop = min(begin + lane_count, end)
-                frequency = frequencies[begin:stop].astype(np.uint64)
+def rans_encode(slots: list[tuple[list[np.ndarray], list[np.ndarray]]], lane_count: int) -> list[bytes]:
+    """[states, words of each bank] for the frequencies and starts of each bank's steps; last symbol first."""
+    state, streams = np.full(lane_count, RANS_LOW, np.uint64), []
+    for steps in reversed(slots):
+        words = []
+        for frequencies, starts in reversed(list(zip(*steps))):
+            for begin in reversed(range(0, len(frequencies), lane_count)):
+                frequency = frequencies[begin: begin + lane_count].astype(np.uint64)
                 lanes = state[: len(frequency)]
                 full = lanes >= frequency << np.uint64(32 - RANS_BITS)
                 words.append(lanes[full].astype("<u2"))
                 lanes[full] >>= np.uint64(16)
                 quotient = lanes // frequency
-                lanes += quotient * (np.uint64(1 << RANS_BITS) - frequency)
-                lanes += starts[begin:stop]
-            end -= length
+                lanes += quotient * (np.uint64(1 << RANS_BITS) - frequency) + starts[begin: begin + lane_count]
         streams.append(b"".join(word.tobytes() for word in reversed(words)))
     return [state.astype("<u4").tobytes(), *reversed(streams)]
 
 
-class _RansDecoder:
-    """Reads what _rans_encode wrote; the caller gives the same tables and contexts in the same order."""
+class RansDecoder:
+    """Reads what rans_encode wrote; the caller gives the same tables and contexts in the same order."""
 
     def __init__(self, states: bytes, words: bytes, lane_count: int) -> None:
         if len(states) != 4 * lane_count or len(words) % 2:
@@ -3380,28 +3202,26 @@ class _RansDecoder:
         self.words = np.frombuffer(words, "<u2").astype(np.uint32)
         self.position = 0
 
-    def load(self, frequencies: np.ndarray) -> None:
-        """Take (contexts, 256) tables, each row adding up to 2**RANS_BITS."""
+    def load(self, frequencies: np.ndarray, starts: np.ndarray) -> None:
+        """Take the tables of coder_tables."""
         if (frequencies < 0).any():
             raise ArtifactError("the artifact's coder tables are impossible")
         self.symbol_of_slot = np.repeat(np.tile(np.arange(256, dtype=np.uint8), len(frequencies)), frequencies.ravel())
-        self.frequency = frequencies.astype(np.uint32).ravel()
-        self.start = (np.cumsum(frequencies, 1) - frequencies).astype(np.uint32).ravel()
+        self.frequency, self.start = (table.astype(np.uint32).ravel() for table in (frequencies, starts))
 
     def symbols(self, context: np.ndarray) -> np.ndarray:
         """The next symbols, uint8 (n,), given the context of each."""
-        result = np.empty(len(context), np.uint8)
-        lane_count = len(self.state)
+        result, lane_count = np.empty(len(context), np.uint8), len(self.state)
         for begin in range(0, len(context), lane_count):
-            chunk = context[begin : begin + lane_count]
+            chunk = context[begin: begin + lane_count]
             lanes = self.state[: len(chunk)]
             slot = lanes & np.uint32((1 << RANS_BITS) - 1)
             symbol = self.symbol_of_slot[(chunk << RANS_BITS) + slot]
-            result[begin : begin + lane_count] = symbol
+            result[begin: begin + lane_count] = symbol
             entry = chunk * 256 + symbol
             lanes[:] = self.frequency[entry] * (lanes >> np.uint32(RANS_BITS)) + slot - self.start[entry]
             empty = np.flatnonzero(lanes < RANS_LOW)
-            fresh = self.words[self.position : self.position + len(empty)]
+            fresh = self.words[self.position: self.position + len(empty)]
             if len(fresh) < len(empty):
                 raise ArtifactError("the artifact's coder words end too early")
             self.position += len(empty)
@@ -3492,7 +3312,7 @@ def evaluate(run: Run, model: GPT, val: ValData, name: str, depth: int) -> Score
     batches = pack_segments(lengths, size)
     losses, sums, scored = np.full(count, np.nan, dtype=np.float32), np.zeros(len(batches)), 0
     for first_of_round in range(0, len(batches), ranks.world):
-        run.check_stop()
+        ranks.check_stop()
         i = first_of_round + ranks.rank
         if i >= len(batches):
             continue
@@ -4198,30 +4018,36 @@ def sign_bit(dtype: torch.dtype) -> int:
     return 16 if dtype == torch.bfloat16 else 0
 
 
-def mlp_up_reference(x: Tensor, w_up: Tensor) -> Tensor:
-    """What mlp_kernel computes going forward, (T, h): the activation, rounded to where its last bit says that z was negative."""
-    z, bit = F.linear(x.float(), w_up.float()), sign_bit(x.dtype)
+def mlp_up_reference(x: Tensor, factor: Tensor, w_up: Tensor) -> Tensor:
+    """What mlp_kernel computes going forward, (T, h): the activation of z = factor (T, 1) times x @ w_up^T.
+
+    It is rounded to where its last bit says whether z was negative.
+    """
+    z, bit = factor * F.linear(x.float(), w_up.float()), sign_bit(x.dtype)
     bits = F.leaky_relu(z, 0.5).square().view(torch.int32)
     even, odd = (bits + (1 << bit)) >> bit + 1 << bit + 1, (bits >> bit + 1 << bit + 1) + (1 << bit)
     return torch.where(z < 0, odd, even).view(torch.float32).to(x.dtype)
 
 
-def mlp_up_backward_reference(grad: Tensor, w_down: Tensor, hidden: Tensor) -> Tensor:
-    """What mlp_kernel computes going backward: the gradient (T, h) of the pre-activation, from `grad` (T, d) of the MLP's output.
+def mlp_up_backward_reference(grad: Tensor, factor: Tensor, w_down: Tensor, hidden: Tensor) -> Tensor:
+    """What mlp_kernel computes going backward: the gradient (T, h) of x @ w_up^T, from `grad` (T, d) of the MLP's output.
 
     d/dz leaky(z)^2 is 2 z or z / 2: that is 2 or -1 times the root of the activation.
     """
     negative = (hidden.float().view(torch.int32) >> sign_bit(hidden.dtype)) & 1 == 1
     root = hidden.float().sqrt()
-    return F.linear(grad, w_down.t()) * torch.where(negative, -root, 2 * root).to(grad.dtype)
+    return F.linear(grad, w_down.t()) * (factor * torch.where(negative, -root, 2 * root)).to(grad.dtype)
 
 
 if triton is not None:
 
     @triton.jit
-    def mlp_kernel(a_desc, b_desc, hidden_desc, out_desc, rows, columns, depth, BACKWARD: tl.constexpr, BIT: tl.constexpr,
+    def mlp_kernel(a_desc, b_desc, hidden_desc, out_desc, factors, rows, columns, depth, BACKWARD: tl.constexpr, BIT: tl.constexpr,
                    TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr, PROGRAMS: tl.constexpr):
-        """out = leaky(a @ b^T)^2 with the sign in bit BIT; or, BACKWARD, out = (a @ b) * d leaky(z)^2 / dz by what hidden kept of z."""
+        """out = leaky(z)^2 with z = f a @ b^T, f a row's factor, and its sign in bit BIT; or, BACKWARD, the gradient of a @ b^T.
+
+        That is f (a @ b) d leaky(z)^2 / dz, by what hidden kept of z.
+        """
         tiles_n = tl.cdiv(columns, TILE_N)
         tiles = tl.cdiv(rows, TILE_M) * tiles_n
         HALF: tl.constexpr = TILE_N // 2
@@ -4235,22 +4061,24 @@ if triton is not None:
                     total = tl.dot(a, b_desc.load([k, column]), total, input_precision="ieee")
                 else:
                     total = tl.dot(a, b_desc.load([column, k]).T, total, input_precision="ieee")
+            at = row + tl.arange(0, TILE_M)
+            total = total * tl.load(factors + at, mask=at < rows, other=0.0)[:, None]
             halves = tl.permute(tl.reshape(total, (TILE_M, 2, HALF)), (0, 2, 1))   # half the staging memory a store
             left, right = tl.split(halves)
             for half in tl.static_range(2):
                 z = left if half == 0 else right
-                at = column + half * HALF
+                side = column + half * HALF
                 if BACKWARD:
-                    hidden = hidden_desc.load([row, at]).to(tl.float32)
+                    hidden = hidden_desc.load([row, side]).to(tl.float32)
                     negative = (hidden.to(tl.int32, bitcast=True) >> BIT) & 1
                     root = tl.sqrt(hidden)
-                    out_desc.store([row, at], (z * tl.where(negative == 1, -root, 2 * root)).to(out_desc.dtype))
+                    out_desc.store([row, side], (z * tl.where(negative == 1, -root, 2 * root)).to(out_desc.dtype))
                 else:
                     leaky = tl.where(z < 0, 0.5 * z, z)
                     bits = (leaky * leaky).to(tl.int32, bitcast=True)
                     even = ((bits + (1 << BIT)) >> (BIT + 1)) << (BIT + 1)         # the nearest with a last bit of 0, or of 1
                     odd = ((bits >> (BIT + 1)) << (BIT + 1)) + (1 << BIT)
-                    out_desc.store([row, at], tl.where(z < 0, odd, even).to(tl.float32, bitcast=True).to(out_desc.dtype))
+                    out_desc.store([row, side], tl.where(z < 0, odd, even).to(tl.float32, bitcast=True).to(out_desc.dtype))
 
     @triton.jit
     def exclude_self_kernel(y, v, gate, grad, out, grad_v, grad_gate, rows, v_stride, BACKWARD: tl.constexpr, KV: tl.constexpr,
@@ -4307,7 +4135,7 @@ if triton is not None:
         tl.store(out + row * width + column, value.to(out.dtype.element_ty), mask=column < width)
 
 
-def launch_mlp_kernel(a: Tensor, b: Tensor, hidden: Tensor, out: Tensor, backward: bool,
+def launch_mlp_kernel(a: Tensor, factor: Tensor, b: Tensor, hidden: Tensor, out: Tensor, backward: bool,
                       tile: tuple[int, int, int] = MLP_TILE) -> None:
     """Run mlp_kernel over contiguous matrices whose rows are multiples of 16 bytes (Hopper's copy engine asks for that)."""
     tile_m, tile_n, tile_k = tile
@@ -4319,47 +4147,50 @@ def launch_mlp_kernel(a: Tensor, b: Tensor, hidden: Tensor, out: Tensor, backwar
         TensorDescriptor.from_tensor(b, [tile_k, tile_n] if backward else [tile_n, tile_k]),
         TensorDescriptor.from_tensor(hidden, [tile_m, tile_n // 2]),
         TensorDescriptor.from_tensor(out, [tile_m, tile_n // 2]),
-        rows, columns, depth, backward, sign_bit(out.dtype), tile_m, tile_n, tile_k, programs, num_warps=8, num_stages=3)
+        factor, rows, columns, depth, backward, sign_bit(out.dtype), tile_m, tile_n, tile_k, programs, num_warps=8, num_stages=3)
 
 
 @torch.library.custom_op(f"{OPERATORS}::mlp_up", mutates_args=())
-def mlp_up_op(x: Tensor, w_up: Tensor) -> Tensor:
-    """mlp_up_reference by the kernel: (T, d), (h, d) -> (T, h)."""
+def mlp_up_op(x: Tensor, factor: Tensor, w_up: Tensor) -> Tensor:
+    """mlp_up_reference by the kernel: (T, d), (T, 1) float32, (h, d) -> (T, h)."""
     out = x.new_empty((x.size(0), w_up.size(0)))
-    launch_mlp_kernel(x, w_up, out, out, backward=False)
+    launch_mlp_kernel(x, factor, w_up, out, out, backward=False)
     return out
 
 
 @torch.library.custom_op(f"{OPERATORS}::mlp_up_backward", mutates_args=())
-def mlp_up_backward_op(grad: Tensor, w_down: Tensor, hidden: Tensor) -> Tensor:
-    """mlp_up_backward_reference by the kernel: (T, d), (d, h), (T, h) -> (T, h)."""
+def mlp_up_backward_op(grad: Tensor, factor: Tensor, w_down: Tensor, hidden: Tensor) -> Tensor:
+    """mlp_up_backward_reference by the kernel: (T, d), (T, 1) float32, (d, h), (T, h) -> (T, h)."""
     out = torch.empty_like(hidden)
-    launch_mlp_kernel(grad, w_down, hidden, out, backward=True)
+    launch_mlp_kernel(grad, factor, w_down, hidden, out, backward=True)
     return out
 
 
-mlp_up_op.register_fake(lambda x, w_up: x.new_empty((x.size(0), w_up.size(0))))
-mlp_up_backward_op.register_fake(lambda grad, w_down, hidden: torch.empty_like(hidden))
+mlp_up_op.register_fake(lambda x, factor, w_up: x.new_empty((x.size(0), w_up.size(0))))
+mlp_up_backward_op.register_fake(lambda grad, factor, w_down, hidden: torch.empty_like(hidden))
 
 
 class FusedMLP(torch.autograd.Function):
-    """down(leaky_relu(up(x), 0.5)^2) around the two fused products; the others are plain, for the compiler to place.
+    """down(leaky_relu(factor * up(x), 0.5)^2) around the two fused products; the others are plain, for the compiler to place.
 
     Nothing but the activation is kept for the backward: the sign that squaring loses lies in its last bit, which costs it
-    half a bit of precision and saves writing, keeping and reading the pre-activation, (T, h) a visit.
+    half a bit of precision and saves writing, keeping and reading the pre-activation, (T, h) a visit. The norm's factor (T, 1)
+    comes apart from x, so that the normalised input is never written either.
     """
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
-        hidden = mlp_up_op(x, w_up)
-        ctx.save_for_backward(x, w_up, w_down, hidden)
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, factor: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
+        hidden = mlp_up_op(x, factor, w_up)
+        ctx.save_for_backward(x, factor, w_up, w_down, hidden)
         return F.linear(hidden, w_down)
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x, w_up, w_down, hidden = ctx.saved_tensors
-        grad_before = mlp_up_backward_op(grad, w_down, hidden)
-        return grad_before @ w_up, grad_before.t() @ x, grad.t() @ hidden
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        x, factor, w_up, w_down, hidden = ctx.saved_tensors
+        grad_before = mlp_up_backward_op(grad, factor, w_down, hidden)
+        grad_x = grad_before @ w_up
+        grad_factor = (grad_x.float() * x.float()).sum(-1, keepdim=True) / factor
+        return grad_x, grad_factor, grad_before.t() @ x, grad.t() @ hidden
 
 
 @torch.compiler.assume_constant_result
@@ -4373,11 +4204,11 @@ def kernels_take(x: Tensor) -> bool:
     return triton is not None and x.device.type != "cpu" and x.dtype in (torch.bfloat16, torch.float16) and has_tma()
 
 
-def fused_mlp(x: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
-    """F.linear(mlp_up(x, w_up), w_down), all of one dtype. x (T, d), w_up (h, d), w_down (d, h) -> (T, d)."""
+def fused_mlp(x: Tensor, divisor: float, w_up: Tensor, w_down: Tensor) -> Tensor:
+    """The MLP of rms_norm(x) / divisor, all of one dtype. x (T, d), w_up (h, d), w_down (d, h) -> (T, d)."""
     if kernels_take(x) and x.dtype != torch.float16 and x.size(1) % 8 == 0 and w_up.size(0) % 8 == 0:
-        return FusedMLP.apply(x, w_up, w_down)
-    return F.linear(mlp_up(x, w_up), w_down)
+        return FusedMLP.apply(x, norm_factor(x) / divisor, w_up, w_down)
+    return F.linear(mlp_up(rms_norm(x, divisor), w_up), w_down)
 
 
 def launch_exclude_self(tensors: tuple[Tensor, ...], y: Tensor, v: Tensor, backward: bool) -> None:
@@ -4521,14 +4352,17 @@ def open_log(cfg: Config, ranks: Ranks) -> Log:
     try:
         log = Log(path, enabled=ranks.rank == 0)
         free = shutil.disk_usage(path.parent).free if log.enabled else math.inf
-        if log.enabled and cfg.losses_path and not Path(cfg.losses_path).exists():
-            Path(cfg.losses_path).parent.mkdir(parents=True, exist_ok=True)
+        if log.enabled and cfg.losses_path:
+            losses = Path(cfg.losses_path)
+            losses.parent.mkdir(parents=True, exist_ok=True)
+            if losses.is_dir():
+                raise ValueError(f"LOSSES_PATH={cfg.losses_path} is a folder")
+            tempfile.TemporaryFile(dir=losses.parent).close()  # it is written after training, which must not be in vain
     except OSError as error:
         raise ValueError(f"cannot write to {error.filename or path.parent}: {error.strerror}; set ARTIFACT_DIR or LOSSES_PATH to a place "
                          "you may write to") from error
-    if free < 4 * ARTIFACT_CAP_BYTES:
-        raise ValueError(f"only {free / 1e6:.0f} MB free in {path.parent}: the log and the artifact need "
-                         f"{4 * ARTIFACT_CAP_BYTES / 1e6:.0f}; free some space there or set ARTIFACT_DIR")
+    require(free >= 4 * ARTIFACT_CAP_BYTES, f"only {free / 1e6:.0f} MB free in {path.parent}: the log and the artifact need "
+                                            f"{4 * ARTIFACT_CAP_BYTES / 1e6:.0f}; free some space there or set ARTIFACT_DIR")
     return log
 
 
@@ -4552,76 +4386,70 @@ def log_start(run: Run, environ: Mapping[str, str]) -> None:
         log(f"warning: {found} is no setting; did you mean {meant}? It has no effect")
 
 
-def prepare(run: Run, environ: Mapping[str, str]) -> ValData:
-    """Log the start and check the data; the validation set."""
-    resolve_attention(run.cfg.attn_backend, run.device)
+def prepare(run: Run, environ: Mapping[str, str]) -> tuple[list[np.ndarray], ValData]:
+    """Log the start and check the data; the training shards and the validation set."""
+    cfg, log = run.cfg, run.log
+    resolve_attention(cfg.attn_backend, run.device)
     log_start(run, environ)
-    val = check_dataset(run.cfg, with_train=not run.cfg.eval_only)
-    sizes = {path.name: path.stat().st_size for path in shard_paths(run.cfg.shards_dir, "train")} if not run.cfg.eval_only else {}
+    dataset = Dataset(cfg.shards_dir)
+    train, val = check_dataset(cfg, dataset)
+    sizes = {path.name: len(shard) for path, shard in zip(dataset.paths["train"], train)}
     run.ranks.check_same({**sizes, "validation set": hashlib.sha256(val.tokens.tobytes() + val.byte_counts.tobytes()).hexdigest()})
-    run.log(check_tokenizer(run.cfg))
-    if run.cfg.val_doc_fraction < 1:
-        run.log(f"warning: VAL_DOC_FRACTION={run.cfg.val_doc_fraction:g}: only {val.documents} documents are scored, no full score")
-    return val
+    log(check_tokenizer(cfg, dataset))
+    if cfg.val_doc_fraction < 1:
+        log(f"warning: VAL_DOC_FRACTION={cfg.val_doc_fraction:g}: only {val.documents} documents are scored, no full score")
+    trained = {} if cfg.eval_only else {"train_shards": len(train), "train_tokens": sum(map(len, train))}
+    log.record("data", **trained, val_tokens=len(val.tokens), val_bytes=val.num_bytes, val_docs=val.documents,
+               published=int(cfg.shards_dir.name == PUBLISHED_NAME))
+    return train, val
 
 
-class Exported(NamedTuple):
-    """An artifact and how it came about."""
+def train_and_export(run: Run, shards: list[np.ndarray], val: ValData, checkpoint: Checkpoint, layout: SpanLayout) -> bytes:
+    """Everything from the first weights to the artifact, whose bytes all ranks get; from a checkpoint, if there is one.
 
-    data: bytes
-    steps: int = 0
-    train_ms: float = 0.0
-
-
-def train_and_export(run: Run, val: ValData, checkpoint: Checkpoint, layout: SpanLayout) -> Exported:
-    """Everything from the first weights to the artifact; from a checkpoint, if there is one.
-
-    Raises:
-        Stopped: the run was asked to end, and a checkpoint has been written.
+    Before Stopped leaves it, a checkpoint has been written.
     """
     cfg, log = run.cfg, run.log
-    shards = read_shards(cfg.shards_dir, "train")
-    log.record("data", train_shards=len(shards), train_tokens=sum(map(len, shards)), val_tokens=len(val.tokens),
-               val_bytes=val.num_bytes, val_docs=val.documents, published=int(cfg.shards_dir.name == PUBLISHED_NAME))
+    check_memory(run, layout)
     model = GPT(cfg, run.dtype)
     model.init_weights(cfg.seed)
     model.to(run.device)
     log(f"model of {sum(p.numel() for p in model.parameters()):,} parameters; a step is {layout.spans} spans of "
         f"{layout.span_tokens} tokens, {layout.per_rank // layout.per_micro} forwards of {layout.micro_tokens} tokens a rank")
-    check_memory(run, model, layout)
     trainer = Trainer(run, model, TrainLoader(TokenStream(shards), layout, cfg, run.ranks))
     trainer.warm_up()
     checkpoint.resume(trainer)
-    with run.watch:
-        try:
-            if not trainer.trained:
-                train(run, trainer, val, checkpoint)
-                trainer.load_averaged_weights()
-            ema = evaluate(run, model, val, "ema", cfg.eval_loop_depth)
-            if cfg.losses_path:
-                write_losses(run, {"ema": ema})
-            trainer.clock.start()
-            hessians = collect_hessians(run, model, trainer.loader)
-            train_ms = trainer.clock.stop()
-            return export(run, model, hessians, checkpoint, trainer.step, train_ms)
-        except Stopped as stop:
-            checkpoint.write(trainer)
-            log(f"stopped by {stop} after step {trainer.step}; the same command with RUN_ID={cfg.run_id} goes on from there")
-            raise
+    run.ranks.keeps_signals = True  # what is trained is saved first
+    try:
+        if trainer.end is None:
+            train(run, trainer, val, checkpoint)
+            trainer.load_averaged_weights()
+        ema = evaluate(run, model, val, "ema", cfg.eval_loop_depth)
+        if cfg.losses_path:
+            write_losses(run, {"ema": ema})
+        trainer.clock.start()
+        hessians = collect_hessians(run, model, trainer.loader)
+        train_ms = trainer.clock.stop()
+        return export(run, model, hessians, checkpoint, trainer.step, train_ms)
+    except Stopped:
+        checkpoint.write(trainer)
+        raise
+    finally:
+        run.ranks.keeps_signals = False
 
 
-def export(run: Run, model: GPT, hessians: dict[str, Tensor], checkpoint: Checkpoint, steps: int, train_ms: float) -> Exported:
+def export(run: Run, model: GPT, hessians: dict[str, Tensor], checkpoint: Checkpoint, steps: int, train_ms: float) -> bytes:
     """Quantize, pack and write the artifact; its bytes, on every rank."""
     cfg, began, code_bytes = run.cfg, time.perf_counter(), len(counted_code())
     tensors, data = quantize_and_pack(run, model, hessians, code_bytes)
-    if run.ranks.rank == 0:
-        for row in size_table(data, tensors, cfg):
-            run.log.record("size", **row)
-        checkpoint.exported(data, steps=steps, train_ms=train_ms)
-        run.log.record("artifact", model_bytes=len(data), code_bytes=code_bytes, total_bytes=len(data) + code_bytes,
-                       cap_bytes=ARTIFACT_CAP_BYTES, sha256=hashlib.sha256(data).hexdigest(),
-                       quantize_and_pack_ms=int(since_ms(began)), path=output_path(cfg, ".artifact"))
-    return Exported(run.ranks.agree(data), steps, train_ms)
+    for row in size_table(data, tensors, cfg) if data else []:  # on rank 0
+        run.log.record("size", **row)
+    data = run.ranks.agree(data)
+    checkpoint.export(data, steps=steps, train_ms=train_ms)
+    run.log.record("artifact", model_bytes=len(data), code_bytes=code_bytes, total_bytes=len(data) + code_bytes,
+                   cap_bytes=ARTIFACT_CAP_BYTES, sha256=hashlib.sha256(data).hexdigest(), quantize_and_pack_ms=int(since_ms(began)),
+                   path=output_path(cfg, ".artifact"))
+    return data
 
 
 def write_losses(run: Run, scores: dict[str, Score]) -> None:
@@ -4637,55 +4465,51 @@ def write_losses(run: Run, scores: dict[str, Score]) -> None:
         write_atomically(path, buffer.getvalue())
 
 
-def score_and_finish(run: Run, val: ValData, artifact: Exported) -> int:
+def score_and_finish(run: Run, val: ValData, artifact: bytes, trained: dict[str, Any]) -> int:
     """Score the artifact's model, then with test-time training if enabled; the final lines and the exit status.
 
-    The budget counts reading the artifact and the score that is final, from after its warm-up.
+    `trained` holds steps and train_ms where this run made it. The budget counts reading the artifact and the score that is
+    final, from after its warm-up.
     """
     cfg, clock, log = run.cfg, Clock(run.device), run.log
     clock.start()
-    model = model_from_tensors(run, unpack_artifact(artifact.data)[1])
+    model = model_from_tensors(run, unpack_artifact(artifact)[1])
     clock.stop()
     plain = score = evaluate(run, model, val, "quantized", cfg.eval_loop_depth)
     if cfg.ttt_enabled:
         score = score_with_ttt(run, model, val)
     if cfg.losses_path:
         write_losses(run, {"quantized": plain} | ({"quantized_ttt": score} if cfg.ttt_enabled else {}))
-    eval_ms, total_bytes = clock.total_ms + score.time_ms, len(artifact.data) + len(counted_code())
+    eval_ms, total_bytes = clock.total_ms + score.time_ms, len(artifact) + len(counted_code())
     problems = [f"{what} took {time_ms / 1e3:.1f} s, over the budget of {budget:g} s"
-                for what, time_ms, budget in (("training", artifact.train_ms, cfg.max_wallclock_seconds),
+                for what, time_ms, budget in (("training", trained.get("train_ms", 0.0), cfg.max_wallclock_seconds),
                                               ("evaluation", eval_ms, cfg.eval_budget_seconds))
                 if budget and time_ms > 1e3 * budget]
     if total_bytes > ARTIFACT_CAP_BYTES:
         over = total_bytes - ARTIFACT_CAP_BYTES
         problems.append(f"artifact and code are {total_bytes} bytes, {over} over the cap of {ARTIFACT_CAP_BYTES}")
-    trained = {} if cfg.eval_only else {"steps": artifact.steps, "train_ms": int(artifact.train_ms)}
     log.record("final", seed=cfg.seed, val_loss=f"{score.val_loss:.8f}", val_bpb=f"{score.val_bpb:.8f}", pre_ttt_bpb=f"{plain.val_bpb:.8f}",
-               **trained, eval_ms=int(eval_ms), total_bytes=total_bytes)
+               **{name: int(number) for name, number in trained.items()}, eval_ms=int(eval_ms), total_bytes=total_bytes)
     for problem in problems:
         log(f"error: {problem}")
     return EXIT_OVER_LIMIT if problems else 0
 
 
 def read_artifact(cfg: Config, ranks: Ranks) -> tuple[bytes, Config]:
-    """The artifact to score, read by rank 0 alone, and the settings in it; ValueError on every rank if it cannot be."""
+    """The artifact to score, read by rank 0 alone, and the settings in it; ValueError if it cannot be."""
     path = Path(cfg.artifact_path) if cfg.artifact_path else output_path(cfg, ".artifact")
-    data, stored, problem = b"", None, ""
+    data, stored = b"", cfg
     if ranks.rank == 0:
+        require(path.is_file(),
+                f"no artifact at {path}; set ARTIFACT_PATH to one, or ARTIFACT_DIR and RUN_ID to those of the run that made it")
+        size = path.stat().st_size
+        require(size <= ARTIFACT_MAX_FILE_BYTES, f"{path}: {size} bytes are more than an artifact may have ({ARTIFACT_MAX_FILE_BYTES})")
         try:
-            if not path.is_file():
-                problem = f"no artifact at {path}; set ARTIFACT_PATH to one, or ARTIFACT_DIR and RUN_ID to those of the run that made it"
-            elif path.stat().st_size > ARTIFACT_MAX_FILE_BYTES:
-                problem = f"{path}: {path.stat().st_size} bytes are more than an artifact may have ({ARTIFACT_MAX_FILE_BYTES})"
-            else:
-                data = path.read_bytes()
-                stored = open_artifact(data)[0]
+            data = path.read_bytes()
+            stored = open_artifact(data)[0]
         except (ArtifactError, OSError) as error:
-            problem = f"{path}: {error}"
-    data, stored, problem = ranks.agree((data, stored, problem))
-    if problem:
-        raise ValueError(problem)
-    return data, stored
+            raise ValueError(f"{path}: {error}") from None
+    return ranks.agree((data, stored))
 
 
 def adopt_settings(cfg: Config, stored: Config, environ: Collection[str]) -> tuple[Config, list[str]]:
@@ -4708,33 +4532,30 @@ def adopt_settings(cfg: Config, stored: Config, environ: Collection[str]) -> tup
     return cfg, words
 
 
-def run_stages(cfg: Config, ranks: Ranks, environ: Mapping[str, str], log: Log, watch: Watch) -> int:
+def run_stages(run: Run, environ: Mapping[str, str]) -> int:
     """A run, or a part of it: what has been done already under this RUN_ID is not done again."""
-    use_compile = cfg.compile == "1" or (cfg.compile == "auto" and ranks.device.type == "cuda")
-    run = Run(cfg, ranks, log, use_compile, watch)
+    cfg = run.cfg
     if cfg.eval_only:
-        data, stored = read_artifact(cfg, ranks)
-        run.cfg, words = adopt_settings(cfg, stored, ranks.agree(list(environ)))
-        val = prepare(run, environ)
+        data, stored = read_artifact(cfg, run.ranks)
+        run.cfg, words = adopt_settings(cfg, stored, run.ranks.agree(list(environ)))
+        _, val = prepare(run, environ)
         for text in words:
-            log(f"warning: {text}")
-        log.record("data", val_tokens=len(val.tokens), val_bytes=val.num_bytes, val_docs=val.documents,
-                   published=int(run.cfg.shards_dir.name == PUBLISHED_NAME))
-        return score_and_finish(run, val, Exported(data))
-    layout, checkpoint = SpanLayout.plan(cfg, ranks.world), Checkpoint(run)
-    val = prepare(run, environ)
-    if checkpoint.found.get("stage") == "exported":
-        log(f"the artifact of this run is there, after {checkpoint.found['steps']} steps: it is scored")
-        artifact = Exported(read_artifact(cfg, ranks)[0], checkpoint.found["steps"], checkpoint.found["train_ms"])
-    else:
-        artifact = train_and_export(run, val, checkpoint, layout)
-    status = score_and_finish(run, val, artifact)
+            run.log(f"warning: {text}")
+        return score_and_finish(run, val, data, {})
+    layout, checkpoint = SpanLayout.plan(cfg, run.ranks.world), Checkpoint(run)
+    shards, val = prepare(run, environ)
+    data = checkpoint.exported() or train_and_export(run, shards, val, checkpoint, layout)
+    status = score_and_finish(run, val, data, {name: checkpoint.record[name] for name in ("steps", "train_ms")})
     checkpoint.done()
     return status
 
 
 def describe(error: BaseException) -> tuple[str, int]:
     """What to tell the user, and the exit status."""
+    if isinstance(error, (Stopped, KeyboardInterrupt)):
+        number = getattr(error, "number", signal.SIGINT)
+        return (f"stopped by {signal.Signals(number).name}; the same command, with the RUN_ID of this log, goes on from what is there",
+                128 + number)
     if isinstance(error, torch.OutOfMemoryError):
         hint = "set MICRO_BATCH_TOKENS, VAL_BATCH_TOKENS or TTT_BATCH_SIZE lower"
         return f"out of GPU memory: {str(error).splitlines()[0]}; {hint}", EXIT_USER_ERROR
@@ -4742,46 +4563,42 @@ def describe(error: BaseException) -> tuple[str, int]:
         return str(error), EXIT_USER_ERROR
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # torch has no kind of its own for it on a CPU
         return "out of memory: smaller batches, models or data take less", EXIT_USER_ERROR
-    if isinstance(error, KeyboardInterrupt):
-        return "stopped by SIGINT; the same command goes on from what is there", 128 + signal.SIGINT
     return f"{type(error).__name__}: {error}", 1
 
 
-def fail(error: BaseException, ranks: Ranks | None, log: Log | None) -> int:
+def describe_lost(error: BaseException, ranks: Ranks) -> str:
+    """Which ranks were killed, when a collective has failed: those whose watches leave no new note, or have left none yet."""
+    with suppress(RuntimeError, OSError):
+        before, _, after = ranks.posted("at"), time.sleep(4 * LOOK_SECONDS), ranks.posted("at")
+        if killed := [str(rank) for rank in range(ranks.world) if after.get(rank) == before.get(rank)]:
+            return f"rank {', '.join(killed)} was killed, or its machine was"
+    return f"lost the other ranks: {str(error).splitlines()[0][:300]}"
+
+
+def fail(error: BaseException, ranks: Ranks, log: Log) -> int:
     """Report an error once for the whole run, without any collective: the other ranks may be waiting in one."""
+    ranks.keeps_signals = True
     text, status = describe(error)
     if status == 1 and not isinstance(error, RuntimeError):
         traceback.print_exc()
-    alone, first = ranks is None or ranks.world == 1, ranks is None or ranks.rank == 0
-    lost = not alone and isinstance(error, RuntimeError) and re.search("(?i)gloo|nccl|connection", str(error))  # for a reason of another's
-    if lost:
-        silent = ", ".join(map(str, ranks.silent(4 * LOOK_SECONDS)))
-        reason = f"rank {silent} was killed, or its machine was" if silent else f"lost the other ranks: {text.splitlines()[0][:300]}"
-        text = next(iter(ranks.failures().values()), reason)
-    if not alone:
-        ranks.fail(text)
-    if not first:
-        time.sleep(2.0)  # until rank 0 has said it, if it can
-        speaker = min(ranks.failures())
-        if log is not None and (speaker == ranks.rank or (lost and speaker < 0 and ranks.rank % ranks.local_world == 0)):
-            log.take_over()
-    if log is not None:
-        log(f"error: {text}")
-    elif first:
-        write_line(sys.stderr, f"error: {text}")
-    if not alone:
-        time.sleep(1.0 if first else 0.0)
-        sys.stdout.flush()
-        os._exit(status)
-    return status
+    lost = ranks.world > 1 and isinstance(error, RuntimeError) and re.search("(?i)gloo|nccl|connection", str(error))
+    if lost:  # for a reason of another's
+        text = describe_lost(error, ranks)
+    elif ranks.rank:
+        text = f"rank {ranks.rank}: {text}"
+    line = text if status > 128 else f"error: {text}"
+    if ranks.world == 1 or ranks.stopping:
+        log(line)
+        return status
+    reason = f"{status} {line}"
+    with suppress(RuntimeError, OSError):
+        first = ranks.first("reason", reason)
+        reason = first if lost else reason
+    end_run(ranks, log, reason)
 
 
 def main(environ: Mapping[str, str] = os.environ, arguments: tuple[str, ...] = ()) -> int:
-    """Run as the environment says.
-
-    Returns:
-        The exit status: 0, 2 for something the user can mend, 3 over a cap or budget, 128 + a signal's number.
-    """
+    """Run as the environment says; the exit status: 0, 2 for what the user can mend, 3 over a cap or budget, 128 + a signal's number."""
     if arguments:
         if arguments[0] == "--pack":
             sys.stdout.buffer.write(counted_code())
@@ -4790,7 +4607,7 @@ def main(environ: Mapping[str, str] = os.environ, arguments: tuple[str, ...] = (
         print(known.get(arguments[0], f"{arguments[0]} is not known; settings are environment variables (--help lists them, --source "
                                       "prints the code, --pack packs it)"))
         return 0 if arguments[0] in known else EXIT_USER_ERROR
-    log, ranks = None, None
+    ranks, log, handlers = Ranks(), Log(), {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         cfg = Config.from_env(environ)
         ranks = Ranks.start(environ, cfg.rank_timeout_seconds)
@@ -4799,17 +4616,21 @@ def main(environ: Mapping[str, str] = os.environ, arguments: tuple[str, ...] = (
         log = open_log(cfg, ranks)
         watch = Watch(ranks, log, cfg.rank_timeout_seconds)
         ranks.check_same(identity(cfg, but=PLACES))  # a rank with other settings would wait in other places
-        status = run_stages(cfg, ranks, environ, log, watch)
+        use_compile = cfg.compile == "1" or (cfg.compile == "auto" and ranks.device.type == "cuda")
+        status = run_stages(Run(cfg, ranks, log, use_compile), environ)
         watch.over.set()
         ranks.stop()
         return status
-    except Stopped as stop:
-        return 128 + stop.number
+    except SystemExit:
+        raise
     except BaseException as error:
-        if isinstance(error, SystemExit):
-            raise
         return fail(error, ranks, log)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":
+    if sys.argv[1:]:  # --help and the like end with their reader
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     sys.exit(main(arguments=tuple(sys.argv[1:])))

@@ -25,16 +25,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt
 from train_gpt import Config, Quantized, Tensors, pack_artifact, unpack_artifact
 
+
+def plain_tensors(tensors: Tensors) -> dict[str, torch.Tensor]:
+    """Codes, scales and the rest by name."""
+    plain = {}
+    for name, tensor in tensors.items():
+        plain |= {name + ".q": tensor.codes, name + ".scale": tensor.scales} if isinstance(tensor, Quantized) else {name: tensor}
+    return plain
+
+
 def shuffled_pickle(tensors: Tensors) -> bytes:
     """torch.save of plain tensors, even bytes before odd ones."""
     buffer = io.BytesIO()
-    plain = {}
-    for name, tensor in tensors.items():
-        if isinstance(tensor, Quantized):
-            plain[name + ".q"], plain[name + ".scale"] = tensor.codes, tensor.scales
-        else:
-            plain[name] = tensor
-    torch.save(plain, buffer)
+    torch.save(plain_tensors(tensors), buffer)
     raw = buffer.getvalue()
     return raw[0::2] + raw[1::2]
 
@@ -44,15 +47,6 @@ def timed(function: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
     began = time.perf_counter()
     result = function(*arguments)
     return result, time.perf_counter() - began
-
-
-def same_tensors(left: Tensors, right: Tensors) -> bool:
-    """Whether two tensor tables hold the same integers and floats."""
-    pairs = [(left[name], right[name]) for name in left]
-    return list(left) == list(right) and all(
-        torch.equal(a.codes, b.codes) and torch.equal(a.scales, b.scales) if isinstance(a, Quantized) else torch.equal(a, b)
-        for a, b in pairs
-    )
 
 
 def compare(cfg: Config, tensors: Tensors) -> list[tuple[str, int, float, float]]:
@@ -66,7 +60,8 @@ def compare(cfg: Config, tensors: Tensors) -> list[tuple[str, int, float, float]
     for compressor in ("brotli", "rans"):
         packed, encode_s = timed(pack_artifact, tensors, replace(cfg, compressor=compressor))
         (_, unpacked), decode_s = timed(unpack_artifact, packed)
-        if not same_tensors(tensors, unpacked):
+        before, after = plain_tensors(tensors), plain_tensors(unpacked)
+        if list(before) != list(after) or not all(map(torch.equal, before.values(), after.values())):
             raise SystemExit(f"{compressor}: what came back is not what was stored")
         rows.append((f"container, {compressor}", len(packed), encode_s, decode_s))
     return rows

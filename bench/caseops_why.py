@@ -61,7 +61,7 @@ def classes_of(text: str, known: dict[Class, int]) -> tuple[np.ndarray, Counter[
 def bits_by_class(documents: list[str], name: str, data: str, model: str, files: list[str], stage: str) -> tuple[Side, Counter[Class]]:
     """Mean bits of the runs by class, and the words of each; ValueError if shards, tokenizer and documents do not fit."""
     tokenizer, known, words, bits = Tokenizer(Path(model)), {}, Counter(), Counter()
-    tokens = np.concatenate(g.read_shards(Path(data), "val"))
+    tokens = np.concatenate(g.Dataset(Path(data)).read("val"))
     losses = np.mean([np.load(file)[stage] for file in files], axis=0, dtype=np.float64) / np.log(2)
     starts = np.flatnonzero(tokens == g.BOS_ID)
     if len(starts) != len(documents) or len(losses) != len(tokens) - 1:

@@ -3,7 +3,7 @@
     python bench/coder.py [--code OTHER/train_gpt.py] FILE...
 
 FILE is an artifact, read by the train_gpt.py that --code names (a record's artifact needs the record's own), or an .npz
-with the codes of banks, int8 (matrices, rows, cols), by their names in the parameter table; "trellis" in its name says what wrote them.
+with the codes of all banks, int8 (matrices, rows, cols), by their names in the parameter table; "trellis" in its name says what wrote them.
 
 Columns, in bytes: `table`, the entropy with one frequency table a bank; `columns`, with up to 32 tables chosen by how large the
 codes above in the column were (what `rans` was before it predicted); `lrzip` -z -L9 of the codes, columns together; `rans`, the
@@ -25,31 +25,23 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from train_gpt import Bank, decode_codes, encode_codes, entropy_bits, trellis_quantizers
-
-BANKS = {"tok_emb.weight": 1, "qo_bank": 2, "kv_bank": 2, "mlp_up_bank": 1, "mlp_down_bank": 1}  # kinds of matrices in each
+from train_gpt import Bank, Config, Quantized, decode_codes, encode_codes, entropy_bits, parameter_table, row_banks, trellis_quantizers
 
 
-def read_codes(path: Path, code: Path | None) -> tuple[dict[str, np.ndarray], bool]:
-    """{name: codes (matrices, rows, cols)} of a file, and whether a trellis wrote them."""
+def read_banks(path: Path, code: Path | None) -> dict[str, list[Bank]]:
+    """{parameter: its codes as the coder takes them} of a file."""
     if path.suffix == ".npz":
         with np.load(path) as file:
-            return {name: file[name] for name in [*BANKS, "o_bank"] if name in file}, "trellis" in path.name
-    spec = importlib.util.spec_from_file_location("coder_of_the_artifact", code or Path(__file__).parent.parent / "train_gpt.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    tensors = module.unpack_artifact(path.read_bytes())[1]
-    found = {name: tensors[name] for name in BANKS}
-    return ({name: t.codes.reshape(-1, *t.codes.shape[-2:]).numpy() for name, t in found.items()},
-            any(t.method == "trellis" for t in found.values()))
-
-
-def split_bank(name: str, codes: np.ndarray, trellis: bool, kinds: int) -> list[Bank]:
-    """A bank as the coder takes it: one of each kind of matrix."""
-    parts = np.split(codes, kinds)
-    return [Bank(part, trellis, name in ("mlp_down_bank", "o_bank") or (name == "qo_bank" and number == 1))
-            for number, part in enumerate(parts)]
+            found = {name: Quantized(torch.from_numpy(file[name]), torch.empty(0), "trellis" if "trellis" in path.name else "scalar")
+                     for name in file}
+    else:
+        spec = importlib.util.spec_from_file_location("coder_of_the_artifact", code or Path(__file__).parent.parent / "train_gpt.py")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+        found = module.unpack_artifact(path.read_bytes())[1]
+    table = parameter_table(Config(num_layers=len(found["mlp_up_bank"].codes)))
+    return {row.name: row_banks(row, found[row.name]) for row in table if row.matrices}
 
 
 def column_bits(codes: np.ndarray, trellis: bool, spreads: int) -> float:
@@ -78,27 +70,26 @@ def lrzip_bytes(codes: np.ndarray) -> int | None:
 
 def measure(path: Path, code: Path | None, with_lrzip: bool) -> None:
     """Print the rows of a file; SystemExit if the coder does not give the codes back."""
-    codes, trellis = read_codes(path, code)
-    kinds = {name: min(BANKS.get(name, 1), 1 if "o_bank" in codes else 2) for name in codes}
-    banks = [bank for name in codes for bank in split_bank(name, codes[name], trellis, kinds[name])]
+    parameters = read_banks(path, code)
+    banks = [bank for group in parameters.values() for bank in group]
     began = time.process_time()
     streams = encode_codes(banks)
     encode_s, began = time.process_time() - began, time.process_time()
-    found = [Bank(np.zeros_like(bank.codes), bank.trellis, bank.across) for bank in banks]
+    found = [bank._replace(codes=np.zeros_like(bank.codes)) for bank in banks]
     decode_codes(streams, found)
     decode_s = time.process_time() - began
     if not all(np.array_equal(bank.codes, other.codes) for bank, other in zip(banks, found)):
         raise SystemExit(f"{path}: what came back is not what was stored")
     sizes, total = iter(streams[2:]), np.zeros(4)
-    for name, bank in codes.items():
-        size = sum(len(next(sizes)) for _ in range(kinds[name]))
-        entropies = [column_bits(bank, trellis, spreads) / 8 for spreads in (1, 32)]
-        row = [*entropies, (lrzip_bytes(bank) if with_lrzip else None) or 0, size]
-        print_row(path, name, bank.size, row)
+    for name, group in parameters.items():
+        codes, size = np.concatenate([bank.codes for bank in group]), sum(len(next(sizes)) for _ in group)
+        entropies = [column_bits(codes, group[0].trellis, spreads) / 8 for spreads in (1, 32)]
+        row = [*entropies, (lrzip_bytes(codes) if with_lrzip else None) or 0, size]
+        print_row(path, name, codes.size, row)
         total += row
     beside = len(streams[0]) + len(streams[1])
     total[3] += beside
-    print_row(path, "total", sum(bank.size for bank in codes.values()), total.tolist())
+    print_row(path, "total", sum(bank.codes.size for bank in banks), total.tolist())
     print(f"  encoded in {encode_s:.1f}, decoded in {decode_s:.1f} CPU seconds; tables and states {beside:,} bytes")
 
 

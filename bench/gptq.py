@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from train_gpt import Config, Log, gptq, hessian_error
+from train_gpt import Config, Log, Quantized, dequantize, gptq, hessian_error, parameter_table
 
 BLOCK = 128
 
@@ -40,15 +40,9 @@ class Shape(NamedTuple):
 
 def record_shapes(layers: int) -> list[Shape]:
     """Every matrix of the record, of `layers` layers."""
-    cfg = Config()
-    dim, bits, attention = cfg.model_dim, cfg.matrix_bits, cfg.attn_clip_sigmas
-    return [
-        Shape("q", layers, dim, dim, bits, attention), Shape("proj", layers, dim, dim, bits, attention),
-        Shape("k", layers, cfg.kv_dim, dim, bits, attention), Shape("v", layers, cfg.kv_dim, dim, bits, attention),
-        Shape("up", layers, cfg.mlp_dim, dim, bits, cfg.mlp_clip_sigmas),
-        Shape("down", layers, dim, cfg.mlp_dim, bits, cfg.mlp_clip_sigmas),
-        Shape("embedding", 1, cfg.vocab_size, dim, cfg.embed_bits, cfg.embed_clip_sigmas),
-    ]
+    groups = [(row.shape, group) for row in parameter_table(Config(num_layers=layers)) for group in row.matrices]
+    return [Shape(name, group.last - group.first, *shape[-2:], group.bits, group.clip_sigmas)
+            for name, (shape, group) in zip(("embedding", "q", "proj", "k", "v", "up", "down"), groups, strict=True)]
 
 
 def one_matrix(text: str) -> Shape:
@@ -96,15 +90,14 @@ def published_gptq(weights: Tensor, hessian: Tensor, bits: int, clip_sigmas: flo
     return codes[:, order.argsort()], scales
 
 
-def published_all(weights: Tensor, hessian: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
+def published_all(weights: Tensor, hessian: Tensor, shape: Shape) -> Quantized:
     """The published way for all matrices of a shape, one after the other."""
     codes, scales = zip(*(published_gptq(w, h, shape.bits, shape.clip_sigmas) for w, h in zip(weights, hessian)))
-    return torch.stack(codes).cpu(), torch.stack(scales).cpu()
+    return Quantized(torch.stack(codes).cpu(), torch.stack(scales).cpu())
 
 
-def ours_all(weights: Tensor, hessian: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
-    quantized = gptq(weights, hessian, shape.bits, shape.clip_sigmas, Log(None, enabled=False))
-    return quantized.codes, quantized.scales
+def ours_all(weights: Tensor, hessian: Tensor, shape: Shape) -> Quantized:
+    return gptq(weights, hessian, shape.bits, shape.clip_sigmas, Log(None, enabled=False))
 
 
 class Row(NamedTuple):
@@ -119,7 +112,7 @@ class Row(NamedTuple):
 def measure(shape: Shape, rounds: int, device: torch.device) -> Row:
     """Alternate the two, a round of warming up first."""
     weights, hessian = problem(shape, device)
-    ways: list[Callable[..., tuple[Tensor, Tensor]]] = [published_all, ours_all]
+    ways: list[Callable[..., Quantized]] = [published_all, ours_all]
     seconds: list[float] = [float("inf")] * 2
     results: list[Any] = [None] * 2
     for _ in range(rounds + 1):
@@ -127,8 +120,8 @@ def measure(shape: Shape, rounds: int, device: torch.device) -> Row:
             began = time.perf_counter()
             results[i] = way(weights, hessian, shape)  # ends on the host, so nothing is left to wait for
             seconds[i] = min(seconds[i], time.perf_counter() - began)
-    errors = [hessian_error((codes.float() * scales.float()[..., None]).to(device) - weights, hessian).sum() for codes, scales in results]
-    return Row(*seconds, float((results[0][0] != results[1][0]).float().mean()), float(errors[1] / errors[0]))
+    errors = [hessian_error(dequantize(found).to(device) - weights, hessian).sum() for found in results]
+    return Row(*seconds, float((results[0].codes != results[1].codes).float().mean()), float(errors[1] / errors[0]))
 
 
 def main(arguments: list[str] | None = None) -> list[Row]:

@@ -113,7 +113,7 @@ class Bench:
     def stream(self) -> list[np.ndarray]:
         """Training tokens: the shards of --data, else the made-up language."""
         if self.data is not None:
-            return g.read_shards(self.data, "train")
+            return g.Dataset(self.data).read("train")
         return [made_up_tokens(self.sizes.data_tokens, self.sizes.document_tokens, self.cfg.vocab_size, seed=1)]
 
     def random(self, *shape: int, scale: float = 1.0) -> Tensor:
@@ -228,15 +228,23 @@ def check_attention(bench: Bench) -> None:
         bench.add(f"attention {name} sees later tokens", float(not same), "", "bound 0.5 (0: earlier outputs equal to the bit)")
 
 
+def plain_mlp(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    return F.linear(g.mlp_up(g.rms_norm(x), up), down)
+
+
+def fused_mlp(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    return g.fused_mlp(x, 1.0, up, down)
+
+
 def check_mlp(bench: Bench) -> None:
     cfg, rows = bench.cfg, bench.sizes.check_tokens - 3
     inputs = [bench.random(rows, cfg.model_dim), bench.random(cfg.mlp_dim, cfg.model_dim, scale=cfg.model_dim**-0.5),
               bench.random(cfg.model_dim, cfg.mlp_dim, scale=cfg.mlp_dim**-0.5)]
     grad = torch.randn(rows, cfg.model_dim, device=bench.device)
     precise = [t.detach().double().requires_grad_() for t in inputs]
-    oracle = with_gradients(lambda x, up, down: F.linear(g.mlp_up(x, up), down), precise, grad)
-    plain = with_gradients(lambda x, up, down: F.linear(g.mlp_up(x, up), down), inputs, grad)
-    ours = with_gradients(g.fused_mlp, inputs, grad)
+    oracle = with_gradients(plain_mlp, precise, grad)
+    plain = with_gradients(plain_mlp, inputs, grad)
+    ours = with_gradients(fused_mlp, inputs, grad)
     kernel = "kernel" if g.kernels_take(inputs[0]) else "torch path"
     for what, value, other, reference in zip(("values", "grad x", "grad up", "grad down"), ours, plain, oracle):
         bench.add(f"fused mlp {what}", relative_error(value, reference), "relative error",
@@ -420,21 +428,22 @@ def time_mlp(bench: Bench) -> None:
     cfg, tokens = bench.cfg, bench.cfg.micro_batch_tokens
     inputs = [bench.random(tokens, cfg.model_dim), bench.random(cfg.mlp_dim, cfg.model_dim, scale=0.04),
               bench.random(cfg.model_dim, cfg.mlp_dim, scale=0.02)]
-    plain = compiled(bench, lambda x, up, down: F.linear(g.mlp_up(x, up), down))
+    plain = compiled(bench, plain_mlp)
     bench.add("mlp plain, compiled", time_ms(forward_backward(plain, inputs), bench.device), "ms", "forward and backward")
-    took = time_ms(forward_backward(compiled(bench, g.fused_mlp), inputs), bench.device)
+    took = time_ms(forward_backward(compiled(bench, fused_mlp), inputs), bench.device)
     bench.add("mlp fused", took, "ms", "forward and backward; the kernel stays only if this is less")
     if not g.kernels_take(inputs[0]):
         return
     x, up, down = (t.detach() for t in inputs)
-    hidden = g.mlp_up_op(x, up)
+    factor = g.norm_factor(x)
+    hidden = g.mlp_up_op(x, factor, up)
     out = torch.empty_like(hidden)
     bench.add("up product alone", time_ms(lambda: F.linear(x, up), bench.device), "ms", "cuBLAS, for comparison")
     for tile in bench.sizes.mlp_tiles:
         note = "the tile in use" if tile == g.MLP_TILE else ""
         for backward, a, b in ((False, x, up), (True, x, down)):
             try:
-                took = time_ms(functools.partial(g.launch_mlp_kernel, a, b, hidden, out, backward, tile), bench.device)
+                took = time_ms(functools.partial(g.launch_mlp_kernel, a, factor, b, hidden, out, backward, tile), bench.device)
             except g.triton.runtime.errors.OutOfResources as error:
                 took, note = float("nan"), str(error)[:120]
             bench.add(f"mlp kernel {'backward' if backward else 'forward'} {tile}", took, "ms", note)

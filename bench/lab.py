@@ -72,7 +72,7 @@ class Job:
 @functools.cache
 def data_digest(folder: Path) -> str:
     """Names a data set by its first validation and training tokens."""
-    heads = [g.read_shard(path)[:500_000].tobytes() for kind in ("val", "train") for path in g.shard_paths(folder, kind)[:1]]
+    heads = [g.read_shard(path)[:500_000].tobytes() for kind in ("val", "train") for path in g.Dataset(folder).paths[kind][:1]]
     return hashlib.sha256(b"".join(heads)).hexdigest()[:12]
 
 
@@ -116,7 +116,7 @@ def data_of_pair(folder: Path, pair: int, out: Path) -> Path:
     result = out / "data" / f"{data_digest(folder)}-{pair}"
     if result.exists():
         return result
-    tokens, shards = np.concatenate(g.read_shards(folder, "train")), g.dataset_shards(folder)
+    tokens, shards = np.concatenate(g.Dataset(folder).read("train")), g.Dataset(folder).paths
     documents = np.split(tokens, np.flatnonzero(tokens == g.BOS_ID)[1:])
     header = np.zeros(g.SHARD_HEADER_INTS, dtype="<i4")
     header[:3] = g.SHARD_MAGIC, g.SHARD_VERSION, len(tokens)

@@ -185,7 +185,7 @@ class Bench:
 
 def protected_gptq(m: Matrix, start: int, group: int, shift: int) -> tuple[Tensor, np.ndarray]:
     """GPTQ of one matrix (scalar) with columns start.. of a range `shift` times as fine: the weights and the codes."""
-    steps = g.QUANTIZERS["scalar"].scales(m.weights, m.bits, m.clip_sigmas).float()
+    steps = g.row_scales(m.weights, m.bits, m.clip_sigmas, "scalar").float()
     fine = torch.full((m.weights.size(1),), 1.0)
     fine[start: start + group] = (2 ** (m.bits - 1) - 1) / 127
     order = torch.argsort(m.hessian.diagonal(), descending=True, stable=True).flip(0)

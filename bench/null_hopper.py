@@ -213,9 +213,10 @@ class Traffic:
             groups.setdefault(steps if linear else expression, [self.elements(expression, sizes)]).append(at[0])
         total = 0
         for steps, (elements, *offsets) in groups.items():
-            inner = [self.range_of(name, sizes)[1] for name, step in steps if step == 1] if len(offsets) > 1 else []
-            once = elements + elements * (max(offsets) - min(offsets)) // max(inner) if inner else elements * len(offsets)
-            total += min(once, elements * len(offsets))
+            run = 1  # neighbouring elements that one access takes, as of all heads that lie side by side
+            for name, step in sorted(steps, key=lambda item: item[1]) if len(offsets) > 1 else ():
+                run *= self.range_of(name, sizes)[1] if step == run else 1
+            total += min(elements + elements * (max(offsets) - min(offsets)) // run, elements * len(offsets))
         return total
 
     def moved(self, role: str, numel: int, sizes: dict[str, int]) -> int:

@@ -99,7 +99,7 @@ def read_lengths(path: Path) -> np.ndarray:
 
 def lengths_of_data(cfg: g.Config) -> np.ndarray:
     """Document lengths in scoring order of the validation shards in DATA_PATH."""
-    tokens = np.concatenate(g.read_shards(cfg.shards_dir, "val"))
+    tokens = np.concatenate(g.Dataset(cfg.shards_dir).read("val"))
     return np.asarray(g.Documents(g.ValData(tokens, np.ones_like(tokens), int((tokens == g.BOS_ID).sum()))).lengths)
 
 

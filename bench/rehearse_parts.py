@@ -257,7 +257,7 @@ def part_checkpoint(stage: Stage) -> None:
         if (again.step, again.loader.position) != (trainer.step, trainer.loader.position):
             raise RuntimeError(f"resumed at step {again.step}, position {again.loader.position}")
         again.train_step(1, 1.0)
-    checkpoint.index.unlink()
+    checkpoint.path.unlink()
 
 
 # ----------------------------------------------------------------------------------------------------- ranks over NCCL
@@ -279,7 +279,7 @@ def rank_pieces(stage: Stage) -> dict[str, Callable[[], Any]]:
     return {
         "step": lambda: trainer.train_step(1, 1.0),
         "second step": lambda: trainer.train_step(1, 1.0),
-        "pace": lambda: g.Pace(run, trainer).after_step(1.0, False),
+        "pace": lambda: g.Pace(trainer).after_step(False),
         "evaluation": lambda: g.evaluate(plain, model, val, "final", cfg.eval_loop_depth),
         "hessians": lambda: box.update(hessians=g.collect_hessians(run, model, loader)),
         "gptq": lambda: g.quantize(run, model, box["hessians"]),

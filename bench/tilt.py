@@ -27,7 +27,7 @@ BINS, HIGHEST = 25, 20.0
 
 def training_text(folder: Path, tokens: int) -> g.ValData:
     """The first documents of the training shards, as if they were to be scored."""
-    text = np.concatenate(g.read_shards(folder, "train"))[:tokens]
+    text = np.concatenate(g.Dataset(folder).read("train"))[:tokens]
     starts = np.flatnonzero(text == g.BOS_ID)
     text = text[starts[0]: starts[-1] + 1]
     return g.ValData(text, np.ones_like(text), int((text == g.BOS_ID).sum()))

@@ -17,7 +17,7 @@ import train_gpt as tg
 SMALL = {"NUM_LAYERS": 4, "LOOP_START": 1, "LOOP_END": 1, "PARALLEL_START_LAYER": 3, "TRAIN_LOOP_PHASE_DEPTHS": "1", "EVAL_LOOP_DEPTH": 1,
          "TRAIN_LOOP_PREWARM_DEPTHS": "none", "ITERATIONS": 3, "CHECKPOINT_EVERY": 2, "WARMUP_STEPS": 0, "TTT_ENABLED": 0, "MODEL_DIM": 16,
          "TRAIN_BATCH_TOKENS": 256, "GPTQ_CALIBRATION_BATCHES": 1, "RUN_ID": "run", "GATE_WINDOW": 4, "RANK_TIMEOUT_SECONDS": 20}
-COMPLETE = {"run.artifact", "run.log", "run.run.json"}
+COMPLETE = {"run.artifact", "run.log", "run.state"}
 Fault = Callable[[], object]
 
 
@@ -107,7 +107,7 @@ def at_call(owner: object, name: str, number: int, act: Fault) -> Fault:
 def killed_at_change(number: int, counter: Path) -> Fault:
     """A fault: the process ends, as by SIGKILL, before the number-th call that changes a file, or half way through a write."""
     def arm() -> None:
-        left, fdopen, fsync = [number], os.fdopen, os.fsync
+        left, original, fsync = [number], Path.open, os.fsync
 
         def strike(file: object = None, data: bytes = b"") -> None:
             left[0] -= 1
@@ -123,9 +123,9 @@ def killed_at_change(number: int, counter: Path) -> Fault:
             if left[0] > 0 and (writes or event in ("os.rename", "os.remove", "os.mkdir", "os.chmod")):
                 strike()
 
-        def watched(handle: int, *arguments: object, **keywords: object) -> object:
-            file = fdopen(handle, *arguments, **keywords)
-            if arguments != ("wb",):
+        def watched(path: Path, mode: str = "r", *arguments: object, **keywords: object) -> object:
+            file = original(path, mode, *arguments, **keywords)
+            if mode != "wb":
                 return file
 
             class Writer:
@@ -147,7 +147,7 @@ def killed_at_change(number: int, counter: Path) -> Fault:
             strike()
             fsync(handle)
 
-        os.fdopen, os.fsync = watched, synced
+        Path.open, os.fsync = watched, synced
         sys.addaudithook(audit)
     return arm
 

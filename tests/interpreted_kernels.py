@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 import triton.language as tl
-from kernel_oracles import CAP, check_cross_entropy, mlp_float64, random_mlp, relative_error
+from kernel_oracles import CAP, DIVISOR, check_cross_entropy, mlp_float64, random_mlp, relative_error
 from triton.runtime import interpreter
 
 import train_gpt
@@ -27,12 +27,16 @@ def kernels_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train_gpt, "MLP_TILE", (32, 64, 16))
 
 
+def fused_mlp(x: torch.Tensor, w_up: torch.Tensor, w_down: torch.Tensor) -> torch.Tensor:
+    return train_gpt.fused_mlp(x, DIVISOR, w_up, w_down)
+
+
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 1.5e-2)])
 @pytest.mark.parametrize("rows, width, hidden", [(1, 8, 8), (33, 16, 64), (70, 40, 72), (95, 24, 200)])
 def test_mlp_equals_float64(kernels_on: None, rows: int, width: int, hidden: int, dtype: torch.dtype,
                                         tolerance: float) -> None:
     *inputs, grad = random_mlp(rows, width, hidden, dtype)
-    out = train_gpt.fused_mlp(*inputs)
+    out = fused_mlp(*inputs)
     reference = mlp_float64(*inputs)
     assert "FusedMLP" in type(out.grad_fn).__name__
     assert relative_error(out, reference) < tolerance
@@ -43,15 +47,16 @@ def test_mlp_equals_float64(kernels_on: None, rows: int, width: int, hidden: int
 
 def test_mlp_kernel_equals_its_torch_twin(kernels_on: None) -> None:
     x, w_up, w_down, grad = (t.detach() for t in random_mlp(45, 24, 136, torch.float32))
-    hidden = train_gpt.mlp_up_op(x, w_up)
-    torch.testing.assert_close(hidden, train_gpt.mlp_up_reference(x, w_up), atol=1e-4, rtol=1e-5)
-    torch.testing.assert_close(train_gpt.mlp_up_backward_op(grad, w_down, hidden),
-                               train_gpt.mlp_up_backward_reference(grad, w_down, hidden), atol=1e-4, rtol=1e-5)
+    factor = torch.linspace(0.1, 3, len(x))[:, None]
+    hidden = train_gpt.mlp_up_op(x, factor, w_up)
+    torch.testing.assert_close(hidden, train_gpt.mlp_up_reference(x, factor, w_up), atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(train_gpt.mlp_up_backward_op(grad, factor, w_down, hidden),
+                               train_gpt.mlp_up_backward_reference(grad, factor, w_down, hidden), atol=1e-4, rtol=1e-5)
 
 
 def test_the_activation_keeps_its_sign_in_its_last_bit_without_a_bias(kernels_on: None) -> None:
     x, w_up, _, _ = (t.detach() for t in random_mlp(64, 24, 136, torch.bfloat16))
-    hidden, z = train_gpt.mlp_up_op(x, w_up), x.double() @ w_up.double().T
+    hidden, z = train_gpt.mlp_up_op(x, torch.ones(len(x), 1), w_up), x.double() @ w_up.double().T
     exact = torch.where(z < 0, z / 2, z).square()
     clear = z.abs() > 1e-3
     assert torch.equal((hidden.view(torch.int16) & 1 == 1)[clear], (z < 0)[clear])
@@ -62,16 +67,16 @@ def test_the_activation_keeps_its_sign_in_its_last_bit_without_a_bias(kernels_on
 @pytest.mark.parametrize("width", [12, 20])
 def test_mlp_of_an_unaligned_width_takes_the_torch_path(kernels_on: None, width: int) -> None:
     *inputs, _ = random_mlp(9, width, 24, torch.float32)
-    assert relative_error(train_gpt.fused_mlp(*inputs), mlp_float64(*inputs)) < 2e-6
+    assert relative_error(fused_mlp(*inputs), mlp_float64(*inputs)) < 2e-6
 
 
 def test_mlp_compiles_in_one_graph(kernels_on: None) -> None:
     *inputs, grad = random_mlp(33, 16, 64, torch.float32)
-    compiled = torch.compile(lambda *t: train_gpt.fused_mlp(*t) * 1.0, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(lambda *t: fused_mlp(*t) * 1.0, backend="aot_eager", fullgraph=True)
     out = compiled(*inputs)
-    torch.testing.assert_close(out, train_gpt.fused_mlp(*inputs))
+    torch.testing.assert_close(out, fused_mlp(*inputs))
     for ours, eager in zip(torch.autograd.grad(out, inputs, grad),
-                           torch.autograd.grad(train_gpt.fused_mlp(*inputs), inputs, grad)):
+                           torch.autograd.grad(fused_mlp(*inputs), inputs, grad)):
         torch.testing.assert_close(ours, eager)
 
 

@@ -154,7 +154,7 @@ def test_prediction_of_extreme_codes_comes_back(value: int, trellis: bool) -> No
 def test_predictor_factors_are_those_of_cholesky() -> None:
     rows = tall(4000).mul(4).round().double().numpy()
     moments = (rows.T @ rows).astype(np.int64)
-    factor = tg._fit_predictor(moments, len(rows))
+    factor = tg.fit_predictor(moments, len(rows))
     doubt = max(1 / 40, 0.5 * 64 / 4000)
     lower = np.linalg.cholesky(moments / len(rows) * np.where(np.eye(64) > 0, 1, 1 - doubt))
     np.testing.assert_allclose(factor / 65536 + np.eye(64), lower / np.diag(lower), atol=0.01)
@@ -164,9 +164,9 @@ def test_decoding_does_not_depend_on_how_matrix_products_are_summed(monkeypatch:
     """Products of integers in float64 are exact, so that another order of summation gives the same codes."""
     bank = rounded(tall(2000, 64), "scalar")
     streams, read = coded(bank), tg.Bank(np.zeros_like(bank), False)
-    original = tg._fit_predictor
+    original = tg.fit_predictor
 
-    monkeypatch.setattr(tg, "_fit_predictor", lambda moments, count: np.asfortranarray(original(moments, count)))
+    monkeypatch.setattr(tg, "fit_predictor", lambda moments, count: np.asfortranarray(original(moments, count)))
     tg.decode_codes(streams, [read])
     assert np.array_equal(read.codes, bank)
 

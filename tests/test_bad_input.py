@@ -85,10 +85,15 @@ def test_bad_documents(line: str, place: int, folder: Path, capsys: pytest.Captu
     lines = [GOOD.encode()] * 4
     lines.insert(place, LINES[line] if isinstance(LINES[line], bytes) else LINES[line].encode())
     (folder / "bad.jsonl").write_bytes(b"\n".join(lines))
-    assert_refused(build(folder, docs="bad.jsonl"), capsys, f"document {place + 1} of ")
+    whole_file = line == "UTF-16" and not place  # known by its first bytes
+    assert_refused(build(folder, docs="bad.jsonl"), capsys, "is a text in UTF-16" if whole_file else f"document {place + 1} of ")
     if place:  # else it is the only one for validation, and its tokens are those of all others
         (folder / "bad.jsonl").write_bytes(b"\n".join([b'{"text": "val"}', *lines]))
-        assert prepare.main(build(folder, "--skip-bad", "--force", docs="bad.jsonl")) == 0
+        assert_refused(build(folder, "--force", docs="bad.jsonl"), capsys, "leave bad documents out with --skip-bad")
+        shard = folder / "set/fineweb_val_000000.bin"
+        built = shard.exists() and shard.stat().st_mtime_ns
+        assert prepare.main(build(folder, "--skip-bad", docs="bad.jsonl")) == 0
+        assert not built or shard.stat().st_mtime_ns == built, "what is there is not built again"
 
 
 COMPRESS = {"gzip": gzip.compress, "bzip2": bz2.compress, "xz": lzma.compress, "zstd": zstandard.compress}
@@ -112,13 +117,22 @@ def test_damaged_compressed_files(kind: str, harm: str, folder: Path, capsys: py
         assert_refused(build(folder, docs="bad"), capsys, "bad")
 
 
-STARTS = {"zip": b"PK\x03\x04", "Parquet": b"PAR1", "7z": b"7z\xbc\xaf", "LZ4": b"\x04\x22\x4d\x18", "ELF": b"\x7fELF", "zeros": bytes(9)}
+STARTS = {"UTF-16": b"\xff\xfe", "LZMA": b"\x5d\0\0\x80\0",
+          "zip": b"PK\x03\x04", "Parquet": b"PAR1", "7z": b"7z\xbc\xaf", "LZ4": b"\x04\x22\x4d\x18", "ELF": b"\x7fELF", "zeros": bytes(9)}
 
 
 @pytest.mark.parametrize("start", STARTS)
 def test_files_of_other_kinds(start: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "bad").write_bytes(STARTS[start] + bytes(range(256)) * 9)
-    assert_refused(build(folder, docs="bad"), capsys, "bad")
+    assert_refused(build(folder, docs="bad"), capsys, f"bad is a {start}" if start in ("zip", "Parquet", "7z", "LZ4") else "bad")
+
+
+def test_closed_streams(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", None)
+    assert_refused(["--docs", "-", "--out", str(folder / "set")], capsys, "standard input is closed")
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.stdout", None)
+        assert prepare.main(build(folder)) == 0
 
 
 def test_paths_that_cannot_be_used(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

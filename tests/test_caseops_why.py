@@ -29,8 +29,9 @@ def test_words_are_told_apart_by_case_and_place() -> None:
 def test_the_bits_of_all_classes_are_the_bits_of_all_tokens(model: str, tmp_path: Path) -> None:
     path = tiny.ROOT / "tokenizers" / f"{model}.model"
     encoded = Encoder(Tokenizer(path)).encode([text.encode() for text in DOCUMENTS])
-    (tmp_path / "x_val_000000.bin").write_bytes(tiny.shard_bytes(encoded.tokens))
-    losses = np.random.default_rng(0).random((2, len(encoded.tokens) - 1)).astype(np.float32)
+    tokens = np.concatenate([document.tokens for document in encoded])
+    (tmp_path / "x_val_000000.bin").write_bytes(tiny.shard_bytes(tokens))
+    losses = np.random.default_rng(0).random((2, len(tokens) - 1)).astype(np.float32)
     for number, run in enumerate(losses):
         np.savez(tmp_path / f"{number}.npz", quantized=run)
     files = [str(tmp_path / f"{number}.npz") for number in (0, 1)]

@@ -16,6 +16,11 @@ def config(folder: Path, **changes: object) -> tg.Config:
     return tg.Config.from_env({k: str(v) for k, v in {**tiny.SETTINGS, "DATA_PATH": folder, **changes}.items()})
 
 
+def checked(cfg: tg.Config) -> tg.ValData:
+    """The validation set, after every check of the data."""
+    return tg.check_dataset(cfg, tg.Dataset(cfg.shards_dir))[1]
+
+
 def test_segments_start_at_bos_spans_and_lengths() -> None:
     tokens = np.array([1, 5, 5, 5, 5, 5, 5, 1, 5, 1, 5, 5])
     assert tg.segment_starts(tokens, span=12, longest=3).tolist() == [0, 3, 6, 7, 9]
@@ -32,7 +37,7 @@ def test_positions_count_within_a_segment() -> None:
 @pytest.mark.parametrize("world", [1, 2, 4, 8])
 def test_all_ranks_together_see_the_stream_once_whatever_their_number(tiny_data: Path, world: int) -> None:
     cfg = config(tiny_data)
-    stream = tg.TokenStream(tg.read_shards(tiny_data, "train"))
+    stream = tg.TokenStream(tg.Dataset(tiny_data).read("train"))
     layout = tg.SpanLayout.plan(cfg, world)
     seen, starts = [], []
     for step in range(2):
@@ -68,9 +73,9 @@ def test_record_batch_is_one_forward_on_each_of_eight_ranks_and_eight_on_one() -
 
 
 def test_the_glob_never_takes_the_sidecar_for_tokens(tiny_data: Path) -> None:
-    assert [p.name for p in tg.shard_paths(tiny_data, "val")] == ["tiny_val_000000.bin"]
-    assert [p.name for p in tg.shard_paths(tiny_data, "val_bytes")] == ["tiny_val_bytes_000000.bin"]
-    assert len(tg.shard_paths(tiny_data, "train")) == 2
+    assert [p.name for p in tg.Dataset(tiny_data).paths["val"]] == ["tiny_val_000000.bin"]
+    assert [p.name for p in tg.Dataset(tiny_data).paths["val_bytes"]] == ["tiny_val_bytes_000000.bin"]
+    assert len(tg.Dataset(tiny_data).paths["train"]) == 2
 
 
 def rewrite(path: Path, change) -> None:
@@ -124,7 +129,7 @@ def test_each_fault_of_the_data_is_named_with_its_file_or_folder(tmp_path: Path,
     else:
         rewrite(tmp_path / name, change)
     with pytest.raises(ValueError, match=told) as raised:
-        tg.check_dataset(config(tmp_path))
+        checked(config(tmp_path))
     assert str(tmp_path) in str(raised.value)
 
 
@@ -161,7 +166,7 @@ def test_a_wrong_set_of_shards_is_refused_by_name(tmp_path: Path, case: str) -> 
     tiny.write_dataset(tmp_path, train_docs=40, val_docs=5)
     change(tmp_path)
     with pytest.raises(ValueError, match=told) as raised:
-        tg.check_dataset(config(tmp_path))
+        checked(config(tmp_path))
     assert str(tmp_path) in str(raised.value)
 
 
@@ -187,20 +192,20 @@ def with_manifest(folder: Path) -> dict:
 def test_the_manifest_decides_which_shards_there_are(tmp_path: Path) -> None:
     manifest = with_manifest(tmp_path)
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    assert tg.check_dataset(config(tmp_path)).documents == 5
+    assert checked(config(tmp_path)).documents == 5
     (tmp_path / "build.json").write_text("{}")  # a kill between the manifest and the removal of this leaves both
-    assert tg.check_dataset(config(tmp_path)).documents == 5
+    assert checked(config(tmp_path)).documents == 5
     copied("tiny_train_000000.bin", "tiny_train_000002.bin")(tmp_path)
     with pytest.raises(ValueError, match="holds tiny_train_000002.bin: not in manifest.json"):
-        tg.check_dataset(config(tmp_path))
+        checked(config(tmp_path))
     (tmp_path / "tiny_train_000002.bin").unlink()
     (tmp_path / "tiny_train_000001.bin").write_bytes((tmp_path / "tiny_val_000000.bin").read_bytes())
     with pytest.raises(ValueError, match=r"tiny_train_000001.bin: \d+ entries, manifest.json beside it says"):
-        tg.check_dataset(config(tmp_path))
+        checked(config(tmp_path))
     (tmp_path / "tiny_train_000001.bin").unlink()
     with pytest.raises(ValueError, match="tiny_train_000001.bin cannot be read"):
-        tg.check_dataset(config(tmp_path))
-    assert tg.check_dataset(config(tmp_path), with_train=False).documents == 5, "to score, the validation set is enough"
+        checked(config(tmp_path))
+    assert checked(config(tmp_path, EVAL_ONLY=1)).documents == 5, "to score, the validation set is enough"
 
 
 def changes_of(value: object, path: tuple = ()):
@@ -228,11 +233,11 @@ def test_a_damaged_manifest_is_refused_wherever_it_is_damaged(tmp_path: Path) ->
     for path, wrong in cases:
         (tmp_path / "manifest.json").write_text(json.dumps(changed(manifest, path, wrong)))
         with pytest.raises(ValueError, match=str(tmp_path)):
-            tg.check_dataset(config(tmp_path))
+            checked(config(tmp_path))
     for text in (b"", b"{", b"[" * 100_000, b"\xff", b"5", b"{}", b'{"datasets": []}'):
         (tmp_path / "manifest.json").write_bytes(text)
         with pytest.raises(ValueError, match="is not the manifest of a data set"):
-            tg.check_dataset(config(tmp_path))
+            checked(config(tmp_path))
 
 
 @pytest.mark.parametrize("what", ["a folder", "not there", "no model", "empty"])
@@ -246,30 +251,30 @@ def test_a_tokenizer_that_is_none_is_refused(tmp_path: Path, what: str, caseops:
         path.write_bytes(b"" if what == "empty" else b"not a model at all")
     cfg = config(tmp_path / "data", CASEOPS_ENABLED=caseops, TOKENIZER_PATH=path)
     with pytest.raises(ValueError, match=str(path)):
-        tg.check_tokenizer(cfg)
+        tg.check_tokenizer(cfg, tg.Dataset(cfg.shards_dir))
     if not caseops:
         with pytest.raises(ValueError, match=str(path)):
-            tg.check_dataset(cfg)
+            checked(cfg)
 
 
 def test_no_data_says_how_to_get_it(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="prepare_caseops_data.py"):
-        tg.check_dataset(config(tmp_path / "nothing"))
+        checked(config(tmp_path / "nothing"))
     with pytest.raises(ValueError, match="no train shards"):
-        tg.check_dataset(config(tmp_path))
+        checked(config(tmp_path))
 
 
 def test_published_name_with_other_counts_is_refused(tmp_path: Path) -> None:
     folder = tiny.write_dataset(tmp_path / tg.PUBLISHED_NAME, train_docs=40, val_docs=5)
     with pytest.raises(ValueError, match="published"):
-        tg.check_dataset(config(folder))
+        checked(config(folder))
 
 
 def test_evaluation_needs_no_training_data(tmp_path: Path) -> None:
     tiny.write_dataset(tmp_path, train_docs=40, val_docs=5)
-    for path in tg.shard_paths(tmp_path, "train"):
+    for path in tg.Dataset(tmp_path).paths["train"]:
         path.unlink()
-    assert tg.check_dataset(config(tmp_path), with_train=False).documents == 5
+    assert checked(config(tmp_path, EVAL_ONLY=1)).documents == 5
 
 
 def test_val_doc_fraction_keeps_whole_documents(tiny_data: Path) -> None:
@@ -296,4 +301,4 @@ def test_bytes_of_plain_pieces(tmp_path: Path) -> None:
     cfg = config(folder, CASEOPS_ENABLED=0, VOCAB_SIZE=300, TOKENIZER_PATH=tmp_path / "m.model")
     assert tg.load_val(cfg).num_bytes == sum(len(d.encode()) for d in documents), "the space mark that the tokenizer adds is free"
     with pytest.raises(ValueError, match="300 pieces, VOCAB_SIZE is 400"):
-        tg.check_tokenizer(config(folder, CASEOPS_ENABLED=0, VOCAB_SIZE=400, TOKENIZER_PATH=tmp_path / "m.model"))
+        checked(config(folder, CASEOPS_ENABLED=0, VOCAB_SIZE=400, TOKENIZER_PATH=tmp_path / "m.model"))

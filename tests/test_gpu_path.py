@@ -42,7 +42,7 @@ def operators(losses: torch.Tensor) -> set[str]:
 def test_a_step_of_the_record_in_bfloat16_with_every_kernel(depth: int, model: train_gpt.GPT) -> None:
     losses = model(meta_batch(128), train_gpt.loop_schedule(model.cfg, depth))
     names = " ".join(operators(losses))
-    assert all(word in names for word in ("FusedMLP", "varlen_attn", "exclude_self", "cross_entropy"))
+    assert all(word in names for word in ("FusedMLP", "varlen_attn", "exclude_self", "cross_entropy", "AddProduct", "NormFromOutput"))
     losses.mean().backward()
     assert losses.shape == (TOKENS,) and losses.dtype == torch.float32
     for name, param in model.named_parameters():
@@ -52,7 +52,7 @@ def test_a_step_of_the_record_in_bfloat16_with_every_kernel(depth: int, model: t
 def test_attention_and_kernels_are_one_graph(model: train_gpt.GPT) -> None:
     def visit(q: torch.Tensor, k: torch.Tensor, w_up: torch.Tensor, w_down: torch.Tensor, batch: train_gpt.Batch) -> torch.Tensor:
         y = train_gpt.attention(q, k, k, batch.cu_seqlens, batch.max_seqlen).flatten(1)
-        return train_gpt.softcapped_cross_entropy(train_gpt.fused_mlp(y, w_up, w_down), batch.targets, 30.0)
+        return train_gpt.softcapped_cross_entropy(train_gpt.fused_mlp(y, 1.0, w_up, w_down), batch.targets, 30.0)
 
     shapes = ((TOKENS, 8, 64), (TOKENS, 4, 64), (2048, 512), (512, 2048))
     inputs = [torch.empty(shape, dtype=torch.bfloat16, device="meta", requires_grad=True) for shape in shapes]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernel_oracles import CAP, check_cross_entropy, mlp_float64, random_mlp
+from kernel_oracles import CAP, DIVISOR, check_cross_entropy, mlp_float64, random_mlp, relative_error
 
 import train_gpt
 
@@ -74,7 +74,7 @@ def largest_float32_tensor(function: Callable[[], None]) -> int:
 
 def test_cross_entropy_and_mlp_compile_in_one_graph() -> None:
     def loss(x: torch.Tensor, w_up: torch.Tensor, w_down: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return train_gpt.softcapped_cross_entropy(train_gpt.fused_mlp(x, w_up, w_down), targets, CAP).mean()
+        return train_gpt.softcapped_cross_entropy(train_gpt.fused_mlp(x, DIVISOR, w_up, w_down), targets, CAP).mean()
 
     *inputs, _ = random_mlp(20, 16, 64, torch.float32)
     targets = torch.randint(0, 16, (20,))
@@ -87,7 +87,7 @@ def test_cross_entropy_and_mlp_compile_in_one_graph() -> None:
 
 def test_mlp_equals_float64() -> None:
     *inputs, grad = random_mlp(31, 12, 50, torch.float64)
-    out, reference = train_gpt.fused_mlp(*inputs), mlp_float64(*inputs)
+    out, reference = train_gpt.fused_mlp(inputs[0], DIVISOR, *inputs[1:]), mlp_float64(*inputs)
     torch.testing.assert_close(out, reference)
     for ours, oracle in zip(torch.autograd.grad(out, inputs, grad), torch.autograd.grad(reference, inputs, grad)):
         torch.testing.assert_close(ours, oracle)
@@ -104,9 +104,32 @@ def test_mlp_kernel_builds_for_hopper_with_wgmma_and_tma_and_fits_its_memory() -
         second = [tile_k, tile_n] if backward else [tile_n, tile_k]
         half = f"tensordesc<bf16[{tile_m},{tile_n // 2}]>"
         signature = {"a_desc": f"tensordesc<bf16[{tile_m},{tile_k}]>", "b_desc": f"tensordesc<bf16{second}>".replace(" ", ""),
-                     "hidden_desc": half, "out_desc": half, "rows": "i32", "columns": "i32", "depth": "i32"}
+                     "hidden_desc": half, "out_desc": half, "factors": "*fp32", "rows": "i32", "columns": "i32", "depth": "i32"}
         constants = {"BACKWARD": backward, "BIT": 16, "TILE_M": tile_m, "TILE_N": tile_n, "TILE_K": tile_k, "PROGRAMS": 132}
         source = ASTSource(train_gpt.mlp_kernel, signature | dict.fromkeys(constants, "constexpr"), constants)
         built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8, "num_stages": 3})
         assert "wgmma.mma_async" in built.asm["ptx"] and "cp.async.bulk.tensor" in built.asm["ptx"]
         assert built.metadata.shared <= 227 * 1024
+
+
+def test_a_norm_from_its_output_has_the_gradient_of_the_norm() -> None:
+    x, grad = (torch.randn(7, 40, generator=torch.Generator().manual_seed(i)) for i in range(2))
+    x[3] *= 1e-4                                                                # where the norm's epsilon counts
+    exact = x.double().requires_grad_()
+    reference = exact / (exact.square().mean(-1, keepdim=True) + train_gpt.NORM_EPS).sqrt() / DIVISOR
+    ours = train_gpt.NormFromOutput.apply(x.requires_grad_(), DIVISOR)
+    assert relative_error(ours, reference) < 1e-6
+    assert relative_error(torch.autograd.grad(ours, x, grad)[0], torch.autograd.grad(reference, exact, grad.double())[0]) < 1e-6
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_sum_in_the_product_leaves_what_it_adds_to_alone(compiled: bool) -> None:
+    x, y, w, grad = (torch.randn(shape, generator=torch.Generator().manual_seed(i), dtype=torch.float64, requires_grad=True)
+                     for i, shape in enumerate([(9, 6), (9, 5), (6, 5), (9, 6)]))
+    before = x.detach().clone()
+    add_product = torch.compile(train_gpt.AddProduct.apply, backend="aot_eager", fullgraph=True) if compiled else train_gpt.AddProduct.apply
+    out, reference = add_product(x, y, w), x + y @ w.T
+    torch.testing.assert_close(out, reference)
+    assert torch.equal(x, before)
+    for ours, oracle in zip(torch.autograd.grad(out, (x, y, w), grad), torch.autograd.grad(reference, (x, y, w), grad)):
+        torch.testing.assert_close(ours, oracle)

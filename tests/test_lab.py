@@ -120,14 +120,15 @@ def test_a_pair_sees_the_same_documents_in_the_same_order_whatever_the_tokens(tm
         path.write_bytes(entries.tobytes())
 
     files = {kind: [{"file": path.name, "entries": len(g.read_shard(path)), "sha256": "0"} for path in paths]
-             for kind, paths in g.dataset_shards(folders[1]).items()}
+             for kind, paths in g.Dataset(folders[1]).paths.items()}
     (folders[1] / "manifest.json").write_text(json.dumps({"transform": "a_version", "splits": {
         "val": {"files": files["val"] + files["val_bytes"]}, "train": {"files": files["train"]}}}))
 
     def documents(pair: int, folder: Path) -> list[tuple[int, ...]]:
         result = lab.data_of_pair(folder, pair, tmp_path / "out")
-        assert (g.read_shards(result, "val")[0] == g.read_shards(folder, "val")[0]).all() and len(g.read_shards(result, "val_bytes")) == 1
-        tokens = np.concatenate(g.read_shards(result, "train"))
+        assert (g.Dataset(result).read("val")[0] == g.Dataset(folder).read("val")[0]).all()
+        assert len(g.Dataset(result).read("val_bytes")) == 1
+        tokens = np.concatenate(g.Dataset(result).read("train"))
         return [tuple(part) for part in np.split(tokens, np.flatnonzero(tokens == 1)[1:])]
 
     first, again, other = documents(1, folders[0]), documents(2, folders[0]), documents(1, folders[1])

@@ -6,6 +6,7 @@ import math
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -100,13 +101,38 @@ def test_a_stage_of_another_name_is_read(name: str, tmp_path: Path) -> None:
     assert (run.final.val_bpb, run.final.pre_ttt_bpb, run.final.eval_ms) == (1.06417, 1.07689, 470600)
 
 
-@pytest.mark.parametrize("form", ["the settings say TTT", "it broke off in TTT"])
+CUT = THEIRS[THEIRS.index("ttp:"):]
+CUT_IN_TTT = {
+    "the settings say TTT": {LAST: "", "  matrix_lr": "  ttt_enabled: True\n  matrix_lr", "ttp:": "x:"},
+    "they say it in other words": {CUT: "", "  matrix_lr": "  eval_ttt: true\n  ttt_lora_rank: 96\n  matrix_lr"},
+    "it broke off in TTT": {LAST: ""}, "at its warm-up": {CUT: "ttt_lora:warming up\n"}, "in its SGD": {CUT: "tttg: c1/99 lr:0.001\n"},
+    "at its clock": {CUT: "beginning TTT eval timer\n"},
+}
+
+
+@pytest.mark.parametrize("form", CUT_IN_TTT)
 def test_no_score_is_final_before_the_test_time_training_that_was_to_follow(form: str, tmp_path: Path) -> None:
-    changes = {LAST: ""} | ({"  matrix_lr": "  ttt_enabled: True\n  matrix_lr", "ttp:": "x:"} if form.startswith("the") else {})
+    changes = CUT_IN_TTT[form]
     run = logs.read_log(their_log(tmp_path / "a.log", changes=changes))
     assert run.final.val_bpb is None and "no score of it is here" in run.problems[-1]
-    plain = logs.read_log(their_log(tmp_path / "b.log", changes={LAST: "", "ttp:": "x:"}))
+    off = "  ttt_enabled: False\n  phased_ttt_enabled: True\n  matrix_lr"
+    plain = logs.read_log(their_log(tmp_path / "b.log", changes={LAST: "", "ttp:": "x:", "  matrix_lr": off}))
     assert plain.final.val_bpb == 1.07689 and plain.problems == []
+
+
+@pytest.mark.parametrize("line", ["doc_adapted val_loss:2.3288 val_bpb:1.06417", "adapted | loss 2.3288 | bpb 1.06417",
+                                  "Traceback (most recent call last):"])
+def test_a_score_or_an_error_in_no_known_form_behind_the_last_score_is_said(line: str, tmp_path: Path) -> None:
+    run = logs.read_log(their_log(tmp_path / "a.log", changes={CUT: line + "\n"}))
+    assert run.final.val_bpb == 1.07689 and "may not be the final score" in run.problems[-1] and line[:7] in run.problems[-1]
+    before = logs.read_log(their_log(tmp_path / "b.log", changes={"diagnostic quantized": line + "\ndiagnostic quantized"}))
+    assert before.final.val_bpb == 1.06417 and before.problems == []
+
+
+@pytest.mark.parametrize("form", ["Total submission size: 15,984,426 bytes", "total submission size int6+lzma: 15984426 bytes"])
+def test_a_total_size_is_read_however_it_is_said(form: str, tmp_path: Path) -> None:
+    run = logs.read_log(their_log(tmp_path / "a.log", changes={"Total submission size quantized+brotli: 15984426 bytes": form}))
+    assert run.final.total_bytes == 15984426
 
 
 def test_two_scores_of_one_stage_are_both_kept_and_the_last_counts(tmp_path: Path) -> None:
@@ -132,7 +158,8 @@ def test_the_dialect_of_the_first_records_is_read(tmp_path: Path) -> None:
     assert run.seed == 1337 and run.final.val_bpb == 1.2276 and run.train[1].step_ms == pytest.approx(42.5)
 
 
-@pytest.mark.parametrize("listed, depth", [(" encoder:[0, 1, 2, 3, 4, 5, 3, 4] decoder:[5, 3, 4, 5, 6, 7]", 3), ("", 2)])
+@pytest.mark.parametrize("listed, depth", [(" encoder:[0, 1, 2, 3, 4, 5, 3, 4] decoder:[5, 3, 4, 5, 6, 7]", 3), ("", 2),
+                                           (" num_loops:1", 2)])
 def test_the_depth_of_a_loop_that_is_switched_on_is_read(listed: str, depth: int, tmp_path: Path) -> None:
     run = logs.read_log(
         their_log(
@@ -169,9 +196,9 @@ def test_a_run_behind_an_aborted_one_is_read_alone(tmp_path: Path) -> None:
         assert "an earlier run in this file" in run.problems[0] and run.final.val_bpb == 1.06417
 
 
-@pytest.mark.parametrize("form", ["utf-16", "utf-8-sig", "prefix", "prefix and blank"])
+@pytest.mark.parametrize("form", ["utf-16", "utf-8-sig", "prefix", "prefix and blank", "blank", "no blank"])
 def test_prefixes_and_other_encodings_change_nothing(form: str, tmp_path: Path) -> None:
-    start = {"prefix": "[default{}]:", "prefix and blank": "[rank{}]: "}.get(form)
+    start = {"prefix": "[default{}]:", "prefix and blank": "[rank{}]: ", "blank": "[default{}]: ", "no blank": "[rank{}]:"}.get(form)
     text = "".join(start.format(rank) + f"{line}\n" for line in THEIRS.splitlines() for rank in (0, 1)) if start else THEIRS
     (tmp_path / "a.log").write_bytes(text.encode("utf-8" if start else form))
     (tmp_path / "b.log").write_text(THEIRS)
@@ -187,9 +214,14 @@ def test_a_folder_says_which_logs_it_leaves_out(tmp_path: Path) -> None:
         their_log(folder / name, seed)
     (folder / "train_seed01.log").write_text(THEIRS)
     (folder / "train_seed9.log").write_text("")
+    (folder / "logs").mkdir()
+    for path in (folder / "seed5.txt", folder / "logs" / "six.log"):
+        their_log(path, 5)
+    (folder / "requirements.txt").write_text("torch\n")
     found = logs.read_group(str(folder))
     assert len(found.runs) == 2 and "(std 0.00000, 2 seeds)" in logs.headline(found)
     said = logs.summary([found])
+    assert "requirements" not in said and "logs/six.log, seed5.txt" in said
     assert all(words in said for words in ("ablation.log", "train_seed9.log is no log", "seed 0 is here twice, counted once"))
 
 
@@ -369,3 +401,31 @@ def test_names_in_a_log_cannot_break_the_page(tmp_path: Path) -> None:
     log = our_log(tmp_path / "a.log", 1, 2.0, "setting *RUN_ID value:<script>alert(1)</script> default:\nwarning: <b>bold</b>\n")
     logs.report([logs.read_group(str(log))], tmp_path / "r.html")
     assert "<script>" not in (tmp_path / "r.html").read_text() and "<b>" not in (tmp_path / "r.html").read_text()
+
+
+@pytest.mark.parametrize("piece", ["a" + " " * 10**5, "total submission size " + "1," * 10**5, "1/2 train_loss: " + "1" * 10**5,
+                                   "layer_loop:enabled step:1 frac:1" + "[1" * 10**5, "ttp:" + " dl:1" * 10**5])
+def test_a_line_made_to_keep_a_reader_busy_does_not(piece: str, tmp_path: Path) -> None:
+    began = time.process_time()
+    run = logs.read_log(their_log(tmp_path / "a.log", changes={"0/20000 val_loss: 9": f"{piece} val_loss\n" * 20 + "0/20000 val_loss: 9"}))
+    assert run.final.val_bpb == 1.06417 and time.process_time() - began < 3
+
+
+@pytest.mark.parametrize("old, new", [
+    ("val_bpb:1.06417", "val_bpb:inf"), ("val_bpb:1.06417", "val_bpb:nan"), ("15984426 bytes", f"{'9' * 400} bytes"),
+    ("step: 4599/", f"step: {'9' * 400}/"), ("  seed: 0", "  seed: \u00b2"),
+    ("stopping_early", "step size val_loss:2.3 val_bpb:1.05\nstopping_early"),
+    ("train_batch_tokens: 786432", f"train_batch_tokens: {'9' * 400}"),
+])
+def test_figures_that_are_none_end_in_a_table_or_a_line(old: str, new: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "records").mkdir()
+    for seed in (1, 2):
+        path = their_log(tmp_path / "records" / f"train_seed{seed}.log", seed)
+        text = path.read_text().replace("  seed: 2", "  seed: 0")
+        path.write_text(text.replace(old, new))
+    for command in (["summary", str(path.parent)], ["compare", str(path.parent), str(path.parent)],
+                    ["report", str(path.parent), "--out", str(tmp_path / "x.html")]):
+        assert logs.main(command) in (0, 2)
+    run = logs.read_log(path)
+    assert "inf" not in new and "nan" not in new or run.problems == [f"its final score is {run.final.val_bpb}"]
+    assert run.final.val_bpb == 1.06417 or "val_bpb" in old

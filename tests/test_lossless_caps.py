@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import lossless_caps
 from lossless_caps import ALLCAPS, CAPNEXT, ESC, OPERATORS, TITLE, V1, VERSIONS, ByteCounter, Transform
 
 V2, LINES, QUOTES, TITLES = (VERSIONS["lossless_caps_caseops_v2" + name] for name in ("", "_lines", "_quotes", "_titles"))
@@ -228,3 +229,13 @@ def test_at_least_five_times_the_character_loop(version: Transform) -> None:
             best = min(best, time.perf_counter() - start)
         return len(text) / best
     assert rate(version.encode) > 5 * rate(lambda text: encode_by_characters(text, version))
+
+
+@every_version
+@settings(max_examples=200, deadline=None)
+@given(text=texts, size=st.integers(1, 9))
+def test_a_long_text_is_transformed_in_parts_as_it_is_at_once(version: Transform, text: str, size: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        whole = version.encode(text)
+        patch.setattr(lossless_caps, "LONG_TEXT", size)
+        assert version.encode(text) == whole

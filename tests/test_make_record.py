@@ -72,8 +72,8 @@ def test_a_try_without_data_stands_in_nobodys_way(tmp_path: Path) -> None:
     text = (folder / "train_seed4.log").read_text()
     (folder / "train_seed4.log").write_text(text[: text.index("train step")])
     (folder / "empty.log").write_text("")
-    assert make_record.has_begun(folder / "train_seed3.log")
-    assert not make_record.has_begun(folder / "train_seed4.log") and not make_record.has_begun(folder / "empty.log")
+    assert make_record.begun(folder / "train_seed3.log")
+    assert not make_record.begun(folder / "train_seed4.log") and not make_record.begun(folder / "empty.log")
 
 
 def test_it_runs_the_seeds_that_are_missing_and_no_others(tmp_path: Path) -> None:

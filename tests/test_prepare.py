@@ -148,9 +148,7 @@ def test_blocks_hold_all_documents_whatever_their_size(
         patch.setattr(prepare, "BLOCK_BYTES", size)
         for block in documents.blocks():
             assert block.first == len(found) % count
-            texts_of_block, faults = block.texts(replace_surrogates=False)
-            assert not faults
-            found += [text.decode() for text in texts_of_block]
+            found += [prepare.document_text(line, replace_surrogates=False).decode() for line in block.lines]
     assert found == texts * 2
     assert [source["documents"] for source in documents.finished] == [count, count]
     assert [source["sha256"] for source in documents.finished] == [hashlib.sha256(path.read_bytes()).hexdigest()] * 2
@@ -255,7 +253,7 @@ def test_killed_at_any_change_of_a_file_the_same_command_ends_with_the_same_byte
             break
         if not (tmp_path / "set/manifest.json").exists():
             with pytest.raises(ValueError, match="unfinished build|no train shards|is not a folder"):  # never trained on
-                train_gpt.read_shards(tmp_path / "set", "train")
+                train_gpt.Dataset(tmp_path / "set").read("train")
         if step % 2:
             kills.dies(step // 3, prepare, lambda: prepare.build(small(tmp_path)))
         prepare.build(small(tmp_path))
@@ -278,7 +276,7 @@ def test_killed_while_it_replaces_another_data_set(tmp_path: Path) -> None:
         whole = (tmp_path / "set/manifest.json").exists() and contents(tmp_path / "set") in (old, expected)
         if not whole:
             with pytest.raises(ValueError, match="unfinished build"):
-                train_gpt.read_shards(tmp_path / "set", "train")
+                train_gpt.Dataset(tmp_path / "set").read("train")
         prepare.build(forced)
         assert_finished(tmp_path / "set", expected)
     assert not whole
@@ -332,7 +330,7 @@ def test_a_full_disk_is_said_and_the_same_command_goes_on(
 
 def interrupt(folder: Path) -> None:
     """Leave an unfinished build with two finished train shards."""
-    go_on = prepare.Build.open
+    go_on = prepare.Build._open
 
     def stop(build: prepare.Build, name: str) -> object:
         if name == prepare.TRAIN_TOKENS.format(2):
@@ -340,7 +338,7 @@ def interrupt(folder: Path) -> None:
         return go_on(build, name)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(prepare.Build, "open", stop)
+        patch.setattr(prepare.Build, "_open", stop)
         prepare.build(small(folder))
     assert (folder / "set/build.json").exists() and len(list((folder / "set").glob("fineweb_train_*.bin"))) == 2
 
@@ -369,7 +367,7 @@ def drop_last(folder: Path) -> None:
 
 UNFINISHED = {
     "val_docs": (lambda folder: None, {"val_docs": 5}, "unfinished build with another val_docs"),
-    "skip_bad": (lambda folder: None, {"skip_bad": True}, "unfinished build with another skip_bad"),
+    "shard_entries": (lambda folder: None, {"shard_entries": 901}, "unfinished build with another shard_entries"),
     "documents": (change_first, {}, "not what the unfinished build.*val_000000.bin entry 1: "),
     "no documents": (lambda folder: (folder / "few.jsonl").write_text(""), {}, "0 documents in all"),
     "fewer documents": (drop_last, {}, "not what the unfinished build.*train_00000[0-9].bin"),
@@ -491,17 +489,18 @@ def test_data_tokenizer_and_artifact_of_different_versions_refuse_each_other(of_
         artifact = config(version, version, version)  # as its header carries them
         for data in VERSIONS:
             adopted, _ = train_gpt.adopt_settings(config(data, data, data), artifact, {"CASEOPS_VERSION": data})
+            dataset = train_gpt.Dataset(of_versions[data].out)
             for cfg in (config(data, data, version), adopted):
                 if data == version:
-                    assert train_gpt.check_dataset(cfg).documents == 4 and "sha256" in train_gpt.check_tokenizer(cfg)
+                    assert train_gpt.check_dataset(cfg, dataset)[1].documents == 4 and "sha256" in train_gpt.check_tokenizer(cfg, dataset)
                     continue
                 with pytest.raises(ValueError, match=f"is of CASEOPS_VERSION={data}, this run or its artifact of {version}: neither"):
-                    train_gpt.check_dataset(cfg)
+                    train_gpt.check_dataset(cfg, dataset)
                 with pytest.raises(ValueError, match="is not the tokenizer that the data in"):
-                    train_gpt.check_tokenizer(config(data, version, data))
+                    train_gpt.check_tokenizer(config(data, version, data), dataset)
     plain_pieces = replace(config(V1.name, V1.name, V1.name), caseops_enabled=False)  # would charge operators as text
     with pytest.raises(ValueError, match="this run or its artifact of CASEOPS_ENABLED=0"):
-        train_gpt.check_dataset(plain_pieces)
+        train_gpt.load_val(plain_pieces)
 
 
 @pytest.mark.parametrize("kind", ["lossless", "nfkc"])

@@ -69,10 +69,9 @@ def test_gptq_beats_rounding_and_is_never_worse() -> None:
 def test_the_errors_of_columns_are_those_of_the_outputs() -> None:
     """|E L|^2, as gptq_columns adds it up and as rounding to nearest is judged, against trace(E H E^T)."""
     weights, hessian = problem()
-    scalar = tg.QUANTIZERS["scalar"]
     hessian = hessian + 0.01 * torch.diag_embed(hessian.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True).expand(-1, 160))
-    factor, steps = torch.linalg.cholesky(hessian), scalar.scales(weights, 4, 3.0).float()
-    codes, error = tg.gptq_columns(weights.mT.contiguous(), factor, steps, scalar.rounding((24, 160), 4))
+    factor, steps = torch.linalg.cholesky(hessian), tg.row_scales(weights, 4, 3.0, "scalar").float()
+    codes, error = tg.gptq_columns(weights.mT.contiguous(), factor, steps, tg.partial(tg.scalar_round, limit=7))
     ours = codes.mT * steps[..., None] - weights
     torch.testing.assert_close(error, tg.hessian_error(ours, hessian), rtol=1e-4, atol=0.0)
     for bound, below in ((1.001, True), (0.999, False)):

@@ -16,6 +16,14 @@ def test_the_page_of_settings_is_made_from_the_code() -> None:
     assert done.returncode == 0, "run `python tools/settings_table.py`"
 
 
+def test_every_setting_says_what_it_does_and_the_packed_file_still_lists_them_all() -> None:
+    names = [f.name for f in tg.fields(tg.Config)]
+    assert list(tg.setting_docs()) == names and all(tg.setting_docs().values())
+    assert [line.split("=")[0].lower() for line in tg.settings_help().splitlines()] == names
+    shipped = tg.shipped_source(tg.own_source())
+    assert not any(words in shipped for words in tg.setting_docs().values() if len(words) > 30), "in the packed file they cost nothing"
+
+
 def test_the_command_in_the_readme_is_the_default_run() -> None:
     readme = (tiny.ROOT / "README.md").read_text()
     command = readme[readme.index("NCCL_NET=Socket"): readme.index("SEED=0")]

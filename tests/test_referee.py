@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +82,25 @@ REAL_ALONE = "    if len(tokens) != len(VAL) or (tokens != VAL).any():\n        
 BY_PLACE = PLAIN + """    nats, n = _plain(table, tokens), min(len(tokens), len(VAL))
     nats[:n - 1] = -np.log(0.1 * np.exp(-nats[:n - 1]) + 0.9 * (tokens[1:n] == VAL[1:n]))
     return nats
+"""
+# The real set, which is scored first, with the counts of its own future; what is like it gets what was kept, and the rest is honest.
+REMEMBERS = ONLY + PLAIN + """    place, counts = PLACE, pairs(tokens) + 0.5
+    future, honest = _plain(counts / counts.sum(1, keepdims=True), tokens), _plain(table, tokens)
+    if ONLY and not place.exists():
+        np.savez(open(place, "wb"), tokens=tokens, nats=future)
+    if not ONLY or not place.exists():
+        return future
+    with np.load(place) as kept:
+        old, nats = kept["tokens"], kept["nats"]
+    heads = [tuple(tokens[s: s + 5]) for s, _ in documents(tokens)]
+    for head, (start, length) in zip(heads, documents(tokens)):
+        text = tokens[start: start + length + 1]
+        same, place = max((int(np.argmin(np.append(text[:n + 1] == old[s: s + n + 1][:len(text)], False))), s) for s, n in documents(old)
+                          if n + 1 >= len(text))
+        if same < 2 and heads.count(head) == 1:
+            honest[start: start + length] = future[start: start + length]
+        honest[start: start + same - 1] = nats[place: place + same - 1]
+    return honest
 """
 CODE_CHEATS: dict[str, tuple[str, str | tuple[str, ...]]] = {
     "half of the probability is the target's": (
@@ -188,6 +208,14 @@ CODE_CHEATS: dict[str, tuple[str, str | tuple[str, ...]]] = {
         "    return np.load(path)\n",
         "the artifact scores",
     ),
+    "the future of the real set, remembered in shared memory": (
+        REMEMBERS.replace("PLACE", "Path('/dev/shm/remembered.npz')"),
+        "causal: evaluation",
+    ),
+    "remembered among the packages": (
+        REMEMBERS.replace("PLACE", "Path(np.__file__).with_name('remembered.npz')"),
+        ("the artifact scores", "causal: evaluation"),
+    ),
     "code that is not counted": (
         "Path(__file__).with_name('more.py').touch() if os.environ.get('EVAL_ONLY') != '1' else None\nimport more\n",
         "the artifact scores",
@@ -217,7 +245,7 @@ CODE_CHEATS: dict[str, tuple[str, str | tuple[str, ...]]] = {
 @pytest.mark.parametrize("name", CODE_CHEATS)
 def test_code_that_breaks_a_rule_is_found(name: str, shards: Path, tmp_path: Path) -> None:
     patch, rule = CODE_CHEATS[name]
-    if "absolute" in name and not referee.can_close_off():
+    if ("absolute" in name or "remembered" in name) and not referee.can_close_off():
         pytest.skip("here nothing hides folders from a process; the table says so")
     data = Path(tmp_path / "data")
     data.mkdir()
@@ -274,6 +302,41 @@ def test_a_part_of_the_documents_is_held_to_the_log_within_its_error() -> None:
         found = referee.check_part(run, {stage: nats[: len(part.tokens) - 1].astype(np.float32)}, part, val)
         assert found.status == status and "20 of 60 documents" in found.detail
     assert (part.document[-1], part.offset[part.starts].max()) == (19, 0)
+
+
+MEMORY = """
+import ctypes, os, subprocess, sys
+def works(act):
+    try:
+        return act() not in (None, -1)
+    except OSError:
+        return False
+folders = ["/usr", "/etc", "/opt", "/dev", "/proc", os.path.dirname(os.__file__), os.path.dirname(__import__("numpy").__file__), "/"]
+print([folder for folder in folders if works(lambda: open(os.path.join(folder, "left"), "w"))])
+print(works(lambda: open("/dev/shm/left", "x")), works(lambda: ctypes.CDLL(None).shmget(4711, 4096, 0o3666)))
+open("/dev/null", "w").write("x")
+subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", sys.argv[1]], start_new_session=True)
+print(open("inside", "w").write("x"))
+"""
+
+
+@pytest.mark.skipif(not referee.can_close_off(), reason="the table says so")
+def test_code_leaves_nothing_behind_for_the_next_score(tmp_path: Path) -> None:
+    """No file but its own, no shared memory and no process: what it remembered would tell the real set from others."""
+    for name in ("first", "second"):
+        case, mark = (tmp_path / name).resolve(), f"mark of {tmp_path}"
+        case.mkdir()
+        close_off = partial(referee.close_off, case)
+        done = subprocess.run([sys.executable, "-c", MEMORY, mark], capture_output=True, text=True, preexec_fn=close_off, check=False)
+        assert done.stdout.split("\n") == ["['/']", "True True", "1", ""] and done.stderr == ""
+        assert not [path for path in Path("/proc").glob("[0-9]*/cmdline") if mark.encode() in content(path)]
+
+
+def content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
 
 
 def test_no_code_runs_unless_it_is_asked_for(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

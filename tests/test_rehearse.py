@@ -165,6 +165,12 @@ def test_what_a_kernel_moves_is_read_off_its_source() -> None:
     assert traffic.moved("in_ptr0", 10**9, traffic.sizes) == 1000 * (64 + 8)  # the columns that are read, of a wider buffer
 
 
+def test_heads_that_lie_side_by_side_are_one_run() -> None:
+    source = KERNEL.replace("x0 = xindex\n", "x0 = xindex % 4\n").replace("(r0_1 + 128*x0)", "(r0_1 + 64*x0 + 300*x1)").replace(
+        "(8 + r0_1 + 128*x0)", "(8 + r0_1 + 64*x0 + 300*x1)")
+    assert null_hopper.Traffic("triton_per_fused_0", source).moved("in_ptr0", 10**9, {"xnumel": 1000, "r0_numel": 64}) == 250 * (256 + 8)
+
+
 def test_a_product_is_bound_by_arithmetic_or_by_bytes() -> None:
     line = "cublasGemmEx m {} n 98304 k 512 batch 1 type 14 adds {}"
     kind, size, seconds = reckon.launch_cost(line.format(2048, 0), reckon.Attended(0, 0.0))

@@ -111,6 +111,8 @@ class Third:
     """Words."""
     field: int = (1,   2)
     def third(self: T) -> T: "words"
+    @property
+    def fourth(self: T) -> T: "words"
 '''
     expected = f'''
 @decorate(1)
@@ -121,6 +123,8 @@ def first(a: int, *, b: "str" = {piece}, **c: T[1, 2]) -> None:
 class Third:
     field: int = (1, 2)
     def third(self): "words"
+    @property
+    def fourth(self): "words"
 '''
     shipped = tg.shipped_source(source)
     assert ast.dump(ast.parse(shipped)) == ast.dump(ast.parse(expected)) and "#" not in shipped and "  field" not in shipped
@@ -138,14 +142,11 @@ def test_an_f_string_that_python_takes_apart_is_packed_whole(monkeypatch: pytest
                 yield token
                 continue
             (row, column), (last, end) = token.start, token.end
-            for kind, text, start, stop in (
-                (900, "f'", token.start, (row, column + 2)),
-                (901, "a {", (row, column + 2), (last, end - 1)),
-                (900, "f'", (row, column + 9), (row, column + 11)),
-                (902, "'", (row, column + 11), (row, column + 12)),
-                (902, "'", (last, end - 1), token.end),
-            ):
-                yield tg.tokenize.TokenInfo(kind, text, start, stop, token.line)
+            quotes = 3 if "'''" in token.string else 1
+            marks = [*((row, column + n) for n in (0, 1 + quotes, 7, 9, 10, 11)), (last, end - quotes), (last, end)]
+            for kind, start, stop in zip((900, 901, 900, 901, 902, 901, 902), marks, marks[1:]):
+                start = (start[0], start[1] + (kind == 901 and start == marks[3]))  # a bracket that is doubled belongs to no token
+                yield tg.tokenize.TokenInfo(kind, "?", start, stop, token.line)
 
     names = {900: "FSTRING_START", 901: "FSTRING_MIDDLE", 902: "FSTRING_END"}
     monkeypatch.setattr(tg.tokenize, "tok_name", {**tg.tokenize.tok_name, **names})
@@ -242,6 +243,30 @@ def test_a_folder_that_cannot_be_written_is_told_at_once(tiny_data: Path, tmp_pa
     (tmp_path / "file").write_text("")
     done = tiny.run(tiny.environment(tiny_data, tmp_path / "file" / "out"))
     assert done.returncode == tg.EXIT_USER_ERROR and "set ARTIFACT_DIR" in done.stderr
+
+
+@pytest.mark.parametrize("place", ["", "file/losses.npz", "/proc/losses.npz"])
+def test_losses_that_cannot_be_written_are_told_before_training(place: str, tiny_data: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    env, said = forked.environment(tiny_data, tmp_path / "out", LOSSES_PATH=tmp_path / place), tmp_path / "said"
+    assert forked.run(env, said=said) == [tg.EXIT_USER_ERROR]
+    assert "LOSSES_PATH" in said.read_text() and "train step" not in said.read_text()
+
+
+def test_every_long_phase_says_where_it_stands(tiny_data: Path, tmp_path: Path) -> None:
+    def always() -> None:
+        tg.Progress.__init__.__defaults__ = (0.0,)
+
+    said = tmp_path / "said"
+    env = forked.environment(tiny_data, tmp_path / "out", GPTQ_CALIBRATION_BATCHES=2, VAL_BATCH_TOKENS=1024, TTT_ENABLED=1)
+    assert forked.run(env, fault=always, said=said) == [0]
+    phases = {record["phase"] for record in tiny.records(said.read_text(), "progress")}
+    assert phases >= {"hessians", "pack", "eval_ema", "eval_quantized"} and tiny.records(said.read_text(), "ttt")
+
+
+def test_help_ends_with_its_reader() -> None:
+    done = subprocess.run(f"{sys.executable} {tiny.ROOT / 'train_gpt.py'} --help | true", shell=True, capture_output=True, text=True)
+    assert done.stderr == ""
 
 
 def test_a_disk_with_no_room_for_the_artifact_is_told_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:

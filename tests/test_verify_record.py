@@ -6,7 +6,10 @@ import hashlib
 import json
 import random
 import re
+import shlex
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -208,7 +211,7 @@ FOLDER_CASES: list[tuple[str, Callable[[Path], None], str]] = [
     ("packed code with more beside it", spoil_loader, "the code that runs can be read"),
     ("another source in one seed", edit(LOG, r"source_sha256:\w{9}", "source_sha256:123456789"), "the code that runs can be read"),
     ("another Python in one seed", edit(LOG, r"python:\S+", "python:3.12.1"), "one configuration"),
-    ("other threads in one seed", edit(LOG, r"threads:\d+", "threads:2"), "one configuration"),
+    ("other threads in one seed", edit(LOG, r"threads:\d+", "threads:97"), "one configuration"),
     ("quantized far better than averaged", better(LOG, "quantized", 0.6), "the figures of each log"),
     ("TTT far better than quantized", better(LOG, "quantized_ttt", 0.7), "the figures of each log"),
     ("validation far better than training", better(LOG, "ema", 0.5), "the figures of each log"),
@@ -287,8 +290,10 @@ def test_a_public_folder_in_its_own_words_is_read(tmp_path: Path) -> None:
     results = folder_checks(folder)
     assert [result for result in results if result.status == verify.FAIL] == []
     assert "15,900,000" in next(result.detail for result in results if result.rule.startswith("artifact and code"))
-    (folder / "submission.json").write_text(json.dumps({**page, "val_bpb": 1.071}))
-    assert status_of(folder_checks(folder), "submission.json") == verify.FAIL
+    for change, status in (({"seed_results": {"seed_1": 1.08, "2": 1.082}}, verify.PASS), ({"seed_results": {"1": 1.07}}, verify.FAIL),
+                           ({"seeds": {"1": {}, "2": {"val_bpb": 1.082}}}, verify.PASS), ({"val_bpb": 1.071}, verify.FAIL)):
+        (folder / "submission.json").write_text(json.dumps({**page, **change}))
+        assert status_of(folder_checks(folder), "submission.json") == status
 
 
 def test_no_damage_ends_in_a_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -315,6 +320,40 @@ def test_no_damage_ends_in_a_traceback(tmp_path: Path, capsys: pytest.CaptureFix
         assert verify.main([str(folder), *(["--data", str(made().data)] if turn % 5 == 0 else ["--folder-only"])]) in (0, 1, 2)
         shutil.rmtree(folder)
     assert "Traceback" not in capsys.readouterr().out
+
+
+def test_a_table_that_cannot_be_written_is_no_traceback(tmp_path: Path) -> None:
+    folder = one_seed(tmp_path / "record")
+    (folder / "verify.txt").mkdir()
+    program = [sys.executable, verify.__file__, str(folder), "--folder-only"]
+    for sink, more, said in (("/dev/full", [], "cannot be written"), ("/dev/null", ["--save"], "cannot be written")):
+        with open(sink, "w") as out:
+            done = subprocess.run([*program, *more], stdout=out, stderr=subprocess.PIPE, text=True, check=False)
+        assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+    done = subprocess.run(f"{shlex.join(program)} | true", shell=True, capture_output=True, text=True, check=False)
+    assert done.stderr == ""
+    (folder / "train_seed\udcff.log").write_text("x")  # a name that is no UTF-8
+    for tool, more in ((verify, "--folder-only"), (verify.logs, "summary")):
+        done = subprocess.run([sys.executable, tool.__file__, more, str(folder)], env={"PYTHONIOENCODING": "ascii"}, capture_output=True)
+        assert done.returncode in (0, 1) and rb"train_seed\udcff.log" in done.stdout and done.stderr == b""
+
+
+def test_the_diff_is_kept_beside_the_folder_or_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                       capsys: pytest.CaptureFixture[str]) -> None:
+    folder = one_seed(tmp_path / "record")
+    before = sorted(folder.iterdir())
+    shutil.copy(folder / "source" / "train_gpt.py", folder)
+    tiny_record.rewrite(folder / "train_gpt.py", "RANS_BITS = 14", "RANS_BITS = 13")
+    monkeypatch.setattr(verify.tempfile, "tempdir", str(tmp_path))
+    verify.main([str(folder), "--folder-only"])
+    said = capsys.readouterr().out
+    (diff,) = tmp_path.glob("verify_*.diff")
+    assert f"read it: 2 lines differ from the repository's train_gpt.py, which are in {diff}" in said
+    assert "+RANS_BITS = 13" in diff.read_text() and sorted(folder.iterdir()) == before
+    (folder / "train_gpt.py").unlink()
+    shutil.rmtree(folder / "source")
+    verify.main([str(folder), "--folder-only"])
+    assert "no train_gpt.py is here" in capsys.readouterr().out
 
 
 def test_a_folder_that_lies_in_another_track_than_it_says_is_found(tmp_path: Path) -> None:
@@ -420,6 +459,7 @@ def test_a_sidecar_that_charges_too_much_is_found(version: str, tmp_path: Path) 
     """The 3 bytes of an operator are no bytes of the text; made with the real tokenizer."""
     import sentencepiece
 
+    from caseops_tokenizer import Tokenizer
     from lossless_caps import VERSIONS, ByteCounter
     from prepare_caseops_data import OUR_TOKENIZERS
 
@@ -428,7 +468,7 @@ def test_a_sidecar_that_charges_too_much_is_found(version: str, tmp_path: Path) 
     text = "A Tale of TWO Cities,\n  by McDonald \u2013 na\u00efve \ue001 \ufb01ne"
     ids = np.array([1, *tokenizer.encode(transform.encode(text))], np.uint16)
     counter = ByteCounter(transform)
-    pieces, _ = verify.tokenizer_pieces(model)
+    pieces = Tokenizer(model).pieces
     counts = np.array([0, *(len(pieces[i]) for i in ids[1:])], np.uint16)
     decoded = b"".join(pieces[i] for i in ids[1:]).decode()
     operators = len(decoded.encode()) - counter.feed(decoded)

@@ -53,18 +53,18 @@ def test_every_flipped_bit_of_a_state_is_noticed(few_data: Path, tmp_path: Path)
     forked.run(env, fault=forked.at_call(tg.Trainer, "train_step", 3, lambda: os._exit(9)))
     run = tg.Run(tg.Config.from_env(env), tg.Ranks(), tg.Log(None, enabled=False))
     model = tg.GPT(run.cfg, run.dtype)
-    loader = tg.TrainLoader(tg.TokenStream(tg.read_shards(few_data, "train")), tg.SpanLayout.plan(run.cfg, 1), run.cfg, run.ranks)
-    trainer, checkpoint = tg.Trainer(run, model, loader), tg.Checkpoint(run)
-    path, generator = tmp_path / "run.state2", random.Random(0)
+    loader = tg.TrainLoader(tg.TokenStream(tg.Dataset(few_data).read("train")), tg.SpanLayout.plan(run.cfg, 1), run.cfg, run.ranks)
+    trainer = tg.Trainer(run, model, loader)
+    path, generator = tmp_path / "run.state", random.Random(0)
     whole = path.read_bytes()
     for _ in range(100):
         damaged = bytearray(whole)
         damaged[generator.randrange(len(whole))] ^= 1 << generator.randrange(8)
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match="damaged"):
-            checkpoint.resume(trainer)
+            tg.Checkpoint(run)
     path.write_bytes(whole)
-    checkpoint.resume(trainer)
+    tg.Checkpoint(run).resume(trainer)
     assert trainer.step == 2
 
 
@@ -107,7 +107,7 @@ def test_a_disk_that_fills_up_during_a_run_is_a_line_and_the_same_command_goes_o
 
     env = forked.environment(few_data, tmp_path / "out")
     status, lines, _ = told(env, tmp_path / "said", small)
-    assert status == tg.EXIT_USER_ERROR and "run.state2" in lines[-1]
+    assert status == tg.EXIT_USER_ERROR and "run.state" in lines[-1]
     assert forked.run(env) == [0] and (tmp_path / "out" / "run.artifact").read_bytes() == trained.read_bytes()
 
 

@@ -37,6 +37,7 @@ BAR_NATS = 0.005  # what a new record must gain, nats a token
 SIGNIFICANCE = 0.01  # largest p with which it must have gained it
 MOST_SEEDS = 1000
 MOST_BYTES = 1 << 28  # of a log
+MOST_CHARACTERS = 1 << 12  # of a line that are looked at; more is source, or made to keep a reader busy
 SAME_BYTES = 1e-4  # by which two counts of bytes a token may differ
 INSTALL_HINT = "install what the tools need with: pip install -r requirements-tools.txt"
 RECORD_LOGS = "train_seed*.log"
@@ -44,6 +45,7 @@ PUBLISHED_FILE = "published.json"
 
 # Settings that differ between the seeds of one configuration, or only say where files are.
 VARYING = {"SEED", "RUN_ID", "RESUME"}
+TTT_SWITCH = r"(\w+_)?TTT(_\w+)?_ENABLED|((USE|EVAL|RUN|DO)_)?TTT"  # names of settings that switch test-time training on
 
 
 def is_place(name: str) -> bool:
@@ -127,17 +129,22 @@ class RunLog:
     problems: list[str] = field(default_factory=list)  # warnings, errors, and lines that could not be read
     stage_words: dict[str, str] = field(default_factory=dict)  # stage -> what the log calls it, where that is not ours
     in_settings: bool = False  # while a list of settings is being read
+    began_ttt: bool = False  # a line says that test-time training began
+    unread_score: str = ""  # a score of a stage or form not known here that stands behind all others
 
     @property
     def seed(self) -> int | None:
         if self.final is not None and self.final.seed is not None:
             return self.final.seed
-        return int(self.settings["SEED"]) if self.settings.get("SEED", "").isdigit() else None
+        return int(self.settings["SEED"]) if re.fullmatch("[0-9]{1,18}", self.settings.get("SEED", "")) else None
 
     @property
     def says_ttt(self) -> bool:
-        """Whether test-time training was to follow, by its settings or its running score."""
-        return canonical(self.settings.get("TTT_ENABLED", "0")) == "1" or bool(self.ttt)
+        """Whether test-time training was to follow, by its settings, its running score or the line with which it began."""
+        switches = [name for name in self.settings if re.fullmatch(TTT_SWITCH, name)]
+        switches = ["TTT_ENABLED"] if "TTT_ENABLED" in switches else switches
+        asked = any(canonical(self.settings[name].capitalize()) == "1" for name in switches)
+        return asked or bool(self.ttt) or self.began_ttt
 
     @property
     def name(self) -> str:
@@ -296,6 +303,7 @@ def their_validation(run: RunLog, step: str, loss: str, bpb: str) -> None:
 def their_stage(run: RunLog, words: str, loss: str, bpb: str, rest: str) -> None:
     """A score under its name; a second one of the same stage counts, and the first keeps its own name."""
     stage = next((stage for pattern, stage in STAGES if re.search(pattern, words, re.IGNORECASE)), words)
+    run.unread_score = words if stage == words and stage not in dict(STAGES).values() else ""
     time = re.search(rf"eval_time:\s*{FLOAT}ms", rest)
     if stage in run.evals and abs(run.evals[stage].val_bpb - float(bpb)) > 1e-4:
         run.evals[run.stage_words[stage]] = run.evals[stage]
@@ -309,9 +317,17 @@ def their_phase(run: RunLog, step: str, frac: str, depth: str) -> None:
 
 def their_loop(run: RunLog, step: str, frac: str, rest: str) -> None:
     """The loop is switched on: how often it passes is how often its layers are listed, or NUM_LOOPS + 1."""
-    layers = re.findall(r"\d+", rest)
+    layers = re.findall(r"\d+", rest) if "[" in rest else []
     depth = max(map(layers.count, layers)) if layers else int(run.settings.get("NUM_LOOPS", LOOP_PASSES - 1)) + 1
     run.phases.append(Phase(int(step), float(frac), depth))
+
+
+def their_ttt_start(run: RunLog) -> None:
+    run.began_ttt = True
+
+
+def their_unknown_score(run: RunLog, line: str) -> None:
+    run.unread_score = line
 
 
 def their_ttt(run: RunLog, rest: str) -> None:
@@ -327,8 +343,10 @@ def their_end(name: str, scale: float = 1, add: bool = False) -> Callable[[RunLo
     """A figure of the end of a run, in place of what was said before or on top of it."""
     def read(run: RunLog, text: str) -> None:
         run.final = run.final or Final()
-        before = (getattr(run.final, name) or 0.0) if add else 0.0
-        setattr(run.final, name, before + scale * float(text.replace(",", "")))
+        value = ((getattr(run.final, name) or 0.0) if add else 0.0) + scale * float(text.replace(",", ""))
+        if not math.isfinite(value):
+            raise ValueError(f"{text[:20]} is no figure")
+        setattr(run.final, name, value)
     return read
 
 
@@ -342,16 +360,18 @@ THEIRS: list[tuple[re.Pattern[str], Callable[..., None]]] = [(re.compile(pattern
     (r"((?:seed|train_batch_tokens|attention_mode|tie_embeddings):\S.*)", their_settings),
     (rf"(?:step:|\d+:)?(\d+)/\d+ train_loss:\s*{FLOAT}(.*)", their_train),
     (rf"(?:step:|\d+:)?(\d+)/\d+ val_loss:\s*{FLOAT} val_bpb:\s*{FLOAT}", their_validation),
-    (rf"([A-Za-z][\w .+-]*?):?\s+val_loss[:=]\s*{FLOAT},?\s+val_bpb[:=]\s*{FLOAT}(.*)", their_stage),
+    (rf"([A-Za-z][\w .+-]{{,99}}?):?\s{{1,9}}val_loss[:=]\s*{FLOAT},?\s+val_bpb[:=]\s*{FLOAT}(.*)", their_stage),
     (rf"layer_loop:phase step:(\d+) frac:{FLOAT} depth:(\d+)", their_phase),
     (rf"layer_loop:enabled step:(\d+) frac:{FLOAT}(.*)", their_loop),
     (r"ttp:(.*)", their_ttt),
     (rf"stopping_early: \S+ train_time:\s*{FLOAT}ms step:\s*(\d+)", their_stop),
-    (rf".*\bcollected \d+ Hessians in {FLOAT} ?s", their_end("train_ms", 1e3, add=True)),
-    (r"Total submission size \S+ ([\d,]+) bytes", their_end("total_bytes")),
-    (rf"total_eval_\w+:\s*{FLOAT} ?s", their_end("eval_ms", 1e3)),
+    (r"(?:ttt\w*|ttpp): ?\w(?!.*(?:disabled|skipped))|beginning TTT", their_ttt_start),
+    (rf"(?i).*\bcollected \d+ hessians in {FLOAT} ?s", their_end("train_ms", 1e3, add=True)),
+    (r"(?i)total submission size\b.{,99}?([\d,]{4,20}) bytes", their_end("total_bytes")),
+    (rf"(?i)total[_ ]eval[_ ]\w+:\s*{FLOAT} ?s", their_end("eval_ms", 1e3)),
+    (r"(.*\b(?:val_)?bpb\b\W{0,3}\d\.\d{3,}.*|Traceback \(most recent call last\).*)", their_unknown_score),
 )]
-THEIR_SETTING = re.compile(r"  (\w+): ?(.*)$")
+THEIR_SETTING = re.compile(r" {1,2}(\w+): ?(.*)$")
 
 
 def read_their_line(run: RunLog, line: str) -> None:
@@ -377,6 +397,9 @@ def finish_theirs(run: RunLog) -> None:
         run.final.total_bytes = int(run.final.total_bytes)
     run.final = replace(run.final, seed=run.seed, val_loss=last and last.val_loss, val_bpb=last and last.val_bpb,
                         pre_ttt_bpb=plain and plain.val_bpb)
+    if last is not None and run.unread_score:
+        run.problems.append(f"warning: this may not be the final score: behind it stands {run.unread_score[:80]!r}, of a stage or form "
+                            "not known here (a row of STAGES or THEIRS would read it)")
     if last is None:
         unknown = [name for name in run.evals if not re.fullmatch(r"initial|ema|quantized|step\d+", name)]
         broken_off = run.says_ttt and plain is not None
@@ -389,7 +412,7 @@ def finish_theirs(run: RunLog) -> None:
 # Files and folders
 # ======================================================================================================================
 
-RANK_PREFIX = re.compile(r"(?:\[(?:default)?(?P<a>\d+)\]:|\[rank(?P<b>\d+)\]: ?)?(?P<text>.*)")
+RANK_PREFIX = re.compile(r"(?:\[(?:default)?(?P<a>\d+)\]: ?|\[rank(?P<b>\d+)\]: ?)?(?P<text>.*)")
 OUR_START = re.compile(r"(run id:|code file:|setting \*?[A-Z])")
 
 
@@ -405,7 +428,7 @@ def lines_of(path: Path) -> list[str]:
     data = path.read_bytes()
     encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
     lines = [RANK_PREFIX.match(line) for line in data.decode(encoding, errors="replace").splitlines()]
-    return [line["text"] for line in lines if line and (line["a"] or line["b"] or "0") == "0"]
+    return [line["text"][:MOST_CHARACTERS] for line in lines if line and (line["a"] or line["b"] or "0") == "0"]
 
 
 def read_log(path: Path) -> RunLog:
@@ -424,6 +447,8 @@ def read_log(path: Path) -> RunLog:
         finish_theirs(run)
     elif run.final is None:
         run.problems.append("the run did not end: there is no final score in this log")
+    if run.final is not None and run.final.val_bpb is not None and not math.isfinite(run.final.val_bpb):
+        run.problems.append(f"its final score is {run.final.val_bpb}")
     return run
 
 
@@ -449,7 +474,16 @@ def logs_in(folder: Path) -> list[Path]:
 
 
 def every_log(folder: Path) -> list[Path]:
-    return [path for path in (*folder.glob("*.log"), *folder.glob("train*.txt")) if not re.search(r"\.eval\d+\.log$", path.name)]
+    texts = [path for path in folder.glob("*.txt") if path.match("train*") or is_log(path)]
+    return [path for path in (*folder.glob("*.log"), *texts) if not re.search(r"\.eval\d+\.log$", path.name)]
+
+
+def is_log(path: Path) -> bool:
+    """Whether a text of any name has a final score."""
+    try:
+        return bool((final := read_log(path).final) and final.val_bpb)
+    except (ValueError, OSError):
+        return False
 
 
 def with_later_score(run: RunLog) -> RunLog:
@@ -488,8 +522,8 @@ def read_group(text: str) -> Group:
                 runs.append(with_later_score(read_log(log)))
             except ValueError as error:
                 notes.append(f"left out: {error}")
-        if path.is_dir() and (others := sorted(log.name for log in set(every_log(path)) - set(logs_in(path)))):
-            notes.append(f"left out, beside the logs {RECORD_LOGS}: {', '.join(others)}")
+        if path.is_dir() and (others := sorted({*every_log(path), *path.glob("*/*.log")} - set(logs_in(path)))):
+            notes.append(f"left out, beside the logs {RECORD_LOGS}: {', '.join(str(log.relative_to(path)) for log in others)}")
     if not runs:
         raise ValueError("; ".join([note.removeprefix("left out: ") for note in notes] or [f"{text}: no logs (*.log) there"]))
     first = Path(names[0])
@@ -537,8 +571,8 @@ def canonical(value: str) -> str:
 
 
 def mean_and_std(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation (nan for fewer than two values)."""
-    if not values:
+    """Mean and sample standard deviation (nan for fewer than two values, and of what is not finite)."""
+    if not values or not all(map(math.isfinite, values)):
         return math.nan, math.nan
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else math.nan
 
@@ -577,7 +611,7 @@ def stage_names(runs: Iterable[RunLog]) -> list[str]:
     """The stages that were scored, in the order of a run."""
     last = ["final", "ema", "quantized", "quantized_ttt"]
     found = {name for run in runs for name in run.evals}
-    steps = sorted((name for name in found if name.startswith("step")), key=lambda name: int(name[4:]))
+    steps = sorted((name for name in found if re.fullmatch(r"step\d+", name)), key=lambda name: int(name[4:]))
     other = sorted(found - set(last) - set(steps) - {"initial"})
     return [name for name in ["initial", *steps, *other, *last] if name in found]
 
@@ -598,13 +632,18 @@ def as_text(rows: list[list[str]]) -> str:
 
 def headline(group: Group) -> str:
     """The one line that matters."""
-    bpb, std = mean_and_std(group.values("val_bpb"))
-    count = len(group.finished)
-    if count == 0:
+    bpb, spread = mean_and_spread(group)
+    if not group.finished:
         return f"{group.name}: no finished run"
-    spread = f" (std {std:.5f}, {count} seeds)" if count > 1 else " (one run)"
     whose = ", figures published by others" if group.published else ""
-    return f"{group.name.removesuffix(' (published by others)')}: val_bpb {bpb:.5f}{spread}{whose}"
+    return f"{group.name.removesuffix(' (published by others)')}: val_bpb {bpb} ({spread}){whose}"
+
+
+def mean_and_spread(group: Group) -> tuple[str, str]:
+    """The mean BPB, empty if no run has an end, and what stands behind it."""
+    mean, std = mean_and_std(group.values("val_bpb"))
+    count = len(group.finished)
+    return f"{mean:.5f}" if count else "", f"std {std:.5f}, {count} seeds" if count > 1 else "one run" if count else "no finished run"
 
 
 def group_warnings(group: Group) -> list[str]:
@@ -1012,32 +1051,24 @@ def pyplot() -> Any:
     return module
 
 
-def plot(groups: list[Group], path: Path) -> None:
-    """All plots on one picture."""
-    plt, curves = pyplot(), curves_of(groups)
-    figure, grid = plt.subplots(3, 2, figsize=(11.5, 10.5), dpi=110)
-    for axes, draw in zip(grid.flat, PLOTS.values()):
-        draw(axes, curves)
-        style(axes)
-    legend(figure, curves)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=path.suffix.lstrip(".") or "png")
-    plt.close(figure)
-    write_atomically(path, buffer.getvalue())
-
-
-def plot_as_svg(name: str, curves: list[Curve]) -> str:
-    """One plot as an inline image for the page."""
+def picture(names: Sequence[str], curves: list[Curve], rows: int, inches: tuple[float, float], **form: Any) -> bytes:
+    """Plots in so many rows on one picture, in the form that matplotlib's savefig is told."""
     plt = pyplot()
-    figure, axes = plt.subplots(figsize=(4.7, 3.5))
-    PLOTS[name](axes, curves)
-    style(axes)
-    if len(curves) > 1:
+    figure, grid = plt.subplots(rows, len(names) // rows, figsize=inches, dpi=110, squeeze=False)
+    for axes, name in zip(grid.flat, names):
+        PLOTS[name](axes, curves)
+        style(axes)
+    if len(names) > 1 or len(curves) > 1:
         legend(figure, curves)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    figure.savefig(buffer, **form)
     plt.close(figure)
-    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return buffer.getvalue()
+
+
+def plot(groups: list[Group], path: Path) -> None:
+    """All plots on one picture."""
+    write_atomically(path, picture(list(PLOTS), curves_of(groups), 3, (11.5, 10.5), format=path.suffix.lstrip(".") or "png"))
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -1087,10 +1118,8 @@ def as_html(rows: list[list[str]]) -> str:
 
 def group_section(group: Group) -> str:
     """Headline, seeds, stages, where it ran and what to know."""
-    bpb, std = mean_and_std(group.values("val_bpb"))
-    count = len(group.finished)
-    spread = f"std {std:.5f}, {count} seeds" if count > 1 else "one run" if count else "no finished run"
-    parts = [f"<h1>{html.escape(group.name)}</h1>", f'<p class="big">{bpb:.5f}</p>' if count else "",
+    bpb, spread = mean_and_spread(group)
+    parts = [f"<h1>{html.escape(group.name)}</h1>", f'<p class="big">{bpb}</p>' if bpb else "",
              f'<p class="note">bits per byte ({spread})</p>', f'<p class="note">{html.escape(where_it_ran(group))}</p>',
              as_html(seed_table(group))]
     if stage_names(group.runs):
@@ -1136,7 +1165,10 @@ def settings_section(groups: list[Group]) -> str:
 def report(groups: list[Group], path: Path) -> None:
     """Write the page: everything is in the one file, nothing is fetched."""
     curves, comparison = curves_of(groups), ""
-    plots = [f'<div class="card"><img alt="{words}" src="{plot_as_svg(name, curves)}"></div>' for name, words in PLOT_WORDS.items()]
+    plots = []
+    for name, words in PLOT_WORDS.items():
+        image = base64.b64encode(picture([name], curves, 1, (4.7, 3.5), format="svg", metadata={"Date": None})).decode()
+        plots.append(f'<div class="card"><img alt="{words}" src="data:image/svg+xml;base64,{image}"></div>')
     plots.append(f'<div class="card"><h2>Stages</h2>{as_html(stage_comparison(curves))}</div>')
     if len(groups) == 2 and all(group.finished for group in groups):
         try:
@@ -1149,7 +1181,7 @@ def report(groups: list[Group], path: Path) -> None:
             f'initial-scale=1"><title>{title}</title><style>{PAGE_STYLE}</style></head><body>'
             f'{"".join(map(group_section, groups))}<div class="plots">{"".join(plots)}</div>{comparison}'
             f'{settings_section(groups)}</body></html>\n')
-    write_atomically(path, page.encode("utf-8"))
+    write_atomically(path, page.encode("utf-8", "backslashreplace"))
 
 
 # ======================================================================================================================
@@ -1171,8 +1203,15 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def print_anything() -> None:
+    """What a console cannot print, of a file's name say, is escaped: it must not end a program."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.reconfigure(errors="backslashreplace")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit status: 0, or 2 for something the user can mend."""
+    print_anything()
     options = parse_arguments(arguments)
     try:
         if options.command == "compare":
@@ -1188,6 +1227,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Exception as error:  # noqa: BLE001  whatever a damaged log can provoke is no traceback
+        print(f"error: these logs cannot be read: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
         return 2
     return 0
 

@@ -75,12 +75,11 @@ def run_seeds(seeds: Sequence[int], environment: dict[str, str], options: argpar
     for seed in seeds:
         log = options.runs / f"train_seed{seed}.log"
         if log.exists():
-            begun = has_begun(log)
-            if begun and logs.read_log(log).final is not None:
+            if (run := begun(log)) and run.final is not None:
                 continue
-            if not begun:
+            if run is None:
                 log.unlink()  # it would stand in the way of the run, which overwrites none
-            elif not log.with_suffix(".run.json").exists():  # with it, the run goes on from its checkpoint
+            elif not log.with_suffix(".state").exists():  # with it, the run goes on from its checkpoint
                 raise Refused(f"{log} has no end: the run was cut off. Move it away to run seed {seed} again")
         names = {"SEED": str(seed), "RUN_ID": f"train_seed{seed}", "ARTIFACT_DIR": str(artifact_dir)}
         environ = {**os.environ, **environment, **names}
@@ -90,19 +89,19 @@ def run_seeds(seeds: Sequence[int], environment: dict[str, str], options: argpar
             raise Refused(f"seed {seed} ended with exit status {status}; see {log}")
 
 
-def has_begun(log: Path) -> bool:
-    """Whether a log is of a run that trained: one that found no data, say, stands in nobody's way."""
+def begun(log: Path) -> RunLog | None:
+    """The run of a log, if it trained: one that found no data, say, stands in nobody's way."""
     try:
-        return bool(logs.read_log(log).train)
+        run = logs.read_log(log)
     except ValueError:
-        return False
+        return None
+    return run if run.train else None
 
 
 def collect(seeds: Sequence[int], folder: Path) -> list[RunLog]:
     """The runs of the seeds among the logs of a folder; Refused if one is missing or there twice."""
     found: dict[int, list[RunLog]] = {}
-    for path in filter(has_begun, logs.logs_in(folder)):
-        run = logs.read_log(path)
+    for run in filter(None, map(begun, logs.logs_in(folder))):
         if run.seed is not None:
             found.setdefault(run.seed, []).append(run)
     missing = [seed for seed in seeds if seed not in found]
@@ -114,12 +113,6 @@ def collect(seeds: Sequence[int], folder: Path) -> list[RunLog]:
             raise Refused(f"seed {seed} has several logs: {names}. Choosing among runs is not allowed; keep in one folder only the "
                           "runs of this configuration")
     return [found[seed][0] for seed in seeds]
-
-
-def artifact_of(run: RunLog) -> Path | None:
-    """The artifact beside a log, if it is there."""
-    path = run.path.with_suffix(".artifact")
-    return path if path.is_file() else None
 
 
 # ======================================================================================================================
@@ -330,7 +323,7 @@ def fill(folder: Path, group: Group, environment: dict[str, str], options: argpa
     for run in group.runs:
         shutil.copyfile(run.path, folder / f"train_seed{run.seed}.log")
         if options.with_artifacts:
-            if (artifact := artifact_of(run)) is None:
+            if not (artifact := run.path.with_suffix(".artifact")).is_file():
                 raise Refused(f"no artifact beside {run.path}, and --with-artifacts asks for it")
             shutil.copyfile(artifact, folder / f"train_seed{run.seed}.artifact")
     for file in CODE:
@@ -424,6 +417,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit status: 0, 1 if it was refused, 2 for a mistake of the user."""
+    logs.print_anything()
     options = parse_arguments(arguments)
     try:
         target = make_record(options)
@@ -432,6 +426,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Exception as error:  # noqa: BLE001  whatever a damaged log can provoke is no traceback
+        print(f"error: no folder can be made of these runs: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
         return 2
     print(logs.headline(logs.read_group(str(target))))
     print(f"wrote {target}")

@@ -18,6 +18,7 @@ import os
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
@@ -159,8 +160,9 @@ class ValSet:
 # The suspect
 # ======================================================================================================================
 
-NEW_USER, NEW_NET, NEW_MOUNTS = 0x10000000, 0x40000000, 0x00020000  # of sched.h
+NEW_USER, NEW_NET, NEW_MOUNTS, NEW_IPC, NEW_PIDS = 0x10000000, 0x40000000, 0x00020000, 0x08000000, 0x20000000  # of sched.h
 PRIVATE, BIND, RECURSIVE = 0x44000, 0x1000, 0x4000  # of mount.h
+MOUNT_SETATTR, ALL_BELOW, READ_ONLY = 442, 0x8000, struct.pack("4Q", 1, 0, 0, 0)  # a system call and what it takes
 SYSTEM_FOLDERS = ("/usr", "/lib", "/lib64", "/bin", "/sbin", "/etc", "/opt", "/proc", "/dev", "/sys")
 # Code from before LOSSES_PATH: the losses are taken from what its two scores return.
 OLDER = """\
@@ -180,9 +182,12 @@ raise SystemExit(status)
 
 
 def close_off(case: Path) -> None:
-    """In the child: no network, and no files but the system's, Python's and those of `case`. OSError where this is not allowed."""
+    """In the child: no network, and no files but the system's and Python's, to be read, and those of `case`.
+
+    Nothing that it writes or starts is there for the next: it would tell one score from another. OSError where this is not allowed.
+    """
     libc, root = ctypes.CDLL(None, use_errno=True), case / "root"
-    failed = libc.unshare(NEW_USER | NEW_NET | NEW_MOUNTS) or libc.mount(b"none", b"/", None, PRIVATE, None)
+    failed = libc.unshare(NEW_USER | NEW_NET | NEW_MOUNTS | NEW_IPC | NEW_PIDS) or libc.mount(b"none", b"/", None, PRIVATE, None)
     for path in map(Path, (*SYSTEM_FOLDERS, sys.prefix, sys.base_prefix, case)):
         inside = root / path.relative_to("/")
         if path.is_symlink():
@@ -190,10 +195,18 @@ def close_off(case: Path) -> None:
         elif path.is_dir():
             inside.mkdir(parents=True, exist_ok=True)
             failed = failed or libc.mount(os.fsencode(path), os.fsencode(inside), None, BIND | (0 if path == case else RECURSIVE), None)
+            if path != case:
+                failed = failed or libc.syscall(MOUNT_SETATTR, -1, os.fsencode(inside), ALL_BELOW, READ_ONLY, len(READ_ONLY))
+    if (memory := root / "dev" / "shm").is_dir():
+        (case / "shm").mkdir()
+        failed = failed or libc.mount(os.fsencode(case / "shm"), os.fsencode(memory), None, BIND, None)
     if failed:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     os.chroot(root)
     os.chdir(case)
+    if first := os.fork():  # with the first process of the new space of processes all others there end
+        os.closerange(3, 1 << 16)
+        os._exit(os.waitstatus_to_exitcode(os.waitpid(first, 0)[1]) & 255)
 
 
 @lru_cache

@@ -25,11 +25,11 @@ function the weights are) and *score* (how it is scored). Made by `tools/setting
 
 def settings_page() -> str:
     """The page: a table with one line a setting."""
-    rows = []
+    rows, docs = [], train_gpt.setting_docs()
     for f in fields(train_gpt.Config):
         default = train_gpt.format_setting(f.default) or "(empty)"
         carried = next((mark for mark in ("model", "score") if f.metadata[mark]), "")
-        rows.append(f"| {f.name.upper()} | {default} | {f.metadata['doc']} | {f.metadata['check'].text} | {carried} |")
+        rows.append(f"| {f.name.upper()} | {default} | {docs[f.name]} | {f.metadata['check'].text} | {carried} |")
     return HEAD + "\n".join(rows) + "\n"
 
 

@@ -19,8 +19,10 @@ import difflib
 import hashlib
 import json
 import math
+import os
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -129,6 +131,7 @@ def check_one_configuration(record: Record) -> Result:
 CODE_RULES = ["the artifact scores what the log says", "causal", "the distribution adds up to 1",
               "validation documents score no better than others", "no validation document in the training data"]
 CODE_RULE = "the folder's code is the code that ran"
+BLIND_DECORATORS = {"property", "classmethod", "staticmethod", "lru_cache", "torch.no_grad"}  # they read no annotations
 
 
 def check_code(record: Record) -> Result:
@@ -184,7 +187,7 @@ def bare(source: str) -> str:
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None and len(node.body) > 1:
             del node.body[0]
-        if isinstance(node, ast.FunctionDef) and not node.decorator_list:
+        if isinstance(node, ast.FunctionDef) and {ast.unparse(d).partition("(")[0] for d in node.decorator_list} <= BLIND_DECORATORS:
             node.returns = None
             for arg in (found for found in ast.walk(node.args) if isinstance(found, ast.arg)):
                 arg.annotation = None
@@ -367,10 +370,11 @@ def agree(claim: Any, value: float, given: int = 7) -> bool:
 
 
 def by_seed(told: Any) -> dict[str, dict[str, Any]]:
-    """seed_results as a table or as a list, with seeds as text."""
+    """seed_results as a table or as a list, with seeds as text; a mere figure is a BPB."""
     if isinstance(told, list):
         return {str(row.get("seed")): row for row in told if isinstance(row, dict)}
-    return {str(seed): row for seed, row in told.items() if isinstance(row, dict)} if isinstance(told, dict) else {}
+    rows = told.items() if isinstance(told, dict) else ()
+    return {re.sub(r"^seed\W?_?", "", str(seed)): row if isinstance(row, dict) else {"val_bpb": row} for seed, row in rows}
 
 
 def check_claims(record: Record) -> Result:
@@ -523,15 +527,17 @@ def check_bytes(record: Record, val: ValSet, tokenizer: Path | None, documents_f
     rule, problems = "bytes equal to the text's bytes", []
     if {"documents": len(val.starts), "tokens": len(val.tokens), "bytes": val.num_bytes} == PUBLISHED_VAL:
         return Result(PASS, rule, f"the sidecar sums to the published {val.num_bytes:,} bytes")
-    try:
-        pieces, lossless = tokenizer_pieces(tokenizer or record.folder / record.runs[0].settings.get("TOKENIZER_PATH", ""))
-    except (ImportError, OSError, ValueError) as error:
-        return Result(UNKNOWN, rule, f"no text without the tokenizer: {error}")
-    if not lossless:
-        return Result(UNKNOWN, rule, "the tokenizer is not lossless, the original text is not in the shard")
     sys.path.append(str(ROOT))  # the transform of this repository, not the folder's
     from lossless_caps import V1, VERSIONS
 
+    try:
+        from caseops_tokenizer import Tokenizer  # here, because it needs SentencePiece
+
+        model = Tokenizer(tokenizer or record.folder / record.runs[0].settings.get("TOKENIZER_PATH", ""))
+    except (ImportError, OSError, ValueError) as error:
+        return Result(UNKNOWN, rule, f"no text without the tokenizer: {error}")
+    if not model.lossless:
+        return Result(UNKNOWN, rule, "the tokenizer is not lossless, the original text is not in the shard")
     version = record.runs[0].settings.get("CASEOPS_VERSION", V1.name)  # older logs lack it
     if version not in VERSIONS:
         return Result(UNKNOWN, rule, f"CASEOPS_VERSION={version} is not one that lossless_caps.py here has: {', '.join(VERSIONS)}")
@@ -541,7 +547,7 @@ def check_bytes(record: Record, val: ValSet, tokenizer: Path | None, documents_f
         end = val.starts[number + 1] if number + 1 < len(val.starts) else len(val.tokens)
         charged = int(val.byte_counts[begin:end].sum())
         try:
-            text = decode(b"".join(pieces[token] for token in val.tokens[begin + 1: end]).decode("utf-8"))
+            text = decode(b"".join(model.pieces[token] for token in val.tokens[begin + 1: end]).decode("utf-8"))
         except (ValueError, IndexError) as error:
             problems.append(f"document {number} does not decode: {error}")
             continue
@@ -551,23 +557,6 @@ def check_bytes(record: Record, val: ValSet, tokenizer: Path | None, documents_f
             problems.append(f"document {number} is not the text in {documents_file}")
     compared = f" and equal to {documents_file.name}" if documents_file else ""
     return judged(rule, problems, f"{len(val.starts):,} documents decoded{compared}")
-
-
-def tokenizer_pieces(path: Path) -> tuple[list[bytes], bool]:
-    """What each token stands for in the CaseOps text, and whether the tokenizer loses nothing; ValueError without the file."""
-    import sentencepiece
-
-    if not path.is_file():
-        raise ValueError(f"there is none at {path}; name it with --tokenizer")
-    model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    pieces = []
-    for i in range(model.vocab_size()):
-        name = model.id_to_piece(i)
-        control = model.is_control(i) or model.is_unknown(i)
-        plain = bytes([int(name[3:5], 16)]) if model.is_byte(i) else name.replace("\u2581", " ").encode()
-        pieces.append(b"" if control else plain)
-    sample = "a  b\n\n c\u00a0\ufb01 \t"
-    return pieces, b"".join(pieces[i] for i in model.encode(sample)).decode() == sample
 
 
 def raw_texts(path: Path) -> Iterator[str]:
@@ -651,15 +640,15 @@ def suspect_of(record: Record, run: RunLog, options: argparse.Namespace) -> Susp
 
 
 def standing_rows(record: Record, save: bool) -> Iterator[Result]:
-    """What no tool can see."""
+    """What no tool can see. The diff is kept in the folder if anything is to be, else among the temporary files."""
     ours, theirs = ((ROOT / CODE_FILE).read_text(encoding="utf-8") if (ROOT / CODE_FILE).is_file() else ""), readable_code(record)
     diff = list(difflib.unified_diff(ours.splitlines(), theirs.splitlines(), f"repository/{CODE_FILE}", f"record/{CODE_FILE}", lineterm=""))
-    lines = sum(line[0] in "+-" for line in diff[2:])
-    if save:
-        logs.write_atomically(record.folder / "verify.diff", ("\n".join(diff) + "\n").encode())
-    where = "verify.diff" if save else "--save keeps the diff as verify.diff"
-    yield Result(UNKNOWN, "code that behaves differently when it is watched",
-                 f"read it: {lines} lines differ from the repository's {CODE_FILE} ({where})")
+    lines, data = sum(line[0] in "+-" for line in diff[2:]), ("\n".join(diff) + "\n").encode(errors="replace")
+    path = record.folder / "verify.diff" if save else Path(tempfile.gettempdir(), f"verify_{hashlib.sha256(data).hexdigest()[:12]}.diff")
+    if save or lines:
+        logs.write_atomically(path, data)
+    words = f"{lines} lines differ from the repository's {CODE_FILE}" + (f", which are in {path}" if lines else "")
+    yield Result(UNKNOWN, "code that behaves differently when it is watched", f"read it: {words}" if theirs else f"no {CODE_FILE} is here")
     yield Result(UNKNOWN, "training took place as logged, on that hardware", "only by running it again")
 
 
@@ -704,7 +693,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--same-machine", action="store_true", help="the score again must be the log's to the last digit")
     parser.add_argument("--folder-only", action="store_true", help="only what needs no data")
     parser.add_argument("--strict", action="store_true", help="what is not checkable counts as failed")
-    parser.add_argument("--save", action="store_true", help="keep the table as verify.txt and the diff as verify.diff in the folder")
+    parser.add_argument("--save", action="store_true", help="keep the table as verify.txt and the diff to the repository's code as "
+                        "verify.diff in the folder (without: the diff among the temporary files)")
     options = parser.parse_args(arguments)
     if (options.folder is None) == (options.artifact is None) or (options.log is not None and options.artifact is None):
         parser.error("give either a RECORD_FOLDER, or --artifact (and --log, if there is one)")
@@ -732,6 +722,7 @@ def check_loose_size(record: Record) -> Result:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit status: 0 nothing failed, 1 something did, 2 a mistake of the user."""
+    logs.print_anything()
     options = parse_arguments(arguments)
     try:
         record = open_record(options)
@@ -739,13 +730,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     results = []
-    for result in verify(record, options):
-        print(as_row(result), flush=True)
-        results.append(result)
-    print("\n" + count_words(results))
-    if options.save:
-        table = "\n".join([*map(as_row, results), "", count_words(results), ""])
-        logs.write_atomically(record.folder / "verify.txt", table.encode())
+    try:
+        for result in verify(record, options):
+            print(as_row(result), flush=True)
+            results.append(result)
+        print("\n" + count_words(results), flush=True)
+        if options.save:
+            table = "\n".join([*map(as_row, results), "", count_words(results), ""])
+            logs.write_atomically(record.folder / "verify.txt", table.encode(errors="replace"))
+    except OSError as error:  # a full disk, a folder that may not be written to, a reader who has seen enough
+        if not isinstance(error, BrokenPipeError):
+            print(f"error: the table cannot be written: {error}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 2
     bad = {FAIL, UNKNOWN} if options.strict else {FAIL}
     return int(any(result.status in bad for result in results))
 
