@@ -3543,7 +3543,7 @@ class Documents:
         order = np.argsort(-(ends - starts), kind="stable")
         self.starts, self.lengths = starts[order], (ends - starts)[order]
         self.byte_sums = np.add.reduceat(np.append(val.byte_counts[1:], 0).astype(np.int64), starts)[order]
-        self.hints: tuple[np.ndarray, np.ndarray] | None = None  # (N,) of the entry behind: a token, -1 for none, and its beta
+        self.hints: tuple[np.ndarray, np.ndarray] | None = None  # (N,) of the entry behind: a token, and its beta; 0, 0 for none
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -3624,8 +3624,8 @@ class Chunk(NamedTuple):
     batch: Batch  # a row of equal width a document
     rows: Tensor | None  # (documents * chunk size,) the tokens of the batch that are scored; None: all of them
     weights: Tensor  # (documents * chunk size,) shares in the training loss; 0 in a document's last chunk
-    hints: Tensor | None = None  # (documents * chunk size,) tokens that n-grams point to, -1 where none does
-    betas: Tensor | None = None  # by how much they are raised
+    hints: Tensor | None = None  # (documents * chunk size,) tokens that n-grams point to
+    betas: Tensor | None = None  # by how much they are raised; 0 where none does
 
     def tensors(self) -> list[Tensor]:
         """All that a captured step reads."""
@@ -3713,7 +3713,7 @@ class TTTScorer:
         self.run, self.adapters = run, Adapters(run, documents)
         self.cache = KVCache(run, documents) if run.cfg.ttt_context == "cache" else None
         self.captures = run.device.type == "cuda" and self.cache is not None
-        self.captured: dict[tuple[int, int, int], tuple[torch.cuda.CUDAGraph, Chunk, Tensor]] = {}
+        self.captured: dict[tuple[int, int, int], Callable[[Chunk], Tensor]] = {}
         # A step has the next of these numbers of documents (one alone the compiler would take for a constant) and of places in sight.
         self.live_sizes: range | list[int] = range(2 if run.compile else 1, documents + 1)
         self.seen_sizes: range | list[int] = range(self.cache.places + 1 if self.cache else 1)
@@ -3753,20 +3753,14 @@ class TTTScorer:
     def _step(self, chunk: Chunk, live: int, begin: int, trains: bool) -> Tensor:
         """The losses of a chunk, computed before the step on them; where captured they are overwritten by the next such step."""
         seen = self.seen_sizes[bisect.bisect_left(self.seen_sizes, min(begin, self.seen_sizes[-1]))]
-        if (key := (live, chunk.batch.max_seqlen, seen)) not in self.captured:
-            return self._losses_and_learn(chunk, live, seen, trains)
-        graph, kept, losses = self.captured[key]
-        for held, new in zip(kept.tensors(), chunk.tensors()):
-            held.copy_(new)
-        graph.replay()
-        return losses
+        captured = self.captured.get((live, chunk.batch.max_seqlen, seen))
+        return captured(chunk) if captured else self._losses_and_learn(chunk, live, seen, trains)
 
     def _losses_and_learn(self, chunk: Chunk, live: int, seen: int, trains: bool) -> Tensor:
         """Everything that happens to a chunk."""
         leaves, hints = self.adapters.live(live), chunk.hints
-        also = None if hints is None else hints.clamp_min(0)
         with torch.set_grad_enabled(trains):
-            forward = partial(self.losses_of, chunk.batch, leaves, chunk.rows, also, seen)
+            forward = partial(self.losses_of, chunk.batch, leaves, chunk.rows, hints, seen)
             losses, made = forward()
             scored = losses.detach().clone()
             for again in range(self.run.cfg.ttt_grad_steps if trains else 0):
@@ -3783,20 +3777,22 @@ class TTTScorer:
         """Compile and run everything on random tokens, and capture what will be replayed, before the clock."""
         if not self.run.compile:
             return
-        cfg, largest, count = self.run.cfg, self.run.cfg.chunk_sizes[-1], self.adapters.documents
+        cfg, count = self.run.cfg, self.adapters.documents
         self.adapters.reset()
-        if self.run.device.type == "cuda" and not self.captures:
+        documents = self._random_documents(np.linspace(min(cfg.ttt_eval_seq_len, 640) + 3, cfg.chunk_sizes[-1] + 1, count).astype(int))
+        if self.captures:
+            pool = torch.cuda.graph_pool_handle()
+            for live, size, seen in itertools.product(self.live_sizes, cfg.chunk_sizes, self.seen_sizes):
+                chunk = make_chunk(self.run, documents, documents.starts[:live], documents.lengths[:live], 0, size)
+                self.captured[live, size, seen] = self._capture(chunk, live, seen, pool)
+        elif self.run.device.type == "cuda":
             # A full batch with whole windows comes before all others, which then take their memory out of its blocks. Windows grow from
             # chunk to chunk: without this no block that the allocator kept would fit the next, and it would keep all.
             begin, end = chunk_bounds(cfg, cfg.ttt_eval_seq_len)[-2:]
-            documents = self._random_documents(np.full(count, end + 1))
+            widest = self._random_documents(np.full(count, end + 1))
+            chunk = make_chunk(self.run, widest, widest.starts, widest.lengths, begin, end)
             for _ in range(2):
-                self._step(make_chunk(self.run, documents, documents.starts, documents.lengths, begin, end), count, begin, trains=True)
-        documents = self._random_documents(np.linspace(min(cfg.ttt_eval_seq_len, 640) + 3, largest + 1, count).astype(int))
-        pool = torch.cuda.graph_pool_handle() if self.captures else None
-        for live, size, seen in itertools.product(self.live_sizes, cfg.chunk_sizes, self.seen_sizes) if self.captures else ():
-            chunk = make_chunk(self.run, documents, documents.starts[:live], documents.lengths[:live], 0, size)
-            self.captured[live, size, seen] = self._capture(chunk, live, seen, pool)
+                self._step(chunk, count, begin, trains=True)
         for _ in range(2):
             self.score(documents, range(count))
         self.steps = self.forwarded = 0
@@ -3810,18 +3806,25 @@ class TTTScorer:
         documents.hints = (tokens.astype(np.int64), np.ones(len(tokens), np.float32)) if cfg.ngram_tilt_enabled else None
         return documents
 
-    def _capture(self, chunk: Chunk, live: int, seen: int, pool: tuple[int, int]) -> tuple[torch.cuda.CUDAGraph, Chunk, Tensor]:
-        """Record a step. What adapters and cache hold is lost: a reset comes next."""
+    def _capture(self, kept: Chunk, live: int, seen: int, pool: tuple[int, int]) -> Callable[[Chunk], Tensor]:
+        """Record a step on `kept`; what replays it on another chunk. What adapters and cache hold is lost: a reset comes next."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):  # compiles
-                self._losses_and_learn(chunk, live, seen, trains=True)
+                self._losses_and_learn(kept, live, seen, trains=True)
         torch.cuda.current_stream().wait_stream(stream)
-        graph, losses = torch.cuda.CUDAGraph(), torch.empty_like(chunk.weights)
+        graph, losses = torch.cuda.CUDAGraph(), torch.empty_like(kept.weights)
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            losses.copy_(self._losses_and_learn(chunk, live, seen, trains=True))
-        return graph, chunk, losses
+            losses.copy_(self._losses_and_learn(kept, live, seen, trains=True))
+
+        def replay(chunk: Chunk) -> Tensor:
+            for held, new in zip(kept.tensors(), chunk.tensors()):
+                held.copy_(new)
+            graph.replay()
+            return losses
+
+        return replay
 
 
 class GlobalSGD:
@@ -3937,7 +3940,7 @@ def take_hints(run: Run, documents: Documents) -> None:
         betas = hints.betas(run.cfg)
         found = [values[betas > 0] for values in (hints.at, hints.top, betas)]
     at, top, betas = run.ranks.agree(found)
-    documents.hints = np.full(len(documents.tokens), -1), np.zeros(len(documents.tokens), np.float32)
+    documents.hints = np.zeros(len(documents.tokens), np.int64), np.zeros(len(documents.tokens), np.float32)
     documents.hints[0][at - 1], documents.hints[1][at - 1] = top, betas
     run.log.record("tilt", hints=len(at), targets=int(documents.lengths.sum()), time_ms=int(since_ms(began)))
 
