@@ -1347,25 +1347,6 @@ def rms_norm(x: Tensor, divisor: float = 1.0) -> Tensor:
     return NormFromOutput.apply(x, divisor) if kernels_take(x) else F.rms_norm(x, (x.size(-1),)) / divisor
 
 
-class NormFromOutput(torch.autograd.Function):
-    """rms_norm whose backward reads what it returned, which is kept anyway, in place of x."""
-
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, divisor: float) -> Tensor:
-        factor = norm_factor(x) / divisor
-        y = (x.float() * factor).to(x.dtype)
-        ctx.save_for_backward(y, factor)
-        ctx.divisor = divisor
-        return y
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
-        y, factor = ctx.saved_tensors
-        grad, y = grad.float(), y.float()
-        along = ctx.divisor**2 * (grad * y).mean(-1, keepdim=True)
-        return (factor * (grad - along * y)).to(ctx.saved_tensors[0].dtype), None
-
-
 def norm_factor(x: Tensor) -> Tensor:
     """What rms_norm multiplies each row of x (..., D) with, (..., 1) float32."""
     return torch.rsqrt(x.float().square().mean(-1, keepdim=True) + NORM_EPS)
@@ -1374,33 +1355,6 @@ def norm_factor(x: Tensor) -> Tensor:
 def add(x: Tensor, y: Tensor) -> Tensor:
     """x + y, of one dtype. A plain sum the compiler would join to the product before it, copying x for that; this joins the norm behind."""
     return (x.float() + y.float()).to(x.dtype) if torch.compiler.is_compiling() else x + y
-
-
-@torch.library.custom_op(f"{OPERATORS}::add_product_", mutates_args=("x",))
-def add_product_op(x: Tensor, y: Tensor, w: Tensor) -> None:
-    """x (T, d) += y (T, k) w^T."""
-    x.addmm_(y, w.t())
-
-
-class AddProduct(torch.autograd.Function):
-    """x + y w^T, the sum made by the product where x stands: nobody may need x any more, or the compiler copies it."""
-
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, y: Tensor, w: Tensor) -> Tensor:
-        ctx.save_for_backward(y, w)
-        out = x * 1.0  # a clone the compiler would take out, and then not join the norm of x with what writes x
-        add_product_op(out, y, w)
-        return out
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        y, w = ctx.saved_tensors
-        return grad, grad @ w, grad.t() @ y
-
-
-def add_product(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
-    """x (T, d) + y (T, k) w^T."""
-    return AddProduct.apply(x, y, w) if kernels_take(x) else add(x, F.linear(y, w))
 
 
 @torch.library.custom_op(f"{OPERATORS}::rotary_tables", mutates_args=())
@@ -3984,9 +3938,10 @@ def score_with_ttt(run: Run, model: GPT, val: ValData) -> Score:
 # ======================================================================================================================
 # 12. Kernels (appendix)
 #
-# Three places where writing the fused form by hand saves memory traffic that torch.compile cannot: the MLP, whose
-# activation joins the matrix product before it (forward) and the one after it (backward); exclusive self-attention, one pass
-# each way; and the softcapped cross entropy, which never stores the float32 logits of a batch. Each has a form in plain
+# Five places where writing the fused form by hand saves memory traffic that torch.compile cannot: the MLP, whose norm and
+# activation join the matrix product before it (forward) and the one after it (backward); norms whose backward reads what they
+# returned; the sum of the stream and attention's projection, made in place; exclusive self-attention, one pass each way; and
+# the softcapped cross entropy, which never stores the float32 logits of a batch. Each has a form in plain
 # torch, which runs without Triton; the tests hold both against float64. The kernels hide in operators, so the compiler keeps its single graph. Matrix tiles go through Hopper's
 # copy engine (TMA descriptors), one persistent program on every multiprocessor.
 # ======================================================================================================================
@@ -4177,6 +4132,52 @@ def fused_mlp(x: Tensor, divisor: float, w_up: Tensor, w_down: Tensor) -> Tensor
     return F.linear(activation(F.linear(rms_norm(x, divisor), w_up)), w_down)
 
 
+class NormFromOutput(torch.autograd.Function):
+    """rms_norm whose backward reads what it returned, which is kept anyway, in place of x."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, divisor: float) -> Tensor:
+        factor = norm_factor(x) / divisor
+        y = (x.float() * factor).to(x.dtype)
+        ctx.save_for_backward(y, factor)
+        ctx.divisor = divisor
+        return y
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
+        y, factor = ctx.saved_tensors
+        grad, y = grad.float(), y.float()
+        along = ctx.divisor**2 * (grad * y).mean(-1, keepdim=True)
+        return (factor * (grad - along * y)).to(ctx.saved_tensors[0].dtype), None
+
+
+@torch.library.custom_op(f"{OPERATORS}::add_product_", mutates_args=("x",))
+def add_product_op(x: Tensor, y: Tensor, w: Tensor) -> None:
+    """x (T, d) += y (T, k) w^T."""
+    x.addmm_(y, w.t())
+
+
+class AddProduct(torch.autograd.Function):
+    """x + y w^T, the sum made by the product where x stands: nobody may need x any more, or the compiler copies it."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, y: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(y, w)
+        out = x * 1.0  # a clone the compiler would take out, and then not join the norm of x with what writes x
+        add_product_op(out, y, w)
+        return out
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y, w = ctx.saved_tensors
+        return grad, grad @ w, grad.t() @ y
+
+
+def add_product(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
+    """x (T, d) + y (T, k) w^T."""
+    return AddProduct.apply(x, y, w) if kernels_take(x) else add(x, F.linear(y, w))
+
+
 def launch_exclude_self(tensors: tuple[Tensor, ...], y: Tensor, v: Tensor, backward: bool) -> None:
     """Run exclude_self_kernel; the rows of v (T, Hkv, D) may lie apart, everything else is contiguous."""
     kv, dim, block = v.size(1), v.size(2), 32
@@ -4187,7 +4188,7 @@ def launch_exclude_self(tensors: tuple[Tensor, ...], y: Tensor, v: Tensor, backw
 
 @torch.library.custom_op(f"{OPERATORS}::exclude_self", mutates_args=())
 def exclude_self_op(y: Tensor, v: Tensor, gate: Tensor) -> Tensor:
-    """exclude_self_reference by the kernel."""
+    """exclude_self by the kernel."""
     out = torch.empty_like(y)
     launch_exclude_self((y, v, gate, y, out, y, y), y, v, backward=False)
     return out
@@ -4207,18 +4208,13 @@ exclude_self_op.register_autograd(lambda ctx, grad: exclude_self_backward_op(gra
                                   setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
 
 
-def exclude_self_reference(y: Tensor, v: Tensor, gate: Tensor) -> Tensor:
-    """What exclude_self computes, in plain torch."""
-    v = v.float().repeat_interleave(y.size(1) // v.size(1), dim=1)
-    along = (y.float() * v).sum(-1, keepdim=True) / v.square().sum(-1, keepdim=True).clamp_min(1e-24)
-    return (gate.unsqueeze(-1) * (y.float() - along * v)).to(y.dtype)
-
-
 def exclude_self(y: Tensor, v: Tensor, gate: Tensor) -> Tensor:
     """Exclusive self-attention: y (T, H, D) without its part along the value v (T, Hkv, D) of its own position, times gate (T, H)."""
     if kernels_take(y) and v.size(2) in (16, 32, 64, 128):
         return exclude_self_op(y.contiguous(), v, gate.contiguous())
-    return exclude_self_reference(y, v, gate)
+    v = v.float().repeat_interleave(y.size(1) // v.size(1), dim=1)
+    along = (y.float() * v).sum(-1, keepdim=True) / v.square().sum(-1, keepdim=True).clamp_min(1e-24)
+    return (gate.unsqueeze(-1) * (y.float() - along * v)).to(y.dtype)
 
 
 def row_chunks(logits: Tensor) -> range:
