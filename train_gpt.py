@@ -3941,9 +3941,9 @@ def score_with_ttt(run: Run, model: GPT, val: ValData) -> Score:
 # Five places where writing the fused form by hand saves memory traffic that torch.compile cannot: the MLP, whose norm and
 # activation join the matrix product before it (forward) and the one after it (backward); norms whose backward reads what they
 # returned; the sum of the stream and attention's projection, made in place; exclusive self-attention, one pass each way; and
-# the softcapped cross entropy, which never stores the float32 logits of a batch. Each has a form in plain
-# torch, which runs without Triton; the tests hold both against float64. The kernels hide in operators, so the compiler keeps its single graph. Matrix tiles go through Hopper's
-# copy engine (TMA descriptors), one persistent program on every multiprocessor.
+# the softcapped cross entropy, which never stores the float32 logits of a batch. Each has a form in plain torch, which runs
+# without Triton; the tests hold both against float64. The kernels hide in operators, so the compiler keeps its single graph.
+# Matrix tiles go through Hopper's copy engine (TMA descriptors), one persistent program on every multiprocessor.
 # ======================================================================================================================
 
 
