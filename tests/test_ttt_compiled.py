@@ -43,5 +43,5 @@ def test_ttt_lowered_by_inductor_scores_as_eager_with_gradients_laid_out_as_the_
             np.testing.assert_allclose(one, other, atol=5e-5)
     assert layouts and all(param == grad for param, grad in layouts)
     assert not torch._dynamo.utils.counters["graph_break"]
-    if context == "window":  # on a CPU a cache is as large as its documents need; on a GPU its steps are captured beforehand
+    if context == "window":  # in a cache, a CPU looks at just the filled places; on a GPU its few steps are captured beforehand
         assert train_gpt.graphs_made(run) == graphs
