@@ -2863,10 +2863,23 @@ exec(compile(PACKED_SOURCE, "packed.py", "exec"))
                 if (last := node.returns) is not None:
                     yield (last.lineno, last.col_offset - len("-> ")), (last.end_lineno, last.end_col_offset)
 
+    def joints(source: str) -> dict[tuple[int, int], str]:
+        """Rows and columns of statements that go on the line of the one before, or of their block's head, and what comes between."""
+        found = {}
+        for node in ast.walk(ast.parse(source)):
+            documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) and len(node.body) > 1
+            for body in (getattr(node, part, None) for part in ("body", "orelse", "finalbody")):
+                if isinstance(body, list):
+                    body = body[bool(documented):]
+                    simple = [not {"body", "cases"} & {*statement._fields} for statement in body]
+                    found |= {(s.lineno, s.col_offset): ";" for s, *both in zip(body[1:], simple, simple[1:]) if all(both)}
+                    found |= {(s.lineno, s.col_offset): "" for s in body[:1] if all(simple) and not isinstance(node, ast.Module)}
+        return found
+
     def shipped_source(source: str) -> str:
         """`source` without all that: what the packed file runs."""
         lines = [0, *itertools.accumulate(map(len, io.StringIO(source)))]  # where they begin
-        spans, shipped, depth, f_strings, end = sorted(needless_spans(source)), "\n", 0, 0, 0
+        joined, spans, shipped, depth, f_strings, end = joints(source), sorted(needless_spans(source)), "\n", 0, 0, 0
         for token in tokenize.generate_tokens(io.StringIO(source).readline):
             kind, before = tokenize.tok_name[token.type], end
             begin, end = (lines[row - 1] + column for row, column in (token.start, token.end))
@@ -2881,6 +2894,8 @@ exec(compile(PACKED_SOURCE, "packed.py", "exec"))
                 text = "" if shipped[-1] == "\n" else "\n"
             elif kind in ("COMMENT", "NL", "INDENT", "DEDENT", "ENDMARKER") or needless:
                 text = ""
+            elif shipped[-1] == "\n" and token.start in joined:
+                shipped, text = shipped[:-1], joined[token.start] + text
             elif shipped[-1] == "\n":
                 text = " " * depth + text
             elif re.fullmatch(r"\w\w|['\"]{2}", shipped[-1] + text[0]):
