@@ -1077,30 +1077,23 @@ class SpanLayout(NamedTuple):
         return self.per_micro * self.span_tokens
 
 
-class TokenStream:
-    """All shards end to end, again and again."""
-
-    def __init__(self, shards: list[np.ndarray]) -> None:
-        self.shards = shards
-        self.ends = np.cumsum([len(s) for s in shards])
-
-    def read(self, start: int, count: int) -> np.ndarray:
-        """`count` entries from position `start` of the endless stream."""
-        parts, start = [], start % int(self.ends[-1])
-        while count > 0:
-            index = int(np.searchsorted(self.ends, start, side="right"))
-            offset = start - (int(self.ends[index - 1]) if index else 0)
-            parts.append(np.asarray(self.shards[index][offset: offset + count]))
-            count -= len(parts[-1])
-            start = (start + len(parts[-1])) % int(self.ends[-1])
-        return np.concatenate(parts)
+def read_stream(shards: list[np.ndarray], start: int, count: int) -> np.ndarray:
+    """`count` entries from position `start` of all shards end to end, again and again."""
+    ends, parts = np.cumsum([len(shard) for shard in shards]), []
+    while count > 0:
+        start %= int(ends[-1])
+        index = int(np.searchsorted(ends, start, side="right"))
+        offset = start - (int(ends[index]) - len(shards[index]))
+        parts.append(np.asarray(shards[index][offset: offset + count]))
+        count, start = count - len(parts[-1]), start + len(parts[-1])
+    return np.concatenate(parts)
 
 
 class TrainLoader:
     """The micro-batches of one rank, step by step, prepared one step ahead in a background thread."""
 
-    def __init__(self, stream: TokenStream, layout: SpanLayout, cfg: Config, ranks: Ranks) -> None:
-        self.stream, self.layout, self.cfg, self.ranks = stream, layout, cfg, ranks
+    def __init__(self, shards: list[np.ndarray], cfg: Config, ranks: Ranks) -> None:
+        self.shards, self.layout, self.cfg, self.ranks = shards, SpanLayout.plan(cfg, ranks.world), cfg, ranks
         device = ranks.device  # a thread starts on GPU 0, and pinning memory there would cost every rank a context on it
         choose = (torch.cuda.set_device, (device,)) if device.type == "cuda" else (None, ())
         self.pool = ThreadPoolExecutor(1, "loader", *choose)
@@ -1122,7 +1115,8 @@ class TrainLoader:
 
     def _prepare(self, position: int) -> list[Batch]:
         span, size, share = self.layout.span_tokens, self.layout.micro_tokens, self.layout.per_rank * self.layout.span_tokens
-        entries, batches, longest = self.stream.read(position + self.ranks.rank * share, share + 1), [], min(self.cfg.train_seq_len, span)
+        entries, longest = read_stream(self.shards, position + self.ranks.rank * share, share + 1), min(self.cfg.train_seq_len, span)
+        batches = []
         for first in range(0, share, size):
             tokens, targets = entries[first: first + size], entries[first + 1: first + size + 1]
             batches.append(make_batch(tokens, targets, segment_starts(tokens, span, longest), longest, self.ranks.device))
@@ -1394,7 +1388,7 @@ class AddProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, y: Tensor, w: Tensor) -> Tensor:
         ctx.save_for_backward(y, w)
-        out = x * 1.0
+        out = x * 1.0  # a clone the compiler would take out, and then not join the norm of x with what writes x
         add_product_op(out, y, w)
         return out
 
@@ -1628,7 +1622,7 @@ class GPT(nn.Module):
             y = fused_mlp(x, self._divisor(layer), weights.up, down.to(self.dtype))
         else:
             n = rms_norm(x, self._divisor(layer))
-            h = F.leaky_relu(linear((layer, visit, "up"), n, weights.up), 0.5).square()
+            h = activation(linear((layer, visit, "up"), n, weights.up))
             y = linear((layer, visit, "down"), h, weights.down.to(self.dtype))
             bypass = linear((layer, visit, "mlp_bypass"), n, None)
             y = y if bypass is None else y + weights.mlp_scale * bypass
@@ -3559,7 +3553,7 @@ class Documents:
         order = np.argsort(-(ends - starts), kind="stable")
         self.starts, self.lengths = starts[order], (ends - starts)[order]
         self.byte_sums = np.add.reduceat(np.append(val.byte_counts[1:], 0).astype(np.int64), starts)[order]
-        self.hints: tuple[np.ndarray, np.ndarray] | None = None  # (N,) of the entry behind: a token, -1 for none, and its beta
+        self.hints: tuple[np.ndarray, np.ndarray] | None = None  # (N,) of the entry behind: a token, and its beta; 0, 0 for none
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -3640,8 +3634,8 @@ class Chunk(NamedTuple):
     batch: Batch  # a row of equal width a document
     rows: Tensor | None  # (documents * chunk size,) the tokens of the batch that are scored; None: all of them
     weights: Tensor  # (documents * chunk size,) shares in the training loss; 0 in a document's last chunk
-    hints: Tensor | None = None  # (documents * chunk size,) tokens that n-grams point to, -1 where none does
-    betas: Tensor | None = None  # by how much they are raised
+    hints: Tensor | None = None  # (documents * chunk size,) tokens that n-grams point to
+    betas: Tensor | None = None  # by how much they are raised; 0 where none does
 
     def tensors(self) -> list[Tensor]:
         """All that a captured step reads."""
@@ -3729,7 +3723,7 @@ class TTTScorer:
         self.run, self.adapters = run, Adapters(run, documents)
         self.cache = KVCache(run, documents) if run.cfg.ttt_context == "cache" else None
         self.captures = run.device.type == "cuda" and self.cache is not None
-        self.captured: dict[tuple[int, int, int], tuple[torch.cuda.CUDAGraph, Chunk, Tensor]] = {}
+        self.captured: dict[tuple[int, int, int], Callable[[Chunk], Tensor]] = {}
         # A step has the next of these numbers of documents (one alone the compiler would take for a constant) and of places in sight.
         self.live_sizes: range | list[int] = range(2 if run.compile else 1, documents + 1)
         self.seen_sizes: range | list[int] = range(self.cache.places + 1 if self.cache else 1)
@@ -3769,20 +3763,14 @@ class TTTScorer:
     def _step(self, chunk: Chunk, live: int, begin: int, trains: bool) -> Tensor:
         """The losses of a chunk, computed before the step on them; where captured they are overwritten by the next such step."""
         seen = self.seen_sizes[bisect.bisect_left(self.seen_sizes, min(begin, self.seen_sizes[-1]))]
-        if (key := (live, chunk.batch.max_seqlen, seen)) not in self.captured:
-            return self._losses_and_learn(chunk, live, seen, trains)
-        graph, kept, losses = self.captured[key]
-        for held, new in zip(kept.tensors(), chunk.tensors()):
-            held.copy_(new)
-        graph.replay()
-        return losses
+        captured = self.captured.get((live, chunk.batch.max_seqlen, seen))
+        return captured(chunk) if captured else self._losses_and_learn(chunk, live, seen, trains)
 
     def _losses_and_learn(self, chunk: Chunk, live: int, seen: int, trains: bool) -> Tensor:
         """Everything that happens to a chunk."""
         leaves, hints = self.adapters.live(live), chunk.hints
-        also = None if hints is None else hints.clamp_min(0)
         with torch.set_grad_enabled(trains):
-            forward = partial(self.losses_of, chunk.batch, leaves, chunk.rows, also, seen)
+            forward = partial(self.losses_of, chunk.batch, leaves, chunk.rows, hints, seen)
             losses, made = forward()
             scored = losses.detach().clone()
             for again in range(self.run.cfg.ttt_grad_steps if trains else 0):
@@ -3799,20 +3787,22 @@ class TTTScorer:
         """Compile and run everything on random tokens, and capture what will be replayed, before the clock."""
         if not self.run.compile:
             return
-        cfg, largest, count = self.run.cfg, self.run.cfg.chunk_sizes[-1], self.adapters.documents
+        cfg, count = self.run.cfg, self.adapters.documents
         self.adapters.reset()
-        if self.run.device.type == "cuda" and not self.captures:
+        documents = self._random_documents(np.linspace(min(cfg.ttt_eval_seq_len, 640) + 3, cfg.chunk_sizes[-1] + 1, count).astype(int))
+        if self.captures:
+            pool = torch.cuda.graph_pool_handle()
+            for live, size, seen in itertools.product(self.live_sizes, cfg.chunk_sizes, self.seen_sizes):
+                chunk = make_chunk(self.run, documents, documents.starts[:live], documents.lengths[:live], 0, size)
+                self.captured[live, size, seen] = self._capture(chunk, live, seen, pool)
+        elif self.run.device.type == "cuda":
             # A full batch with whole windows comes before all others, which then take their memory out of its blocks. Windows grow from
             # chunk to chunk: without this no block that the allocator kept would fit the next, and it would keep all.
             begin, end = chunk_bounds(cfg, cfg.ttt_eval_seq_len)[-2:]
-            documents = self._random_documents(np.full(count, end + 1))
+            widest = self._random_documents(np.full(count, end + 1))
+            chunk = make_chunk(self.run, widest, widest.starts, widest.lengths, begin, end)
             for _ in range(2):
-                self._step(make_chunk(self.run, documents, documents.starts, documents.lengths, begin, end), count, begin, trains=True)
-        documents = self._random_documents(np.linspace(min(cfg.ttt_eval_seq_len, 640) + 3, largest + 1, count).astype(int))
-        pool = torch.cuda.graph_pool_handle() if self.captures else None
-        for live, size, seen in itertools.product(self.live_sizes, cfg.chunk_sizes, self.seen_sizes) if self.captures else ():
-            chunk = make_chunk(self.run, documents, documents.starts[:live], documents.lengths[:live], 0, size)
-            self.captured[live, size, seen] = self._capture(chunk, live, seen, pool)
+                self._step(chunk, count, begin, trains=True)
         for _ in range(2):
             self.score(documents, range(count))
         self.steps = self.forwarded = 0
@@ -3826,18 +3816,25 @@ class TTTScorer:
         documents.hints = (tokens.astype(np.int64), np.ones(len(tokens), np.float32)) if cfg.ngram_tilt_enabled else None
         return documents
 
-    def _capture(self, chunk: Chunk, live: int, seen: int, pool: tuple[int, int]) -> tuple[torch.cuda.CUDAGraph, Chunk, Tensor]:
-        """Record a step. What adapters and cache hold is lost: a reset comes next."""
+    def _capture(self, kept: Chunk, live: int, seen: int, pool: tuple[int, int]) -> Callable[[Chunk], Tensor]:
+        """Record a step on `kept`; what replays it on another chunk. What adapters and cache hold is lost: a reset comes next."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):  # compiles
-                self._losses_and_learn(chunk, live, seen, trains=True)
+                self._losses_and_learn(kept, live, seen, trains=True)
         torch.cuda.current_stream().wait_stream(stream)
-        graph, losses = torch.cuda.CUDAGraph(), torch.empty_like(chunk.weights)
+        graph, losses = torch.cuda.CUDAGraph(), torch.empty_like(kept.weights)
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            losses.copy_(self._losses_and_learn(chunk, live, seen, trains=True))
-        return graph, chunk, losses
+            losses.copy_(self._losses_and_learn(kept, live, seen, trains=True))
+
+        def replay(chunk: Chunk) -> Tensor:
+            for held, new in zip(kept.tensors(), chunk.tensors()):
+                held.copy_(new)
+            graph.replay()
+            return losses
+
+        return replay
 
 
 class GlobalSGD:
@@ -3953,7 +3950,7 @@ def take_hints(run: Run, documents: Documents) -> None:
         betas = hints.betas(run.cfg)
         found = [values[betas > 0] for values in (hints.at, hints.top, betas)]
     at, top, betas = run.ranks.agree(found)
-    documents.hints = np.full(len(documents.tokens), -1), np.zeros(len(documents.tokens), np.float32)
+    documents.hints = np.zeros(len(documents.tokens), np.int64), np.zeros(len(documents.tokens), np.float32)
     documents.hints[0][at - 1], documents.hints[1][at - 1] = top, betas
     run.log.record("tilt", hints=len(at), targets=int(documents.lengths.sum()), time_ms=int(since_ms(began)))
 
@@ -3999,9 +3996,8 @@ def score_with_ttt(run: Run, model: GPT, val: ValData) -> Score:
 #
 # Three places where writing the fused form by hand saves memory traffic that torch.compile cannot: the MLP, whose
 # activation joins the matrix product before it (forward) and the one after it (backward); exclusive self-attention, one pass
-# each way; and the softcapped cross entropy, which never stores the float32 logits of a batch. Beside each kernel stands
-# what it computes in plain torch, which is also what runs without Triton; the tests hold one against the other and both
-# against float64. The kernels hide in operators, so the compiler keeps its single graph. Matrix tiles go through Hopper's
+# each way; and the softcapped cross entropy, which never stores the float32 logits of a batch. Each has a form in plain
+# torch, which runs without Triton; the tests hold both against float64. The kernels hide in operators, so the compiler keeps its single graph. Matrix tiles go through Hopper's
 # copy engine (TMA descriptors), one persistent program on every multiprocessor.
 # ======================================================================================================================
 
@@ -4010,35 +4006,9 @@ MLP_TILE = (128, 256, 64)          # rows, columns, depth of one tile of the fus
 CROSS_ENTROPY_CHUNK = 2**22        # float32 logits alive at once where no kernel runs: 16 MiB
 
 
-def mlp_up(x: Tensor, w_up: Tensor) -> Tensor:
-    """leaky_relu(x @ w_up^T, 0.5)^2 in plain torch. x (T, d), w_up (h, d) -> (T, h)."""
-    return F.leaky_relu(F.linear(x, w_up), 0.5).square()
-
-
-def sign_bit(dtype: torch.dtype) -> int:
-    """Which bit of a float32 is the last that `dtype`, bfloat16 or float32, keeps."""
-    return 16 if dtype == torch.bfloat16 else 0
-
-
-def mlp_up_reference(x: Tensor, factor: Tensor, w_up: Tensor) -> Tensor:
-    """What mlp_kernel computes going forward, (T, h): the activation of z = factor (T, 1) times x @ w_up^T.
-
-    It is rounded to where its last bit says whether z was negative.
-    """
-    z, bit = factor * F.linear(x.float(), w_up.float()), sign_bit(x.dtype)
-    bits = F.leaky_relu(z, 0.5).square().view(torch.int32)
-    even, odd = (bits + (1 << bit)) >> bit + 1 << bit + 1, (bits >> bit + 1 << bit + 1) + (1 << bit)
-    return torch.where(z < 0, odd, even).view(torch.float32).to(x.dtype)
-
-
-def mlp_up_backward_reference(grad: Tensor, factor: Tensor, w_down: Tensor, hidden: Tensor) -> Tensor:
-    """What mlp_kernel computes going backward: the gradient (T, h) of x @ w_up^T, from `grad` (T, d) of the MLP's output.
-
-    d/dz leaky(z)^2 is 2 z or z / 2: that is 2 or -1 times the root of the activation.
-    """
-    negative = (hidden.float().view(torch.int32) >> sign_bit(hidden.dtype)) & 1 == 1
-    root = hidden.float().sqrt()
-    return F.linear(grad, w_down.t()) * (factor * torch.where(negative, -root, 2 * root)).to(grad.dtype)
+def activation(z: Tensor) -> Tensor:
+    """leaky_relu(z, 0.5)^2."""
+    return F.leaky_relu(z, 0.5).square()
 
 
 if triton is not None:
@@ -4149,12 +4119,13 @@ def launch_mlp_kernel(a: Tensor, factor: Tensor, b: Tensor, hidden: Tensor, out:
         TensorDescriptor.from_tensor(b, [tile_k, tile_n] if backward else [tile_n, tile_k]),
         TensorDescriptor.from_tensor(hidden, [tile_m, tile_n // 2]),
         TensorDescriptor.from_tensor(out, [tile_m, tile_n // 2]),
-        factor, rows, columns, depth, backward, sign_bit(out.dtype), tile_m, tile_n, tile_k, programs, num_warps=8, num_stages=3)
+        factor, rows, columns, depth, backward, 16 if out.dtype == torch.bfloat16 else 0, tile_m, tile_n, tile_k, programs,
+        num_warps=8, num_stages=3)
 
 
 @torch.library.custom_op(f"{OPERATORS}::mlp_up", mutates_args=())
 def mlp_up_op(x: Tensor, factor: Tensor, w_up: Tensor) -> Tensor:
-    """mlp_up_reference by the kernel: (T, d), (T, 1) float32, (h, d) -> (T, h)."""
+    """The activation of z = factor * x @ w_up^T, its last bit the sign of z: (T, d), (T, 1) float32, (h, d) -> (T, h)."""
     out = x.new_empty((x.size(0), w_up.size(0)))
     launch_mlp_kernel(x, factor, w_up, out, out, backward=False)
     return out
@@ -4162,7 +4133,10 @@ def mlp_up_op(x: Tensor, factor: Tensor, w_up: Tensor) -> Tensor:
 
 @torch.library.custom_op(f"{OPERATORS}::mlp_up_backward", mutates_args=())
 def mlp_up_backward_op(grad: Tensor, factor: Tensor, w_down: Tensor, hidden: Tensor) -> Tensor:
-    """mlp_up_backward_reference by the kernel: (T, d), (T, 1) float32, (d, h), (T, h) -> (T, h)."""
+    """The gradient of x @ w_up^T from that of the MLP's output: (T, d), (T, 1) float32, (d, h), (T, h) -> (T, h).
+
+    d/dz leaky(z)^2 is 2 z or z / 2: that is 2 or -1 times the root of the activation.
+    """
     out = torch.empty_like(hidden)
     launch_mlp_kernel(grad, factor, w_down, hidden, out, backward=True)
     return out
@@ -4210,7 +4184,7 @@ def fused_mlp(x: Tensor, divisor: float, w_up: Tensor, w_down: Tensor) -> Tensor
     """The MLP of rms_norm(x) / divisor, all of one dtype. x (T, d), w_up (h, d), w_down (d, h) -> (T, d)."""
     if kernels_take(x) and x.dtype != torch.float16 and x.size(1) % 8 == 0 and w_up.size(0) % 8 == 0:
         return FusedMLP.apply(x, norm_factor(x) / divisor, w_up, w_down)
-    return F.linear(mlp_up(rms_norm(x, divisor), w_up), w_down)
+    return F.linear(activation(F.linear(rms_norm(x, divisor), w_up)), w_down)
 
 
 def launch_exclude_self(tensors: tuple[Tensor, ...], y: Tensor, v: Tensor, backward: bool) -> None:
@@ -4257,25 +4231,21 @@ def exclude_self(y: Tensor, v: Tensor, gate: Tensor) -> Tensor:
     return exclude_self_reference(y, v, gate)
 
 
-def cross_entropy_reference(logits: Tensor, targets: Tensor, cap: float) -> Tensor:
-    """What softcapped_cross_entropy computes, storing all of it: (T, V), (T,) -> (T,)."""
-    return F.cross_entropy(cap * torch.tanh(logits.float() / cap), targets, reduction="none")
-
-
 def row_chunks(logits: Tensor) -> range:
     """First rows of chunks of at most CROSS_ENTROPY_CHUNK logits."""
     return range(0, logits.size(0), max(1, CROSS_ENTROPY_CHUNK // logits.size(1)))
 
 
-def accumulation_dtype(t: Tensor) -> torch.dtype:
-    """float32 for anything less, float64 for float64."""
-    return torch.promote_types(t.dtype, torch.float32)
+def numbers_of_rows(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    """Room for two numbers a row, (T,), float32 or, for float64, that."""
+    losses, lses = (logits.new_empty(logits.size(0), dtype=torch.promote_types(logits.dtype, torch.float32)) for _ in range(2))
+    return losses, lses
 
 
 @torch.library.custom_op(f"{OPERATORS}::softcapped_cross_entropy", mutates_args=())
 def cross_entropy_op(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
     """(T, V), (T,) -> losses (T,) and the logsumexp of each row (T,), float32."""
-    losses, lses = (logits.new_empty(logits.size(0), dtype=accumulation_dtype(logits)) for _ in range(2))
+    losses, lses = numbers_of_rows(logits)
     if kernels_take(logits):
         cross_entropy_kernel[(logits.size(0),)](logits, targets, losses, lses, logits.size(1), logits.stride(0), cap,
                                                 BLOCK=triton.next_power_of_2(logits.size(1)), num_warps=8)
@@ -4321,9 +4291,7 @@ def cross_entropy_setup(ctx: torch.autograd.function.FunctionCtx, inputs: tuple,
     ctx.mark_non_differentiable(output[1])
 
 
-cross_entropy_op.register_fake(lambda logits, targets, cap: (
-    logits.new_empty(logits.size(0), dtype=accumulation_dtype(logits)),
-    logits.new_empty(logits.size(0), dtype=accumulation_dtype(logits))))
+cross_entropy_op.register_fake(numbers_of_rows)
 cross_entropy_backward_op.register_fake(lambda grads, logits, targets, lses, cap: logits.new_empty(logits.shape))
 cross_entropy_op.register_autograd(cross_entropy_backward, setup_context=cross_entropy_setup)
 
@@ -4348,17 +4316,17 @@ def output_path(cfg: Config, suffix: str) -> Path:
 def open_log(cfg: Config, ranks: Ranks) -> Log:
     """The run's log, which a run that goes on appends to; that of an evaluation gets the first free name."""
     path = output_path(cfg, ".log")
-    if ranks.rank == 0 and cfg.eval_only:
+    if ranks.rank:
+        return Log(path, enabled=False)
+    if cfg.eval_only:
         names = (output_path(cfg, f".eval{n}.log") for n in itertools.count(1))
         path = next(name for name in names if not name.exists())
     try:
-        log = Log(path, enabled=ranks.rank == 0)
-        free = shutil.disk_usage(path.parent).free if log.enabled else math.inf
-        if log.enabled and cfg.losses_path:
+        log, free = Log(path), shutil.disk_usage(path.parent).free
+        if cfg.losses_path:
             losses = Path(cfg.losses_path)
             losses.parent.mkdir(parents=True, exist_ok=True)
-            if losses.is_dir():
-                raise ValueError(f"LOSSES_PATH={cfg.losses_path} is a folder")
+            require(not losses.is_dir(), f"LOSSES_PATH={cfg.losses_path} is a folder")
             tempfile.TemporaryFile(dir=losses.parent).close()  # it is written after training, which must not be in vain
     except OSError as error:
         raise ValueError(f"cannot write to {error.filename or path.parent}: {error.strerror}; set ARTIFACT_DIR or LOSSES_PATH to a place "
@@ -4406,19 +4374,20 @@ def prepare(run: Run, environ: Mapping[str, str]) -> tuple[list[np.ndarray], Val
     return train, val
 
 
-def train_and_export(run: Run, shards: list[np.ndarray], val: ValData, checkpoint: Checkpoint, layout: SpanLayout) -> bytes:
+def train_and_export(run: Run, shards: list[np.ndarray], val: ValData, checkpoint: Checkpoint) -> bytes:
     """Everything from the first weights to the artifact, whose bytes all ranks get; from a checkpoint, if there is one.
 
     Before Stopped leaves it, a checkpoint has been written.
     """
-    cfg, log = run.cfg, run.log
+    cfg, log, loader = run.cfg, run.log, TrainLoader(shards, run.cfg, run.ranks)
+    layout = loader.layout
     check_memory(run, layout)
     model = GPT(cfg, run.dtype)
     model.init_weights(cfg.seed)
     model.to(run.device)
     log(f"model of {sum(p.numel() for p in model.parameters()):,} parameters; a step is {layout.spans} spans of "
         f"{layout.span_tokens} tokens, {layout.per_rank // layout.per_micro} forwards of {layout.micro_tokens} tokens a rank")
-    trainer = Trainer(run, model, TrainLoader(TokenStream(shards), layout, cfg, run.ranks))
+    trainer = Trainer(run, model, loader)
     trainer.warm_up()
     checkpoint.resume(trainer)
     run.ranks.keeps_signals = True  # what is trained is saved first
@@ -4544,9 +4513,10 @@ def run_stages(run: Run, environ: Mapping[str, str]) -> int:
         for text in words:
             run.log(f"warning: {text}")
         return score_and_finish(run, val, data, {})
-    layout, checkpoint = SpanLayout.plan(cfg, run.ranks.world), Checkpoint(run)
+    SpanLayout.plan(cfg, run.ranks.world)  # says at once if the ranks do not divide the batch
+    checkpoint = Checkpoint(run)
     shards, val = prepare(run, environ)
-    data = checkpoint.exported() or train_and_export(run, shards, val, checkpoint, layout)
+    data = checkpoint.exported() or train_and_export(run, shards, val, checkpoint)
     status = score_and_finish(run, val, data, {name: checkpoint.record[name] for name in ("steps", "train_ms")})
     checkpoint.done()
     return status

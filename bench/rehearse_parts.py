@@ -117,7 +117,7 @@ def made_up_documents(lengths: list[int], vocab: int) -> g.ValData:
 def loader_of(run: g.Run) -> g.TrainLoader:
     """Batches of the made-up language, documents of the published mean length."""
     tokens = gpu.made_up_tokens(2 * run.cfg.train_batch_tokens + 400_000, gpu.PUBLISHED_MEAN_LENGTH, run.cfg.vocab_size, seed=1)
-    return g.TrainLoader(g.TokenStream([tokens]), g.SpanLayout.plan(run.cfg, run.ranks.world), run.cfg, run.ranks)
+    return g.TrainLoader([tokens], run.cfg, run.ranks)
 
 
 @contextlib.contextmanager

@@ -35,8 +35,8 @@ def make_model(run: train_gpt.Run) -> train_gpt.GPT:
 
 
 def make_trainer(run: train_gpt.Run) -> train_gpt.Trainer:
-    stream = train_gpt.TokenStream([np.concatenate(documents(300, seed=1)).astype(np.uint16)])
-    loader = train_gpt.TrainLoader(stream, train_gpt.SpanLayout.plan(run.cfg, 1), run.cfg, run.ranks)
+    stream = [np.concatenate(documents(300, seed=1)).astype(np.uint16)]
+    loader = train_gpt.TrainLoader(stream, run.cfg, run.ranks)
     return train_gpt.Trainer(run, make_model(run), loader)
 
 

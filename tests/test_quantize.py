@@ -168,8 +168,8 @@ def test_a_damped_embedding_is_nearer_to_its_rows_and_farther_by_its_outputs() -
         run = tg.Run(tg.Config.from_env({k: str(v) for k, v in {**tiny.SETTINGS, "EMBED_DAMPING": damping}.items()}), tg.Ranks(), SILENT)
         model = tg.GPT(run.cfg)
         model.init_weights(2)
-        stream = tg.TokenStream([np.concatenate(tiny.documents(40, seed=1))])
-        hessians = tg.collect_hessians(run, model, tg.TrainLoader(stream, tg.SpanLayout.plan(run.cfg, 1), run.cfg, run.ranks))
+        stream = [np.concatenate(tiny.documents(40, seed=1))]
+        hessians = tg.collect_hessians(run, model, tg.TrainLoader(stream, run.cfg, run.ranks))
         undamped = undamped if damping else {name: h.clone() for name, h in hessians.items()}
         assert [name for name in hessians if not torch.equal(hessians[name], undamped[name])] == ["head"] * bool(damping)
         error = tg.dequantize(tg.quantize(run, model, hessians)[0]["tok_emb.weight"]) - model.tok_emb.weight.detach()
@@ -202,8 +202,8 @@ def test_full_size_model_trains_a_step_and_fits_the_cap() -> None:
     run = tg.Run(cfg, tg.Ranks(), SILENT)
     model = tg.GPT(cfg)
     model.init_weights(0)
-    stream = tg.TokenStream([np.append(1, np.random.default_rng(0).integers(4, 8192, 4000))])
-    loader = tg.TrainLoader(stream, tg.SpanLayout.plan(cfg, 1), cfg, run.ranks)
+    stream = [np.append(1, np.random.default_rng(0).integers(4, 8192, 4000))]
+    loader = tg.TrainLoader(stream, cfg, run.ranks)
     trainer = tg.Trainer(run, model, loader)
     first = trainer.train_step(4, 1.0)
     assert first.item() == pytest.approx(np.log(8192), abs=0.1)

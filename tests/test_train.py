@@ -19,7 +19,7 @@ def trainer(data: Path, **changes: object) -> tg.Trainer:
     cfg, ranks = config(**changes), tg.Ranks()
     model = tg.GPT(cfg)
     model.init_weights(cfg.seed)
-    loader = tg.TrainLoader(tg.TokenStream(tg.Dataset(data).read("train")), tg.SpanLayout.plan(cfg, 1), cfg, ranks)
+    loader = tg.TrainLoader(tg.Dataset(data).read("train"), cfg, ranks)
     return tg.Trainer(tg.Run(cfg, ranks, tg.Log(None, enabled=False)), model, loader)
 
 

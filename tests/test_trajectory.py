@@ -54,7 +54,7 @@ def program(after_step: Callable[[tg.GPT, dict[str, Tensor], float], None] | Non
     cfg, ranks = config(**SETTINGS | changes), tg.Ranks()
     model, before = tg.GPT(cfg), start()
     model.load_state_dict(before)
-    loader = tg.TrainLoader(tg.TokenStream([stream()]), tg.SpanLayout.plan(cfg, 1), cfg, ranks)
+    loader = tg.TrainLoader([stream()], cfg, ranks)
     trainer = tg.Trainer(tg.Run(cfg, ranks, tg.Log(None, enabled=False)), model, loader)
     for step in range(cfg.iterations):
         frac = step / cfg.iterations
