@@ -2182,7 +2182,7 @@ def best_product(error: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 def correct_largest(cfg: Config, model: GPT, tensors: Tensors) -> None:
     """Give the LQER_TOP_K matrices with the largest errors their low-rank terms."""
-    errors: dict[tuple[str, int], Tensor] = {}
+    errors = {}  # of each matrix: (bank, index)
     for row in parameter_table(cfg):
         if row.matrices:
             left = model.get_parameter(row.name).detach() - dequantize(tensors[row.name]).to(model.tok_emb.weight.device)
@@ -2726,9 +2726,7 @@ def join_streams(streams: list[bytes]) -> bytes:
 def cut_streams(joined: bytes) -> list[bytes]:
     """The inverse of join_streams; ArtifactError unless it adds up."""
     count = int.from_bytes(joined[:4], "little")
-    if len(joined) < 4 * (count + 1):
-        raise ArtifactError("the artifact's coded part is cut short")
-    lengths = struct.unpack_from(f"<{count}I", joined, 4)
+    lengths = struct.unpack_from(f"<{count}I", joined, 4) if len(joined) >= 4 * (count + 1) else ()
     ends = np.cumsum([4 * (count + 1), *lengths]).tolist()
     if ends[-1] != len(joined):
         raise ArtifactError("the artifact's streams do not add up to its coded part")
@@ -2813,10 +2811,23 @@ exec(compile(PACKED_SOURCE, "packed.py", "exec"))
                 if (last := node.returns) is not None:
                     yield (last.lineno, last.col_offset - len("-> ")), (last.end_lineno, last.end_col_offset)
 
+    def joints(source: str) -> dict[tuple[int, int], str]:
+        """Rows and columns of statements that go on the line of the one before, or of their block's head, and what comes between."""
+        found = {}
+        for node in ast.walk(ast.parse(source)):
+            documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) and len(node.body) > 1
+            for body in (getattr(node, part, None) for part in ("body", "orelse", "finalbody")):
+                if isinstance(body, list):
+                    body = body[bool(documented):]
+                    simple = [not {"body", "cases"} & {*statement._fields} for statement in body]
+                    found |= {(s.lineno, s.col_offset): ";" for s, *both in zip(body[1:], simple, simple[1:]) if all(both)}
+                    found |= {(s.lineno, s.col_offset): "" for s in body[:1] if all(simple) and not isinstance(node, ast.Module)}
+        return found
+
     def shipped_source(source: str) -> str:
         """`source` without all that: what the packed file runs."""
         lines = [0, *itertools.accumulate(map(len, io.StringIO(source)))]  # where they begin
-        spans, shipped, depth, f_strings, end = sorted(needless_spans(source)), "\n", 0, 0, 0
+        joined, spans, shipped, depth, f_strings, end = joints(source), sorted(needless_spans(source)), "\n", 0, 0, 0
         for token in tokenize.generate_tokens(io.StringIO(source).readline):
             kind, before = tokenize.tok_name[token.type], end
             begin, end = (lines[row - 1] + column for row, column in (token.start, token.end))
@@ -2831,6 +2842,8 @@ exec(compile(PACKED_SOURCE, "packed.py", "exec"))
                 text = "" if shipped[-1] == "\n" else "\n"
             elif kind in ("COMMENT", "NL", "INDENT", "DEDENT", "ENDMARKER") or needless:
                 text = ""
+            elif shipped[-1] == "\n" and token.start in joined:
+                shipped, text = shipped[:-1], joined[token.start] + text
             elif shipped[-1] == "\n":
                 text = " " * depth + text
             elif re.fullmatch(r"\w\w|['\"]{2}", shipped[-1] + text[0]):
@@ -2935,20 +2948,19 @@ def encode_codes(banks: list[Bank]) -> list[bytes]:
         steps = list(coding_steps(bank, known))
         coded = [(bank.vectors[step.place] * step.signs - step.offsets).astype(np.uint8).ravel() for step in steps]  # modulo 256
         symbols, ends = np.concatenate(coded), np.cumsum([len(part) for part in coded])[:-1]
-        contexts = fit_model(model, symbols, *(np.concatenate([step[i].ravel() for step in steps]) for i in (3, 4)))
+        kinds, features = (np.concatenate([getattr(step, name).ravel() for step in steps]) for name in ("kinds", "features"))
+        contexts = fit_model(model, symbols, kinds, features)
         slots.append([np.split(table[contexts, symbols].astype(np.uint16), ends) for table in coder_tables(model)])
     return [brotli.compress(models.tobytes(), quality=11), *rans_encode(slots, rans_lanes(banks))]
 
 
 def decode_codes(streams: list[bytes], banks: list[Bank]) -> None:
     """Fill the codes of banks with those that encode_codes was given."""
-    if len(streams) != 2 + len(banks):
-        raise ArtifactError(f"the artifact has {len(streams)} streams of codes where its model needs {2 + len(banks)}")
-    size = len(banks) * RANS_MODEL.itemsize
-    models = decompress(streams[0], size)
-    if len(models) != size:
-        raise ArtifactError(f"the artifact's coder tables are {len(models)} bytes, they must be {size}")
-    decoder, known = RansDecoder(streams[1], b"".join(streams[2:]), rans_lanes(banks)), None
+    size, states, words = len(banks) * RANS_MODEL.itemsize, 4 * rans_lanes(banks), b"".join(streams[2:])
+    models = decompress(streams[0], size) if len(streams) == 2 + len(banks) else b""
+    if len(models) != size or len(streams[1]) != states or len(words) % 2:
+        raise ArtifactError("the artifact's streams of codes have not the number or the lengths that its model needs")
+    decoder, known = RansDecoder(streams[1], words), None
     for bank, model in zip(banks, np.frombuffer(models, RANS_MODEL)):
         decoder.load(*coder_tables(model))
         known = Predictor(bank, int(model["mean"]), known)
@@ -3140,9 +3152,7 @@ def rans_encode(slots: list[tuple[list[np.ndarray], list[np.ndarray]]], lane_cou
 class RansDecoder:
     """Reads what rans_encode wrote; the caller gives the same tables and contexts in the same order."""
 
-    def __init__(self, states: bytes, words: bytes, lane_count: int) -> None:
-        if len(states) != 4 * lane_count or len(words) % 2:
-            raise ArtifactError("the artifact's coder states or words are cut short")
+    def __init__(self, states: bytes, words: bytes) -> None:
         self.state = np.frombuffer(states, "<u4").astype(np.uint32)
         self.words = np.frombuffer(words, "<u2").astype(np.uint32)
         self.position = 0

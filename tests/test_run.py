@@ -139,6 +139,41 @@ seventh = 8
     assert tg.shipped_source(shipped) == shipped
 
 
+def test_packing_puts_simple_statements_on_one_line() -> None:
+    source = '''a = 1
+b = 2  # words
+def f(x):
+    """Words."""
+    y = x
+
+    y += 1
+    if y:
+        for z in (1,
+                  2):
+            y = z; x = y
+            y = x
+    else:
+        return 3
+    return y
+class C:
+    """Words."""
+    d: int = 1
+    e: int = 2
+try:
+    import g
+except E:
+    while True:
+        break
+        with f(1): pass
+finally:
+    i = 3
+'''
+    shipped = tg.shipped_source(source)
+    assert shipped == ("a=1;b=2\ndef f(x):\n y=x;y+=1\n if y:\n  for z in(1,2):y=z;x=y;y=x\n else:return 3\n return y\n"
+                       "class C:d:int=1;e:int=2\ntry:import g\nexcept E:\n while True:\n  break\n  with f(1):pass\nfinally:i=3\n")
+    assert tg.shipped_source(shipped) == shipped
+
+
 def test_an_f_string_that_python_takes_apart_is_packed_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """From Python 3.12 on it is several tokens, whose blanks are text."""
     source = 'x = f"a  {b!r:>{c}} {{d}}"  # words\ny = f\'\'\'e  {f"g  {h}"}\n    i\'\'\'\n'

@@ -245,7 +245,7 @@ def test_a_spoilt_folder_is_found(name: str, spoil: Callable[[Path], None], rule
 def test_a_packed_file_is_read_as_its_source(tmp_path: Path) -> None:
     source = '"""Words."""\ndef f(x: int) -> int:\n    return x  # caf\u00e9\n'
     packed = tg.pack_code(source)
-    assert verify.packed_source(packed) == "def f(x):\n return x\n" and verify.packed_source(source.encode()) is None
+    assert verify.packed_source(packed) == "def f(x):return x\n" and verify.packed_source(source.encode()) is None
     for cut in (packed.replace(b'decompress("""', b'decompress("""x'), packed.replace(b'""".encode', b'" """, """".encode'),
                 tg.PACKED_HEAD + brotli.compress(bytes(1 << 23)).decode("latin-1").replace("\0", "\\0").encode("latin-1") + tg.PACKED_TAIL):
         with pytest.raises(ValueError, match="payload is"):
