@@ -233,9 +233,7 @@ def _zstd_chunks(stream: BinaryIO) -> Iterator[bytes]:
                 yield frame.decompress(data)
             except zstandard.ZstdError as error:
                 raise EOFError(str(error)) from None
-            data = b""
-            if frame.eof:
-                data, frame = frame.unused_data, None
+            data, frame = frame.unused_data, None if frame.eof else frame
     if frame:
         raise EOFError("the last frame has no end")
 
@@ -509,22 +507,13 @@ class ShardCheck:
         return {"file": self.path.name, "entries": self.entries, "sha256": sha256}
 
 
-def split_documents(tokens: np.ndarray) -> tuple[list[int], list[bytes]]:
-    """(places of BOS, ids as bytes without BOS) of all documents that begin in (n,) uint16 tokens."""
-    starts = np.flatnonzero(tokens == BOS).tolist()
-    data = tokens.tobytes()
-    return starts, [data[2 * start + 2:2 * end] for start, end in zip(starts, [*starts[1:], len(tokens)])]
-
-
 def document_key(ids: bytes) -> bytes:
     """The 16 bytes by which equal documents are recognised, from their ids."""
     return hashlib.blake2b(ids, digest_size=16).digest()
 
 
 def fits(value: Any, form: Any) -> bool:
-    """Has something read from JSON this form: a type, {key: form}, [form of each entry], or (one form, or another)?"""
-    if isinstance(form, tuple):
-        return any(fits(value, one) for one in form)
+    """Has something read from JSON this form: a type, {key: form}, or [form of each entry]?"""
     if isinstance(form, dict):
         return isinstance(value, dict) and all(key in value and fits(value[key], one) for key, one in form.items())
     if isinstance(form, list):
@@ -669,8 +658,8 @@ class Totals:
         """(tokens, charges) of the good ones among documents that have none of the forbidden keys; all are counted."""
         good = [document for document in documents if not document.fault]
         kept = [document for document in good if document.key not in forbidden]
-        tokens, charges = (np.concatenate([Encoded().tokens, *parts]) for parts in
-                           ([document.tokens for document in kept], [document.charges for document in kept]))
+        parts = [Encoded(), *kept]  # never nothing, which numpy does not join
+        tokens, charges = np.concatenate([part.tokens for part in parts]), np.concatenate([part.charges for part in parts])
         self.skipped += len(documents) - len(good)
         self.dropped += len(good) - len(kept)
         self.documents += len(kept)
@@ -1087,12 +1076,12 @@ class Verification:
         """(shard and entry of BOS, token ids as bytes without BOS) of all documents, also those across shards."""
         where, rest = "", b""
         for path, shard in (numbered for kind in kinds for numbered in self.shards[kind]):
-            starts, documents = split_documents(np.asarray(shard))
-            rest += shard[:starts[0] if starts else None].tobytes()
-            for start, document in zip(starts, documents):
+            shard, begin = np.asarray(shard), 0
+            for start in np.flatnonzero(shard == BOS).tolist():
                 if where:
-                    yield where, rest
-                where, rest = f"{path} entry {start}", document
+                    yield where, rest + shard[begin:start].tobytes()
+                where, rest, begin = f"{path} entry {start}", b"", start + 1
+            rest += shard[begin:].tobytes()
         if where:
             yield where, rest
 

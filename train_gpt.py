@@ -27,7 +27,6 @@ does not cross: a document or a piece of one. *sidecar*: for each validation tok
 
 from __future__ import annotations
 
-import ast
 import bisect
 import difflib
 import fcntl
@@ -47,7 +46,6 @@ import sys
 import tempfile
 import threading
 import time
-import tokenize
 import traceback
 import typing
 import warnings
@@ -1390,7 +1388,7 @@ class AddProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, y: Tensor, w: Tensor) -> Tensor:
         ctx.save_for_backward(y, w)
-        out = x * 1.0
+        out = x * 1.0  # a clone the compiler would take out, and then not join the norm of x with what writes x
         add_product_op(out, y, w)
         return out
 
@@ -1624,7 +1622,7 @@ class GPT(nn.Module):
             y = fused_mlp(x, self._divisor(layer), weights.up, down.to(self.dtype))
         else:
             n = rms_norm(x, self._divisor(layer))
-            h = F.leaky_relu(linear((layer, visit, "up"), n, weights.up), 0.5).square()
+            h = activation(linear((layer, visit, "up"), n, weights.up))
             y = linear((layer, visit, "down"), h, weights.down.to(self.dtype))
             bypass = linear((layer, visit, "mlp_bypass"), n, None)
             y = y if bypass is None else y + weights.mlp_scale * bypass
@@ -2681,8 +2679,6 @@ def open_artifact(data: bytes) -> tuple[Config, str, dict[str, Tensor], bytes]:
     """
     if len(data) < ARTIFACT_PREFIX.size or data[:8] != ARTIFACT_MAGIC:
         raise ArtifactError("this is not an artifact of this train_gpt.py (wrong first bytes)")
-    if len(data) > ARTIFACT_MAX_FILE_BYTES:
-        raise ArtifactError(f"{len(data)} bytes are more than an artifact may have ({ARTIFACT_MAX_FILE_BYTES})")
     _, packed_bytes, digest = ARTIFACT_PREFIX.unpack_from(data)
     body = data[ARTIFACT_PREFIX.size:]
     if hashlib.sha256(data[:12] + body).digest() != digest:
@@ -2813,99 +2809,99 @@ def size_table(data: bytes, tensors: Tensors, cfg: Config) -> list[dict[str, str
     knows nothing but the tensor (and the quantizer of a trellis).
     """
     coded = data[ARTIFACT_PREFIX.size + ARTIFACT_PREFIX.unpack_from(data)[1]:]
-    lengths, rows, rest = iter(cut_streams(coded)[2:] if coded else ()), [], len(data)
+    sizes, rows, rest = map(len, cut_streams(coded)[2:] if coded else ()), [], len(data)
     for row in parameter_table(cfg):
         if row.matrices:
-            weights, size = math.prod(row.shape), sum(map(len, itertools.islice(lengths, len(row.matrices))))
-            rows.append({"tensor": row.name, "weights": weights,
-                         **({"bytes": size, "bits_per_weight": f"{8 * size / weights:.4f}"} if size else {}),
-                         "entropy": f"{table_entropy(tensors[row.name]) / weights:.4f}"})
+            codes, size = tensors[row.name].codes.int(), sum(itertools.islice(sizes, len(row.matrices)))
+            quantizers = trellis_quantizers(codes) if tensors[row.name].method == "trellis" else 0
+            counts = np.bincount((codes + 128 + 256 * quantizers).ravel().numpy(), minlength=512).reshape(2, 256)
+            rows.append({"tensor": row.name, "weights": codes.numel(),
+                         **({"bytes": size, "bits_per_weight": f"{8 * size / codes.numel():.4f}"} if size else {}),
+                         "entropy": f"{entropy_bits(counts) / codes.numel():.4f}"})
             rest -= size
     return [*rows, {"tensor": "rest", "bytes": rest}]
-
-
-def table_entropy(quantized: Quantized) -> float:
-    """Bits of the codes with one frequency table a quantizer."""
-    symbols = quantized.codes.int() + 128
-    if quantized.method == "trellis":
-        symbols = symbols + 256 * trellis_quantizers(quantized.codes)
-    return entropy_bits(np.bincount(symbols.ravel().numpy(), minlength=512).reshape(2, 256))
 
 
 # ---- code ----
 # The rules count the code with the model. What a record folder ships as its train_gpt.py, and what therefore counts, is the
 # packed file (`python train_gpt.py --pack`): a few readable lines that run a brotli payload, which is this source less what it
-# runs without. The readable source lies beside it in source/; a run from either makes the same artifact.
+# runs without: comments, docstrings, blanks, most annotations, and what packs it, which stands under `if not PACKED`. The readable
+# source lies beside it in source/; a run from either makes the same artifact.
 
-PACKED_HEAD = b'''# coding: latin-1
-"""train_gpt.py, packed to count few bytes; source/train_gpt.py beside it is what it runs, to be read."""
+PACKED = "PACKED_SOURCE" in globals()
+
+if not PACKED:
+    import ast
+    import tokenize
+
+    PACKED_HEAD = b'''# coding: latin-1
+"""Packed: source/train_gpt.py beside it is what it runs, to be read."""
 import brotli, linecache
 PACKED_SOURCE = brotli.decompress("""'''
-PACKED_TAIL = b'''""".encode("latin-1"))
+    PACKED_TAIL = b'''""".encode("latin-1"))
 linecache.cache["packed.py"] = len(PACKED_SOURCE), None, PACKED_SOURCE.decode().splitlines(True), "packed.py"
 exec(compile(PACKED_SOURCE, "packed.py", "exec"))
 '''
-PACKED_ESCAPES = (r"\\", r"\\\\"), ("\r", r"\\r"), ("\0(?=[0-7])", r"\\x00"), ("\0", r"\\0"), (r'"(?="|\Z)', r'\\"')
-BLIND_DECORATORS = {"property", "classmethod", "staticmethod", "lru_cache", "torch.no_grad"}
+    PACKED_ESCAPES = (r"\\", r"\\\\"), ("\r", r"\\r"), ("\0(?=[0-7])", r"\\x00"), ("\0", r"\\0"), (r'"(?="|\Z)', r'\\"')
+    BLIND_DECORATORS = {"property", "classmethod", "staticmethod", "lru_cache", "torch.no_grad"}
 
+    def needless_spans(source: str) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
+        """Rows and columns, from and up to, of what is not shipped; annotations stay where a decorator may read them."""
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.If) and ast.unparse(node.test) == "not PACKED":
+                yield (node.lineno, node.col_offset), (node.end_lineno, node.end_col_offset)
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) and len(node.body) > 1:
+                yield (node.body[0].lineno, node.body[0].col_offset), (node.body[0].end_lineno, node.body[0].end_col_offset)
+            if isinstance(node, ast.FunctionDef) and {ast.unparse(d).partition("(")[0] for d in node.decorator_list} <= BLIND_DECORATORS:
+                for arg in ast.walk(node.args):
+                    if isinstance(arg, ast.arg) and arg.annotation:
+                        yield (arg.lineno, arg.col_offset + len(arg.arg)), (arg.end_lineno, arg.end_col_offset)
+                if (last := node.returns) is not None:
+                    yield (last.lineno, last.col_offset - len("-> ")), (last.end_lineno, last.end_col_offset)
 
-def needless_spans(source: str) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
-    """Rows and columns, from and up to, of docstrings and of the annotations of functions that no decorator reads."""
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) and len(node.body) > 1:
-            yield (node.body[0].lineno, node.body[0].col_offset), (node.body[0].end_lineno, node.body[0].end_col_offset)
-        if isinstance(node, ast.FunctionDef) and {ast.unparse(d).partition("(")[0] for d in node.decorator_list} <= BLIND_DECORATORS:
-            for arg in ast.walk(node.args):
-                if isinstance(arg, ast.arg) and arg.annotation:
-                    yield (arg.lineno, arg.col_offset + len(arg.arg)), (arg.end_lineno, arg.end_col_offset)
-            if node.returns:
-                yield (node.returns.lineno, node.returns.col_offset - len("-> ")), (node.returns.end_lineno, node.returns.end_col_offset)
+    def shipped_source(source: str) -> str:
+        """`source` without all that: what the packed file runs."""
+        lines = [0, *itertools.accumulate(map(len, io.StringIO(source)))]  # where they begin
+        spans, shipped, depth, f_strings, end = sorted(needless_spans(source)), "\n", 0, 0, 0
+        for token in tokenize.generate_tokens(io.StringIO(source).readline):
+            kind, before = tokenize.tok_name[token.type], end
+            begin, end = (lines[row - 1] + column for row, column in (token.start, token.end))
+            text = source[begin:end]
+            while spans and spans[0][1] <= token.start:
+                spans.pop(0)
+            needless = bool(spans) and spans[0][0] <= token.start
+            depth += (kind == "INDENT") - (kind == "DEDENT")
+            if f_strings and not needless:  # which Python takes apart from 3.12 on
+                text = source[before:end]
+            elif kind == "NEWLINE":
+                text = "" if shipped[-1] == "\n" else "\n"
+            elif kind in ("COMMENT", "NL", "INDENT", "DEDENT", "ENDMARKER") or needless:
+                text = ""
+            elif shipped[-1] == "\n":
+                text = " " * depth + text
+            elif re.fullmatch(r"\w\w|['\"]{2}", shipped[-1] + text[0]):
+                text = " " + text
+            f_strings += (kind == "FSTRING_START") - (kind == "FSTRING_END")
+            shipped += text
+        return shipped[1:]
 
-
-def shipped_source(source: str) -> str:
-    """`source` without comments, docstrings, needless annotations and blanks: what the packed file runs."""
-    lines = [0, *itertools.accumulate(map(len, io.StringIO(source)))]  # where they begin
-    spans, shipped, depth, f_strings, end = sorted(needless_spans(source)), "\n", 0, 0, 0
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        kind, before = tokenize.tok_name[token.type], end
-        begin, end = (lines[row - 1] + column for row, column in (token.start, token.end))
-        text = source[begin:end]
-        while spans and spans[0][1] <= token.start:
-            spans.pop(0)
-        depth += (kind == "INDENT") - (kind == "DEDENT")
-        if f_strings:  # which Python takes apart from 3.12 on
-            text = source[before:end]
-        elif kind == "NEWLINE":
-            text = "" if shipped[-1] == "\n" else "\n"
-        elif kind in ("COMMENT", "NL", "INDENT", "DEDENT", "ENDMARKER") or spans and spans[0][0] <= token.start:
-            text = ""
-        elif shipped[-1] == "\n":
-            text = " " * depth + text
-        elif re.fullmatch(r"\w\w|['\"]{2}", shipped[-1] + text[0]):
-            text = " " + text
-        f_strings += (kind == "FSTRING_START") - (kind == "FSTRING_END")
-        shipped += text
-    return shipped[1:]
-
-
-def pack_code(source: str) -> bytes:
-    """The packed file that runs `source`; of itself, unpacked, it is made again to the byte."""
-    payload = brotli.compress(shipped_source(source).encode(), quality=11, lgwin=24).decode("latin-1")
-    for pattern, escape in PACKED_ESCAPES:
-        payload = re.sub(pattern, escape, payload)
-    return PACKED_HEAD + payload.encode("latin-1") + PACKED_TAIL
+    def pack_code(source: str) -> bytes:
+        """The packed file that runs `source`; of itself, unpacked, it is made again to the byte."""
+        payload = brotli.compress(shipped_source(source).encode(), quality=11, lgwin=24).decode("latin-1")
+        for pattern, escape in PACKED_ESCAPES:
+            payload = re.sub(pattern, escape, payload)
+        return PACKED_HEAD + payload.encode("latin-1") + PACKED_TAIL
 
 
 def own_source() -> str:
     """The source of this program: the readable one, or, where it runs packed, what the packed file holds."""
-    packed = globals().get("PACKED_SOURCE")
-    return packed.decode() if packed else Path(__file__).read_text(encoding="utf-8")
+    return globals()["PACKED_SOURCE"].decode() if PACKED else Path(__file__).read_text(encoding="utf-8")
 
 
 @lru_cache(maxsize=1)
 def counted_code() -> bytes:
     """The packed file, whichever runs: what a record folder ships, and what counts."""
-    return Path(__file__).read_bytes() if "PACKED_SOURCE" in globals() else pack_code(own_source())
+    return Path(__file__).read_bytes() if PACKED else pack_code(own_source())
 
 
 # ---- entropy coder ("rans") ----
@@ -2966,6 +2962,7 @@ def coder_tables(model: np.void) -> tuple[np.ndarray, np.ndarray]:
     squares = model["roots"].reshape(-1, 256).astype(np.int64) ** 2
     scaled = squares * (1 << RANS_BITS) // np.maximum(squares.sum(1, keepdims=True), 1)
     scaled = np.where(squares > 0, np.maximum(scaled, 1), 0)
+    # The largest takes what is missing, or gives what is too much. It has it: s rare symbols are raised to 1, and s (256 - s) <= 2**14.
     scaled[np.arange(len(scaled)), scaled.argmax(1)] += (1 << RANS_BITS) - scaled.sum(1)
     return scaled, np.cumsum(scaled, 1) - scaled
 
@@ -3198,8 +3195,6 @@ class RansDecoder:
 
     def load(self, frequencies: np.ndarray, starts: np.ndarray) -> None:
         """Take the tables of coder_tables."""
-        if (frequencies < 0).any():
-            raise ArtifactError("the artifact's coder tables are impossible")
         self.symbol_of_slot = np.repeat(np.tile(np.arange(256, dtype=np.uint8), len(frequencies)), frequencies.ravel())
         self.frequency, self.start = (table.astype(np.uint32).ravel() for table in (frequencies, starts))
 
@@ -3548,7 +3543,7 @@ class Documents:
         order = np.argsort(-(ends - starts), kind="stable")
         self.starts, self.lengths = starts[order], (ends - starts)[order]
         self.byte_sums = np.add.reduceat(np.append(val.byte_counts[1:], 0).astype(np.int64), starts)[order]
-        self.hints: tuple[np.ndarray, np.ndarray] | None = None  # (N,) of the entry behind: a token, -1 for none, and its beta
+        self.hints: tuple[np.ndarray, np.ndarray] | None = None  # (N,) of the entry behind: a token, and its beta; 0, 0 for none
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -3629,8 +3624,8 @@ class Chunk(NamedTuple):
     batch: Batch  # a row of equal width a document
     rows: Tensor | None  # (documents * chunk size,) the tokens of the batch that are scored; None: all of them
     weights: Tensor  # (documents * chunk size,) shares in the training loss; 0 in a document's last chunk
-    hints: Tensor | None = None  # (documents * chunk size,) tokens that n-grams point to, -1 where none does
-    betas: Tensor | None = None  # by how much they are raised
+    hints: Tensor | None = None  # (documents * chunk size,) tokens that n-grams point to
+    betas: Tensor | None = None  # by how much they are raised; 0 where none does
 
     def tensors(self) -> list[Tensor]:
         """All that a captured step reads."""
@@ -3718,7 +3713,7 @@ class TTTScorer:
         self.run, self.adapters = run, Adapters(run, documents)
         self.cache = KVCache(run, documents) if run.cfg.ttt_context == "cache" else None
         self.captures = run.device.type == "cuda" and self.cache is not None
-        self.captured: dict[tuple[int, int, int], tuple[torch.cuda.CUDAGraph, Chunk, Tensor]] = {}
+        self.captured: dict[tuple[int, int, int], Callable[[Chunk], Tensor]] = {}
         # A step has the next of these numbers of documents (one alone the compiler would take for a constant) and of places in sight.
         self.live_sizes: range | list[int] = range(2 if run.compile else 1, documents + 1)
         self.seen_sizes: range | list[int] = range(self.cache.places + 1 if self.cache else 1)
@@ -3758,20 +3753,14 @@ class TTTScorer:
     def _step(self, chunk: Chunk, live: int, begin: int, trains: bool) -> Tensor:
         """The losses of a chunk, computed before the step on them; where captured they are overwritten by the next such step."""
         seen = self.seen_sizes[bisect.bisect_left(self.seen_sizes, min(begin, self.seen_sizes[-1]))]
-        if (key := (live, chunk.batch.max_seqlen, seen)) not in self.captured:
-            return self._losses_and_learn(chunk, live, seen, trains)
-        graph, kept, losses = self.captured[key]
-        for held, new in zip(kept.tensors(), chunk.tensors()):
-            held.copy_(new)
-        graph.replay()
-        return losses
+        captured = self.captured.get((live, chunk.batch.max_seqlen, seen))
+        return captured(chunk) if captured else self._losses_and_learn(chunk, live, seen, trains)
 
     def _losses_and_learn(self, chunk: Chunk, live: int, seen: int, trains: bool) -> Tensor:
         """Everything that happens to a chunk."""
         leaves, hints = self.adapters.live(live), chunk.hints
-        also = None if hints is None else hints.clamp_min(0)
         with torch.set_grad_enabled(trains):
-            forward = partial(self.losses_of, chunk.batch, leaves, chunk.rows, also, seen)
+            forward = partial(self.losses_of, chunk.batch, leaves, chunk.rows, hints, seen)
             losses, made = forward()
             scored = losses.detach().clone()
             for again in range(self.run.cfg.ttt_grad_steps if trains else 0):
@@ -3788,20 +3777,22 @@ class TTTScorer:
         """Compile and run everything on random tokens, and capture what will be replayed, before the clock."""
         if not self.run.compile:
             return
-        cfg, largest, count = self.run.cfg, self.run.cfg.chunk_sizes[-1], self.adapters.documents
+        cfg, count = self.run.cfg, self.adapters.documents
         self.adapters.reset()
-        if self.run.device.type == "cuda" and not self.captures:
+        documents = self._random_documents(np.linspace(min(cfg.ttt_eval_seq_len, 640) + 3, cfg.chunk_sizes[-1] + 1, count).astype(int))
+        if self.captures:
+            pool = torch.cuda.graph_pool_handle()
+            for live, size, seen in itertools.product(self.live_sizes, cfg.chunk_sizes, self.seen_sizes):
+                chunk = make_chunk(self.run, documents, documents.starts[:live], documents.lengths[:live], 0, size)
+                self.captured[live, size, seen] = self._capture(chunk, live, seen, pool)
+        elif self.run.device.type == "cuda":
             # A full batch with whole windows comes before all others, which then take their memory out of its blocks. Windows grow from
             # chunk to chunk: without this no block that the allocator kept would fit the next, and it would keep all.
             begin, end = chunk_bounds(cfg, cfg.ttt_eval_seq_len)[-2:]
-            documents = self._random_documents(np.full(count, end + 1))
+            widest = self._random_documents(np.full(count, end + 1))
+            chunk = make_chunk(self.run, widest, widest.starts, widest.lengths, begin, end)
             for _ in range(2):
-                self._step(make_chunk(self.run, documents, documents.starts, documents.lengths, begin, end), count, begin, trains=True)
-        documents = self._random_documents(np.linspace(min(cfg.ttt_eval_seq_len, 640) + 3, largest + 1, count).astype(int))
-        pool = torch.cuda.graph_pool_handle() if self.captures else None
-        for live, size, seen in itertools.product(self.live_sizes, cfg.chunk_sizes, self.seen_sizes) if self.captures else ():
-            chunk = make_chunk(self.run, documents, documents.starts[:live], documents.lengths[:live], 0, size)
-            self.captured[live, size, seen] = self._capture(chunk, live, seen, pool)
+                self._step(chunk, count, begin, trains=True)
         for _ in range(2):
             self.score(documents, range(count))
         self.steps = self.forwarded = 0
@@ -3815,18 +3806,25 @@ class TTTScorer:
         documents.hints = (tokens.astype(np.int64), np.ones(len(tokens), np.float32)) if cfg.ngram_tilt_enabled else None
         return documents
 
-    def _capture(self, chunk: Chunk, live: int, seen: int, pool: tuple[int, int]) -> tuple[torch.cuda.CUDAGraph, Chunk, Tensor]:
-        """Record a step. What adapters and cache hold is lost: a reset comes next."""
+    def _capture(self, kept: Chunk, live: int, seen: int, pool: tuple[int, int]) -> Callable[[Chunk], Tensor]:
+        """Record a step on `kept`; what replays it on another chunk. What adapters and cache hold is lost: a reset comes next."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):  # compiles
-                self._losses_and_learn(chunk, live, seen, trains=True)
+                self._losses_and_learn(kept, live, seen, trains=True)
         torch.cuda.current_stream().wait_stream(stream)
-        graph, losses = torch.cuda.CUDAGraph(), torch.empty_like(chunk.weights)
+        graph, losses = torch.cuda.CUDAGraph(), torch.empty_like(kept.weights)
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            losses.copy_(self._losses_and_learn(chunk, live, seen, trains=True))
-        return graph, chunk, losses
+            losses.copy_(self._losses_and_learn(kept, live, seen, trains=True))
+
+        def replay(chunk: Chunk) -> Tensor:
+            for held, new in zip(kept.tensors(), chunk.tensors()):
+                held.copy_(new)
+            graph.replay()
+            return losses
+
+        return replay
 
 
 class GlobalSGD:
@@ -3942,7 +3940,7 @@ def take_hints(run: Run, documents: Documents) -> None:
         betas = hints.betas(run.cfg)
         found = [values[betas > 0] for values in (hints.at, hints.top, betas)]
     at, top, betas = run.ranks.agree(found)
-    documents.hints = np.full(len(documents.tokens), -1), np.zeros(len(documents.tokens), np.float32)
+    documents.hints = np.zeros(len(documents.tokens), np.int64), np.zeros(len(documents.tokens), np.float32)
     documents.hints[0][at - 1], documents.hints[1][at - 1] = top, betas
     run.log.record("tilt", hints=len(at), targets=int(documents.lengths.sum()), time_ms=int(since_ms(began)))
 
@@ -3988,9 +3986,8 @@ def score_with_ttt(run: Run, model: GPT, val: ValData) -> Score:
 #
 # Three places where writing the fused form by hand saves memory traffic that torch.compile cannot: the MLP, whose
 # activation joins the matrix product before it (forward) and the one after it (backward); exclusive self-attention, one pass
-# each way; and the softcapped cross entropy, which never stores the float32 logits of a batch. Beside each kernel stands
-# what it computes in plain torch, which is also what runs without Triton; the tests hold one against the other and both
-# against float64. The kernels hide in operators, so the compiler keeps its single graph. Matrix tiles go through Hopper's
+# each way; and the softcapped cross entropy, which never stores the float32 logits of a batch. Each has a form in plain
+# torch, which runs without Triton; the tests hold both against float64. The kernels hide in operators, so the compiler keeps its single graph. Matrix tiles go through Hopper's
 # copy engine (TMA descriptors), one persistent program on every multiprocessor.
 # ======================================================================================================================
 
@@ -3999,35 +3996,9 @@ MLP_TILE = (128, 256, 64)          # rows, columns, depth of one tile of the fus
 CROSS_ENTROPY_CHUNK = 2**22        # float32 logits alive at once where no kernel runs: 16 MiB
 
 
-def mlp_up(x: Tensor, w_up: Tensor) -> Tensor:
-    """leaky_relu(x @ w_up^T, 0.5)^2 in plain torch. x (T, d), w_up (h, d) -> (T, h)."""
-    return F.leaky_relu(F.linear(x, w_up), 0.5).square()
-
-
-def sign_bit(dtype: torch.dtype) -> int:
-    """Which bit of a float32 is the last that `dtype`, bfloat16 or float32, keeps."""
-    return 16 if dtype == torch.bfloat16 else 0
-
-
-def mlp_up_reference(x: Tensor, factor: Tensor, w_up: Tensor) -> Tensor:
-    """What mlp_kernel computes going forward, (T, h): the activation of z = factor (T, 1) times x @ w_up^T.
-
-    It is rounded to where its last bit says whether z was negative.
-    """
-    z, bit = factor * F.linear(x.float(), w_up.float()), sign_bit(x.dtype)
-    bits = F.leaky_relu(z, 0.5).square().view(torch.int32)
-    even, odd = (bits + (1 << bit)) >> bit + 1 << bit + 1, (bits >> bit + 1 << bit + 1) + (1 << bit)
-    return torch.where(z < 0, odd, even).view(torch.float32).to(x.dtype)
-
-
-def mlp_up_backward_reference(grad: Tensor, factor: Tensor, w_down: Tensor, hidden: Tensor) -> Tensor:
-    """What mlp_kernel computes going backward: the gradient (T, h) of x @ w_up^T, from `grad` (T, d) of the MLP's output.
-
-    d/dz leaky(z)^2 is 2 z or z / 2: that is 2 or -1 times the root of the activation.
-    """
-    negative = (hidden.float().view(torch.int32) >> sign_bit(hidden.dtype)) & 1 == 1
-    root = hidden.float().sqrt()
-    return F.linear(grad, w_down.t()) * (factor * torch.where(negative, -root, 2 * root)).to(grad.dtype)
+def activation(z: Tensor) -> Tensor:
+    """leaky_relu(z, 0.5)^2."""
+    return F.leaky_relu(z, 0.5).square()
 
 
 if triton is not None:
@@ -4138,12 +4109,13 @@ def launch_mlp_kernel(a: Tensor, factor: Tensor, b: Tensor, hidden: Tensor, out:
         TensorDescriptor.from_tensor(b, [tile_k, tile_n] if backward else [tile_n, tile_k]),
         TensorDescriptor.from_tensor(hidden, [tile_m, tile_n // 2]),
         TensorDescriptor.from_tensor(out, [tile_m, tile_n // 2]),
-        factor, rows, columns, depth, backward, sign_bit(out.dtype), tile_m, tile_n, tile_k, programs, num_warps=8, num_stages=3)
+        factor, rows, columns, depth, backward, 16 if out.dtype == torch.bfloat16 else 0, tile_m, tile_n, tile_k, programs,
+        num_warps=8, num_stages=3)
 
 
 @torch.library.custom_op(f"{OPERATORS}::mlp_up", mutates_args=())
 def mlp_up_op(x: Tensor, factor: Tensor, w_up: Tensor) -> Tensor:
-    """mlp_up_reference by the kernel: (T, d), (T, 1) float32, (h, d) -> (T, h)."""
+    """The activation of z = factor * x @ w_up^T, its last bit the sign of z: (T, d), (T, 1) float32, (h, d) -> (T, h)."""
     out = x.new_empty((x.size(0), w_up.size(0)))
     launch_mlp_kernel(x, factor, w_up, out, out, backward=False)
     return out
@@ -4151,7 +4123,10 @@ def mlp_up_op(x: Tensor, factor: Tensor, w_up: Tensor) -> Tensor:
 
 @torch.library.custom_op(f"{OPERATORS}::mlp_up_backward", mutates_args=())
 def mlp_up_backward_op(grad: Tensor, factor: Tensor, w_down: Tensor, hidden: Tensor) -> Tensor:
-    """mlp_up_backward_reference by the kernel: (T, d), (T, 1) float32, (d, h), (T, h) -> (T, h)."""
+    """The gradient of x @ w_up^T from that of the MLP's output: (T, d), (T, 1) float32, (d, h), (T, h) -> (T, h).
+
+    d/dz leaky(z)^2 is 2 z or z / 2: that is 2 or -1 times the root of the activation.
+    """
     out = torch.empty_like(hidden)
     launch_mlp_kernel(grad, factor, w_down, hidden, out, backward=True)
     return out
@@ -4199,7 +4174,7 @@ def fused_mlp(x: Tensor, divisor: float, w_up: Tensor, w_down: Tensor) -> Tensor
     """The MLP of rms_norm(x) / divisor, all of one dtype. x (T, d), w_up (h, d), w_down (d, h) -> (T, d)."""
     if kernels_take(x) and x.dtype != torch.float16 and x.size(1) % 8 == 0 and w_up.size(0) % 8 == 0:
         return FusedMLP.apply(x, norm_factor(x) / divisor, w_up, w_down)
-    return F.linear(mlp_up(rms_norm(x, divisor), w_up), w_down)
+    return F.linear(activation(F.linear(rms_norm(x, divisor), w_up)), w_down)
 
 
 def launch_exclude_self(tensors: tuple[Tensor, ...], y: Tensor, v: Tensor, backward: bool) -> None:
@@ -4246,25 +4221,21 @@ def exclude_self(y: Tensor, v: Tensor, gate: Tensor) -> Tensor:
     return exclude_self_reference(y, v, gate)
 
 
-def cross_entropy_reference(logits: Tensor, targets: Tensor, cap: float) -> Tensor:
-    """What softcapped_cross_entropy computes, storing all of it: (T, V), (T,) -> (T,)."""
-    return F.cross_entropy(cap * torch.tanh(logits.float() / cap), targets, reduction="none")
-
-
 def row_chunks(logits: Tensor) -> range:
     """First rows of chunks of at most CROSS_ENTROPY_CHUNK logits."""
     return range(0, logits.size(0), max(1, CROSS_ENTROPY_CHUNK // logits.size(1)))
 
 
-def accumulation_dtype(t: Tensor) -> torch.dtype:
-    """float32 for anything less, float64 for float64."""
-    return torch.promote_types(t.dtype, torch.float32)
+def numbers_of_rows(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    """Room for two numbers a row, (T,), float32 or, for float64, that."""
+    losses, lses = (logits.new_empty(logits.size(0), dtype=torch.promote_types(logits.dtype, torch.float32)) for _ in range(2))
+    return losses, lses
 
 
 @torch.library.custom_op(f"{OPERATORS}::softcapped_cross_entropy", mutates_args=())
 def cross_entropy_op(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
     """(T, V), (T,) -> losses (T,) and the logsumexp of each row (T,), float32."""
-    losses, lses = (logits.new_empty(logits.size(0), dtype=accumulation_dtype(logits)) for _ in range(2))
+    losses, lses = numbers_of_rows(logits)
     if kernels_take(logits):
         cross_entropy_kernel[(logits.size(0),)](logits, targets, losses, lses, logits.size(1), logits.stride(0), cap,
                                                 BLOCK=triton.next_power_of_2(logits.size(1)), num_warps=8)
@@ -4310,9 +4281,7 @@ def cross_entropy_setup(ctx: torch.autograd.function.FunctionCtx, inputs: tuple,
     ctx.mark_non_differentiable(output[1])
 
 
-cross_entropy_op.register_fake(lambda logits, targets, cap: (
-    logits.new_empty(logits.size(0), dtype=accumulation_dtype(logits)),
-    logits.new_empty(logits.size(0), dtype=accumulation_dtype(logits))))
+cross_entropy_op.register_fake(numbers_of_rows)
 cross_entropy_backward_op.register_fake(lambda grads, logits, targets, lses, cap: logits.new_empty(logits.shape))
 cross_entropy_op.register_autograd(cross_entropy_backward, setup_context=cross_entropy_setup)
 

@@ -229,7 +229,7 @@ def check_attention(bench: Bench) -> None:
 
 
 def plain_mlp(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    return F.linear(g.mlp_up(g.rms_norm(x), up), down)
+    return F.linear(g.activation(F.linear(g.rms_norm(x), up)), down)
 
 
 def fused_mlp(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -249,6 +249,10 @@ def check_mlp(bench: Bench) -> None:
     for what, value, other, reference in zip(("values", "grad x", "grad up", "grad down"), ours, plain, oracle):
         bench.add(f"fused mlp {what}", relative_error(value, reference), "relative error",
                   f"bound 2e-2; {kernel}; the plain form has {relative_error(other, reference):.1e}")
+
+
+def plain_cross_entropy(logits: Tensor, targets: Tensor, cap: float) -> Tensor:
+    return F.cross_entropy(cap * torch.tanh(logits.float() / cap), targets, reduction="none")
 
 
 def check_cross_entropy(bench: Bench) -> None:
@@ -451,7 +455,7 @@ def time_cross_entropy(bench: Bench) -> None:
     cfg, tokens = bench.cfg, bench.cfg.micro_batch_tokens
     logits, cap = bench.random(tokens, cfg.vocab_size, scale=5.0), cfg.logit_softcap
     targets = torch.randint(cfg.vocab_size, (tokens,), device=bench.device)
-    for name, function in (("plain, compiled", g.cross_entropy_reference), ("ours", g.softcapped_cross_entropy)):
+    for name, function in (("plain, compiled", plain_cross_entropy), ("ours", g.softcapped_cross_entropy)):
         call = compiled(bench, lambda x, function=function: function(x, targets, cap))
         bench.add(f"cross entropy {name}", time_ms(forward_backward(call, [logits]), bench.device), "ms", "forward and backward")
 

@@ -25,6 +25,19 @@ def mlp_float64(x: torch.Tensor, w_up: torch.Tensor, w_down: torch.Tensor) -> to
     return torch.where(before > 0, before, before / 2).square() @ w_down.double().T
 
 
+def mlp_up(x: torch.Tensor, factor: torch.Tensor, w_up: torch.Tensor) -> torch.Tensor:
+    """What the MLP's kernel computes going forward, float32: the activation, rounded to where its last bit says that z < 0."""
+    z = factor * F.linear(x, w_up)
+    bits = F.leaky_relu(z, 0.5).square().view(torch.int32)
+    return torch.where(z < 0, (bits >> 1 << 1) + 1, bits + 1 >> 1 << 1).view(torch.float32)
+
+
+def mlp_up_backward(grad: torch.Tensor, factor: torch.Tensor, w_down: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """And going backward: the slope is twice the root of the activation, or minus the root where z was negative."""
+    root = hidden.sqrt()
+    return F.linear(grad, w_down.t()) * factor * torch.where(hidden.view(torch.int32) & 1 == 1, -root, 2 * root)
+
+
 def random_mlp(rows: int, width: int, hidden: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     """x, w_up, w_down and an output gradient."""
     generator = torch.Generator().manual_seed(rows + width + hidden)

@@ -183,6 +183,16 @@ def test_size_table_adds_up_to_the_file(compressor: str) -> None:
     assert compressor == "brotli" or rest["bytes"] < len(data) / 2
 
 
+def test_the_entropy_of_a_trellis_knows_its_quantizers() -> None:
+    cfg = config(QUANTIZER="trellis")
+    tensors = random_tensors(cfg)
+    (row,) = [row for row in tg.size_table(tg.pack_artifact(tensors, cfg), tensors, cfg) if row["tensor"] == "qo_bank"]
+    codes = tensors["qo_bank"].codes.int()
+    apart = sum(tg.entropy_bits(np.bincount(codes[tg.trellis_quantizers(codes) == q].numpy() + 128)) for q in (0, 1))
+    assert float(row["entropy"]) == pytest.approx(apart / codes.numel(), abs=1e-4)
+    assert apart < tg.entropy_bits(np.bincount(codes.ravel().numpy() + 128))
+
+
 def test_no_pickle_is_read_or_written(monkeypatch: pytest.MonkeyPatch) -> None:
     def forbidden(*arguments: object, **keywords: object) -> None:
         raise AssertionError("an artifact is no pickle")

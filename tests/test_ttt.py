@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from contextlib import nullcontext
+from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -11,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from oracle import span_segments
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 from ttt_tools import CONTEXTS, CPU, Oracle, make_model, make_run, make_val, score_all
 
 import train_gpt as g
@@ -318,3 +324,45 @@ def test_the_cache_is_a_ring_that_never_holds_more_than_the_limit() -> None:
         mask = torch.ones(8, keys.size(2), dtype=torch.bool).tril(keys.size(2) - 8)
         want = F.scaled_dot_product_attention(stream[0][:, begin: begin + 8].transpose(1, 2), keys, values, attn_mask=mask, enable_gqa=True)
         torch.testing.assert_close(out, want.transpose(1, 2), atol=1e-5, rtol=1e-5)
+
+class Recorded(TorchDispatchMode):
+    """A CUDA graph on a CPU: notes the operations under `graph`, which work on the same memory again at every replay."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        memory = tree_map_only(Tensor, Tensor.detach, (args, kwargs or {}, made))
+        self.calls.append((function, *memory))
+        return made
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        for function, args, kwargs, made in self.calls:
+            for kept, new in zip(tree_leaves(made), tree_leaves(function(*args, **kwargs))):
+                if isinstance(kept, Tensor) and kept.data_ptr() != new.data_ptr():
+                    kept.copy_(new)
+
+
+@pytest.mark.parametrize("changes", [{}, {"ttt_chunk_doubles_at": "16", "ttt_lora_lr_power": -0.5, "ngram_tilt_enabled": 1}], ids=str)
+def test_replayed_steps_score_as_those_that_run(changes: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, fake in {"Stream": MagicMock, "current_stream": MagicMock, "stream": nullcontext, "graph_pool_handle": int,
+                       "CUDAGraph": Recorded, "graph": lambda graph, **_: graph}.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    small = {"num_layers": 1, "loop_start": 0, "loop_end": 0, "parallel_start_layer": 1, "eval_loop_depth": 2}
+    run = make_run(ttt_context="cache", ttt_chunk_size=8, ttt_eval_seq_len=32, ttt_batch_size=4, **small, **changes)
+    model, documents = make_model(run), g.Documents(make_val(tiny.documents(7, seed=17, shortest=20, longest=60)))
+    if run.cfg.ngram_tilt_enabled:
+        g.take_hints(run, documents)
+    plain, scorer = (g.TTTScorer(run, model) for _ in range(2))
+    scorer.captures, scorer.live_sizes, scorer.seen_sizes = True, [2, 4], [16, 32]
+    run.compile = True
+    scorer.warm_up()
+    run.compile = False
+    assert scorer.captured.keys() == set(itertools.product([2, 4], run.cfg.chunk_sizes, [16, 32]))
+    monkeypatch.setattr(scorer, "_losses_and_learn", lambda *_, **__: pytest.fail("every step is replayed"))
+    for members in (range(4), range(4, 7)):
+        for replayed, expected in zip(scorer.score(documents, members), plain.score(documents, members)):
+            np.testing.assert_allclose(replayed, expected, atol=1e-5)

@@ -862,10 +862,6 @@ def draw_loss(axes: Any, curves: list[Curve], place: Places = by_step) -> None:
         axes.set_ylim(min(seen) - room, max(seen) + room)
 
 
-def draw_loss_by_time(axes: Any, curves: list[Curve]) -> None:
-    draw_loss(axes, curves, by_minutes)
-
-
 def shade_phases(axes: Any, curves: list[Curve], place: Places) -> None:
     """Bands for the depth phases of the first run that has any; dotted lines where another configuration changes depth."""
     runs = [(curve.color, run) for curve in curves for run in curve.runs[:1] if run.phases and run.train]
@@ -1018,8 +1014,8 @@ def draw_step_time(axes: Any, curves: list[Curve]) -> None:
 
 
 PLOTS: dict[str, Callable[[Any, list[Curve]], None]] = {
-    "loss": draw_loss, "loss_by_time": draw_loss_by_time, "ttt": draw_ttt, "table": draw_stage_table, "stages": draw_stages,
-    "step_time": draw_step_time}
+    "loss": draw_loss, "loss_by_time": partial(draw_loss, place=by_minutes), "ttt": draw_ttt, "table": draw_stage_table,
+    "stages": draw_stages, "step_time": draw_step_time}
 
 
 def style(axes: Any) -> None:

@@ -158,7 +158,7 @@ def sha256_of(path: Path) -> str:
 def packed_frame() -> tuple[bytes, bytes]:
     """The readable lines around the payload of a packed file, as the repository's train_gpt.py has them."""
     tree = ast.parse((ROOT / CODE_FILE).read_text(encoding="utf-8"))
-    named = {ast.unparse(node.targets[0]): node.value for node in tree.body if isinstance(node, ast.Assign)}
+    named = {ast.unparse(node.targets[0]): node.value for node in ast.walk(tree) if isinstance(node, ast.Assign)}
     return ast.literal_eval(named["PACKED_HEAD"]), ast.literal_eval(named["PACKED_TAIL"])
 
 
@@ -182,8 +182,9 @@ def packed_source(code: bytes) -> str | None:
 
 
 def bare(source: str) -> str:
-    """A program without comments, docstrings, and annotations that no decorator reads, in one way of writing."""
+    """A program in one way of writing, without comments, docstrings, annotations that no decorator reads, and what runs unpacked alone."""
     tree = ast.parse(source)
+    tree.body = [node for node in tree.body if not isinstance(node, ast.If) or ast.unparse(node.test) != "not PACKED"]
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None and len(node.body) > 1:
             del node.body[0]
@@ -224,7 +225,7 @@ def check_packed(record: Record) -> Result:
     here = {hashlib.sha256(text.encode()).hexdigest() for text in (source, packed)}
     problems += [f"{run.path.name} ran another source, {row['source_sha256'][:12]}" for run in record.runs
                  for file, row in run.code.items() if file == CODE_FILE and row.get("source_sha256") not in (None, *here)]
-    return judged(rule, problems, f"it is packed, and runs source/{CODE_FILE} less comments, docstrings and annotations")
+    return judged(rule, problems, f"it is packed, and runs source/{CODE_FILE} less comments, docstrings, annotations and what packs it")
 
 
 def check_size(record: Record) -> Result:
