@@ -4375,15 +4375,14 @@ def train_and_export(run: Run, shards: list[np.ndarray], val: ValData, checkpoin
 
     Before Stopped leaves it, a checkpoint has been written.
     """
-    cfg, log, loader = run.cfg, run.log, TrainLoader(shards, run.cfg, run.ranks)
-    layout = loader.layout
+    cfg, log, layout = run.cfg, run.log, SpanLayout.plan(run.cfg, run.ranks.world)
     check_memory(run, layout)
     model = GPT(cfg, run.dtype)
     model.init_weights(cfg.seed)
     model.to(run.device)
     log(f"model of {sum(p.numel() for p in model.parameters()):,} parameters; a step is {layout.spans} spans of "
         f"{layout.span_tokens} tokens, {layout.per_rank // layout.per_micro} forwards of {layout.micro_tokens} tokens a rank")
-    trainer = Trainer(run, model, loader)
+    trainer = Trainer(run, model, TrainLoader(shards, cfg, run.ranks))
     trainer.warm_up()
     checkpoint.resume(trainer)
     run.ranks.keeps_signals = True  # what is trained is saved first
