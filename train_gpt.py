@@ -802,7 +802,7 @@ def as_tensor(data: bytes) -> Tensor:
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
 PUBLISHED_VAL = {"documents": 50_000, "tokens": 47_853_344, "bytes": 151_080_645}
-PUBLISHED_NAME = "fineweb10B_sp8192_lossless_caps_caseops_v1_reserved"
+PUBLISHED_NAME = Config().shards_dir.name
 MANIFEST, JOURNAL = "manifest.json", "build.json"  # of a finished and of an unfinished build
 SHARD_KINDS = ("train", "val", "val_bytes")
 SHARD_NAME = re.compile(r"([^.].*)_(train|val|val_bytes)_([0-9]{1,9})\.bin")  # prefix, kind, number; macOS's "._" files are none
