@@ -65,7 +65,8 @@ def bits_by_class(documents: list[str], name: str, data: str, model: str, files:
     losses = np.mean([np.load(file)[stage] for file in files], axis=0, dtype=np.float64) / np.log(2)
     starts = np.flatnonzero(tokens == g.BOS_ID)
     if len(starts) != len(documents) or len(losses) != len(tokens) - 1:
-        raise ValueError(f"{name}: {len(starts)} documents and {len(losses)} losses do not fit {len(documents)} texts and {len(tokens)} tokens")
+        raise ValueError(f"{name}: {len(starts)} documents and {len(losses)} losses do not fit {len(documents)} texts "
+                         f"and {len(tokens)} tokens")
     for text, begin, end in zip(documents, starts, np.append(starts[1:], len(tokens))):
         of_byte, found = classes_of(text, known)
         charges = tokenizer.lossless_charges(tokens[begin + 1: end]).astype(np.int64)
