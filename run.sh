@@ -26,7 +26,7 @@ if [ "${1:-}" = test ]; then
     shift
     install requirements-test.txt
     export OMP_NUM_THREADS=1 # a test a core
-    exec .venv/bin/python -m pytest -q -n auto --max-worker-restart 0 --dist loadfile "$@" tests
+    exec .venv/bin/python -m pytest -q -n auto --max-worker-restart 0 --dist loadfile --no-loadscope-reorder "$@" tests
 fi
 [ $# = 0 ] || { echo "usage: bash run.sh [test [pytest arguments]]" >&2; exit 2; }
 

@@ -40,3 +40,11 @@ def one_rank(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> TinyR
 @pytest.fixture(scope="session")
 def two_ranks(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
     return finished(tiny_data, tmp_path_factory.mktemp("two"), ranks=2)
+
+
+LONG = ("test_ttt_compiled.py", "test_verify_record.py", "test_hostile.py", "test_referee.py", "test_run.py", "test_machines.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files of a minute and more first: else one core waits at the end while the other works through the last of them."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
