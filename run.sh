@@ -34,7 +34,8 @@ began=$SECONDS
 install requirements.txt
 export DATA_DIR=${DATA_DIR:-./data} ARTIFACT_DIR=${ARTIFACT_DIR:-./runs}
 echo "[$((SECONDS - began)) s] data"
-export CASEOPS_VERSION=${CASEOPS_VERSION:-lossless_caps_caseops_v1}
+# the version that scores best on the sample; CASEOPS_VERSION=lossless_caps_caseops_v1 takes the published one
+export CASEOPS_VERSION=${CASEOPS_VERSION:-lossless_caps_caseops_v2_titles}
 .venv/bin/python prepare_caseops_data.py --sample --transform "$CASEOPS_VERSION" --data-dir "$DATA_DIR"
 export DATA_PATH=${DATA_PATH:-$DATA_DIR/datasets/sample_sp8192_$CASEOPS_VERSION}
 tokenizer=${CASEOPS_VERSION}_8192
