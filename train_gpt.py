@@ -1828,6 +1828,7 @@ def compiled(run: Run, function: Callable[..., Any], dynamic: bool = False) -> C
     if not run.compile:
         return function
     torch._dynamo.config.cache_size_limit = 64  # one entry a depth and use; a full cache would be an error
+    torch._dynamo.config.specialize_float = True  # no float here changes; as an input, a constant breaks the operators' own gradients
     from torch._functorch import config as functorch
     from torch._inductor import config as inductor
 

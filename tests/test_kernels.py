@@ -9,9 +9,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
+import torch.nn.functional as F
 from kernel_oracles import CAP, DIVISOR, check_cross_entropy, mlp_float64, random_mlp, relative_error
 
 import train_gpt
@@ -127,3 +130,21 @@ def test_a_sum_in_the_product_leaves_what_it_adds_to_alone(compiled: bool) -> No
     assert torch.equal(x, before)
     for ours, oracle in zip(torch.autograd.grad(out, (x, y, w), grad), torch.autograd.grad(reference, (x, y, w), grad)):
         torch.testing.assert_close(ours, oracle)
+
+
+class Sizes(NamedTuple):
+    cu_seqlens: torch.Tensor
+
+
+def test_a_norm_compiles_where_all_sizes_are_dynamic(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_gpt, "kernels_take", lambda x: True)
+    torch._dynamo.reset()
+    norm = train_gpt.compiled(SimpleNamespace(compile=True), dynamic=True,
+                              function=lambda batch, x: train_gpt.rms_norm(train_gpt.head_norm(train_gpt.rms_norm(x)), 2.0))
+    x = torch.randn(6, 16, requires_grad=True)
+    out = norm(Sizes(torch.tensor([0, 6])), x)
+    plain = F.rms_norm(x, (16,))
+    plain = F.rms_norm(F.rms_norm(plain, (16,)), (16,)) / 2
+    torch.testing.assert_close(out, plain)
+    for ours, oracle in zip(torch.autograd.grad(out.square().sum(), x), torch.autograd.grad(plain.square().sum(), x)):
+        torch.testing.assert_close(ours, oracle, atol=1e-5, rtol=1e-4)
