@@ -124,7 +124,7 @@ def loader_of(run: g.Run) -> g.TrainLoader:
 def arithmetic_succeeds() -> Iterator[None]:
     """Checks of values answered by hand: a device that computes nothing leaves in their results what its memory held before."""
     factor, better = torch.linalg.cholesky_ex, g.nearest_is_better
-    answers = ((torch, "isfinite", lambda tensor: torch.ones((), dtype=torch.bool)),
+    answers = ((torch, "isfinite", lambda tensor: torch.ones((), dtype=torch.bool)), (g.math, "isfinite", lambda number: True),
                (torch.linalg, "cholesky_ex", lambda *args, **named: (factor(*args, **named)[0], torch.zeros(1))),
                (g, "nearest_is_better", lambda error, *rest: torch.zeros(len(better(error, *rest)), dtype=torch.bool)))
     with contextlib.ExitStack() as stack:
