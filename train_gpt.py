@@ -632,15 +632,16 @@ class Log:
         self(" ".join([word, *(f"{key}:{value}" for key, value in values.items())]))
 
 
-def end_run(ranks: Ranks, log: Log, reason: str) -> typing.NoReturn:
+def end_run(ranks: Ranks, log: Log, reason: str, waited: bool = False) -> typing.NoReturn:
     """Leave at once, without any collective, for a reason `STATUS words` that the board has.
 
-    Rank 0 says it, or who is left where it cannot; of several who come to say something, in whatever thread, the first alone does.
+    Rank 0 says it, or who is left where it cannot, or, if all have `waited` for each other, who comes first; of several who come to say
+    something, in whatever thread, the first alone does.
     """
     status, line = reason.split(" ", 1)
     speaks = ranks.rank % ranks.local_world == 0  # on each machine, if the board went with the process that held it
     with suppress(RuntimeError, OSError):
-        time.sleep(4 * LOOK_SECONDS if ranks.rank else 0.0)
+        time.sleep(4 * LOOK_SECONDS if ranks.rank and not waited else 0.0)
         speaks = ranks.first("said", own := os.urandom(8).hex()) == own
     if speaks:
         log.take_over()
@@ -1470,19 +1471,19 @@ class GPT(nn.Module):
         if cfg.smear_gate_enabled:
             embedded = embedded + self._smear(embedded, batch.previous)
         x = x0 = rms_norm(embedded.to(self.dtype))
-        half, skips = len(schedule.encoder), min(self.skip_weights.size(0), len(schedule.encoder))
-        mlp, lanes, outputs = None, None, {}  # mlp: what the serial visit before has still to add to x
+        half, mlp, lanes, skips = len(schedule.encoder), None, None, []  # mlp: what the serial visit before has still to add to x
         for visit, layer in enumerate(schedule.encoder + schedule.decoder):
-            row = visit - half  # a decoder's visit takes the output of the encoder's that is as far from the middle
-            skip = (row, outputs[half - 1 - row]) if 0 <= row < skips else None
+            skip = (visit - half, skips.pop()) if visit >= half and skips else None
+            starts_skip = half - self.skip_weights.size(0) <= visit < half
             serial = visit < half or layer < cfg.parallel_start_layer
             if serial:
                 x = self._mixed(context, layer, x, mlp, x0, skip)
                 x = self._attention(context, layer, visit, rms_norm(x, self._divisor(layer)), x)
                 mlp = partial(self._mlp, context, layer, visit, x)
-            if mlp is not None and (half - skips <= visit < half or not serial):
+            if mlp is not None and (starts_skip or not serial):
                 x, mlp = add(x, mlp()), None
-            outputs[visit] = x
+            if starts_skip:
+                skips.append(x)
             if not serial:
                 lanes = self._parallel_block(context, layer, visit, (x, x) if lanes is None else lanes, x0, skip)
         if lanes is not None:
@@ -4563,7 +4564,7 @@ def fail(error: BaseException, ranks: Ranks, log: Log) -> int:
     with suppress(RuntimeError, OSError):
         first = ranks.first("reason", reason)
         reason = first if lost else reason
-    end_run(ranks, log, reason)
+    end_run(ranks, log, reason, waited=bool(lost))
 
 
 def main(environ: Mapping[str, str] = os.environ, arguments: tuple[str, ...] = ()) -> int:

@@ -57,7 +57,7 @@ def wait(child: int, seconds: float = 60.0) -> int:
     raise AssertionError(f"still running after {seconds:g} s")
 
 
-def wait_for_all(children: list[int], grace_seconds: float = 20.0) -> list[int]:
+def wait_for_all(children: list[int], grace_seconds: float = 5.0) -> list[int]:
     """Exit statuses; when one has failed the others are killed a little later, as torchrun does."""
     statuses, end = {}, math.inf
     while len(statuses) < len(children):
